@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Everything EdgeCascade raises on purpose.
+
+    EdgeCascadeError
+    ├── InvalidRequest        the caller asked for something that cannot be           "invalid-request"
+    │   └── ContextExceeded   prompt and answer do not fit the context                "context-exceeded"
+    ├── UnsupportedModel      a checkpoint this version does not implement             "unsupported-model"
+    ├── CheckpointError       a checkpoint that is damaged or incomplete               "checkpoint-damaged"
+    ├── BundleError           a bundle that is damaged or incomplete                   "bundle-damaged"
+    │   └── BundleMismatch    a sound bundle, made for something else                  "bundle-mismatch"
+    ├── BuildError            the build itself could not go on                         "build-failed"
+    └── BackendError          a device or library failed                               "backend-failed"
+        ├── BackendUnavailable  a backend that this machine lacks                      "backend-unavailable"
+        └── OutOfMemory       the bundle or its state does not fit                     "out-of-memory"
+
+A message says what happened, with the values that show it, and what to do. `code` is stable: programs branch on it.
+"""
+
+from __future__ import annotations
+
+
+class EdgeCascadeError(Exception):
+    """Root of the tree; `code` is a stable kebab-case word for programs."""
+
+    code = "error"
+
+
+class InvalidRequest(EdgeCascadeError, ValueError):
+    """The caller's arguments cannot be honoured."""
+
+    code = "invalid-request"
+
+
+class ContextExceeded(InvalidRequest):
+    """The tokens asked for do not fit the context."""
+
+    code = "context-exceeded"
+
+
+class UnsupportedModel(EdgeCascadeError):
+    """The checkpoint needs maths that this version does not implement."""
+
+    code = "unsupported-model"
+
+
+class CheckpointError(EdgeCascadeError):
+    """The checkpoint is damaged, incomplete or contradicts itself."""
+
+    code = "checkpoint-damaged"
+
+
+class BundleError(EdgeCascadeError):
+    """The bundle is damaged, incomplete or contradicts itself."""
+
+    code = "bundle-damaged"
+
+
+class BundleMismatch(BundleError):
+    """The bundle is sound, but made for another version, device or model."""
+
+    code = "bundle-mismatch"
+
+
+class BuildError(EdgeCascadeError):
+    """The build could not go on."""
+
+    code = "build-failed"
+
+
+class BackendError(EdgeCascadeError):
+    """A device or the kernel library failed."""
+
+    code = "backend-failed"
+
+
+class BackendUnavailable(BackendError):
+    """This machine or this installation lacks the backend."""
+
+    code = "backend-unavailable"
+
+
+class OutOfMemory(BackendError):
+    """The bundle, or the state asked for beside it, does not fit in memory."""
+
+    code = "out-of-memory"
