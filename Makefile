@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+# Every target sets up what it needs: `make demo` or `make test` is enough on a fresh clone.
+PYTHON ?= python3
+VENV := .venv
+# Absolute, so that clang-format, ruff and friends of the environment come before the machine's.
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+KERNEL_SOURCES := $(shell find plugins -name CMakeLists.txt -o -name '*.cmake' -o -name '*.cpp' -o -name '*.h')
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check bench clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(VENV)/.kernels  ## a virtual environment with the package, the kernel library and the developer's tools
+	@$(VENV)/bin/edgecascade doctor
+
+demo: $(VENV)/.kernels  ## build a bundle from the checkpoint in the box, generate, compare with goldens, measure
+	$(VENV)/bin/python examples/demo.py
+
+test: $(VENV)/.kernels  ## the whole suite; needs no GPU
+	$(VENV)/bin/python -m pytest -q
+
+check: $(VENV)/.kernels  ## format, lint, types and import directions
+	ruff format --check .
+	ruff check .
+	mypy --strict edgecascade build_engine
+	clang-format --dry-run --Werror $$(git ls-files 'plugins/*.cpp' 'plugins/*.h')
+	$(VENV)/bin/python -m pytest -q tests/test_repo.py
+
+bench: $(VENV)/.kernels  ## kernels against this machine's own ceilings
+	$(VENV)/bin/python benchmarks/kernels.py
+
+clean:  ## remove the environment and everything built
+	rm -rf $(VENV) build dist edgecascade/_lib *.egg-info .mypy_cache .ruff_cache .pytest_cache
+
+# System site packages, because JetPack's TensorRT lives there. Debian splits ensurepip off into
+# python3-venv; without it, an environment that sees the system's pip does as well.
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	    echo "EdgeCascade needs Python 3.10 or later, $$($(PYTHON) --version) is too old: make PYTHON=python3.12"; exit 1; }
+	@echo "creating $(VENV)"
+	@$(PYTHON) -m venv --system-site-packages $(VENV) >/dev/null 2>&1 \
+	    || $(PYTHON) -m venv --system-site-packages --without-pip --clear $(VENV) \
+	    && $(VENV)/bin/python -m pip --version >/dev/null 2>&1 || { rm -rf $(VENV); \
+	    echo "$(PYTHON) has neither ensurepip nor pip: sudo apt-get install python3-venv"; exit 1; }
+	@touch $@
+
+# Without build isolation, so that CMake and ninja stay at hand for the next change of a source.
+$(VENV)/.installed: $(VENV)/.created pyproject.toml setup.py
+	@echo "installing the package and its tools (compiles the kernel library once)"
+	@$(PIP) install -qq --upgrade 'setuptools>=77' wheel 'cmake>=3.18' ninja
+	@$(PIP) install -qq --no-build-isolation --editable '.[dev]'
+	@touch $@
+
+$(VENV)/.kernels: $(VENV)/.installed $(KERNEL_SOURCES)
+	@$(VENV)/bin/python setup.py -q build_ext --inplace
+	@touch $@
