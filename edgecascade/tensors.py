@@ -101,3 +101,24 @@ class Tensor:
     def stored_bytes(self, codec: Codec) -> int:
         """Bytes in the bundle, page padding included."""
         return self.experts * self.matrix_stride(codec)
+
+
+@dataclass(frozen=True)
+class SlotState:
+    """Fixed-size float32 state of a sequence in one layer."""
+
+    layer: int
+    name: str  # "conv" or "ssm"
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class KvState:
+    """Keys and values of one attention layer, one pair of [kv_heads, head_dim] per token."""
+
+    layer: int
+    kv_heads: int
+    head_dim: int
+
+
+State = SlotState | KvState

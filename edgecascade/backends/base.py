@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The contract of a backend, and the choice of one."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgecascade.bundle import Bundle
+from edgecascade.errors import BackendUnavailable, InvalidRequest
+from edgecascade.sampling import SampleRow
+
+Array = NDArray[Any]
+log = logging.getLogger(__name__)
+
+# Name -> (module, class). "auto" tries them in this order.
+BACKENDS = {
+    "cpu": ("edgecascade.backends.native", "NativeBackend"),
+    "reference": ("edgecascade.backends.reference", "ReferenceBackend"),
+}
+AUTO = ("cpu", "reference")
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A sequence's state at a token boundary, in a form that every backend reads.
+
+    `parts` maps (layer, name) to float32 or float16 arrays: "conv" [kernel - 1, channels], oldest first; "ssm" [heads, head_dim,
+    state]; "kv" [2, tokens, kv_heads, head_dim].
+    """
+
+    tokens: int
+    parts: Mapping[tuple[int, str], Array]
+
+    @property
+    def nbytes(self) -> int:
+        """Host memory it occupies."""
+        return sum(part.nbytes for part in self.parts.values())
+
+
+class Backend(Protocol):
+    """Executes a bundle for up to `slots` sequences; one caller at a time."""
+
+    name: str
+    vocab: int
+    slots: int
+    max_context: int  # tokens that one slot can hold
+
+    def prefill(self, slot: int, tokens: Array) -> Array:
+        """Append tokens to a slot; float32 logits [vocab] of the last one."""
+
+    def decode(self, slots: Sequence[int], tokens: Sequence[int]) -> Array:
+        """Append one token to each of several distinct slots; float32 logits [len(slots), vocab]."""
+
+    def logits(self, tokens: Array) -> Array:
+        """Teacher-forced logits of every position, float32 [T, vocab]; touches no slot."""
+
+    def sample(self, logits: Array, rows: Sequence[SampleRow]) -> list[tuple[int, float]]:
+        """One token and its log probability for each row of logits."""
+
+    def tokens(self, slot: int) -> int:
+        """How many tokens a slot holds."""
+
+    def reset(self, slot: int) -> None:
+        """Empty a slot and give its pages back."""
+
+    def save(self, slot: int) -> Snapshot:
+        """Copy a slot's state to host memory."""
+
+    def restore(self, slot: int, snapshot: Snapshot) -> None:
+        """Make a slot what it was when the snapshot was taken."""
+
+    def close(self) -> None:
+        """Free everything; further calls are errors."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a caller may ask of a backend."""
+
+    slots: int = 8
+    max_context: int | None = None  # None: the model's, or what memory allows
+    threads: int | None = None  # None: as many as the memory can feed
+    isa: str | None = None  # None: the fastest this machine runs
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.slots <= 8:
+            raise InvalidRequest(f"slots is {self.slots}; 1 to 8 are possible")
+        if self.max_context is not None and self.max_context < 1:
+            raise InvalidRequest(f"max_context is {self.max_context}; it must be at least 1")
+        if self.threads is not None and not 1 <= self.threads <= 256:
+            raise InvalidRequest(f"threads is {self.threads}; 1 to 256 are possible")
+
+
+def open_backend(name: str, bundle: Bundle, **options: Any) -> Backend:
+    """Open a backend by name; "auto" takes the first that this machine has.
+
+    Raises:
+        InvalidRequest: for an unknown name or option value.
+        BackendUnavailable: when the machine lacks it; for "auto", when it lacks all.
+    """
+    chosen = Options(**options)
+    if name != "auto":
+        return _open(name, bundle, chosen)
+    reasons = []
+    for candidate in AUTO:
+        try:
+            backend = _open(candidate, bundle, chosen)
+        except BackendUnavailable as error:
+            reasons.append(f"{candidate}: {error}")
+            continue
+        log.info("backend %s%s", candidate, f" ({'; '.join(reasons)})" if reasons else "")
+        return backend
+    raise BackendUnavailable("no backend runs here: " + "; ".join(reasons))
+
+
+def _open(name: str, bundle: Bundle, options: Options) -> Backend:
+    if name not in BACKENDS:
+        raise InvalidRequest(f"backend is {name!r}; choose auto, {', '.join(BACKENDS)}")
+    module, cls = BACKENDS[name]
+    backend: Backend = getattr(import_module(module), cls)(bundle, options)
+    return backend
+
+
+def check_tokens(tokens: Any, vocab: int) -> Array:
+    """Token ids as int32 [T].
+
+    Raises:
+        InvalidRequest: when there are none, or one is not in [0, vocab).
+    """
+    ids = np.asarray(tokens)
+    if ids.ndim != 1 or ids.size == 0 or ids.dtype.kind not in "iu":
+        raise InvalidRequest(f"tokens must be a non-empty list of ids, got shape {ids.shape} of {ids.dtype}")
+    bad = np.flatnonzero((ids < 0) | (ids >= vocab))
+    if bad.size:
+        raise InvalidRequest(f"token {ids[bad[0]]} at position {bad[0]} is outside the vocabulary of {vocab}")
+    return ids.astype(np.int32)
