@@ -45,7 +45,7 @@ class Pool {
 
   void run(int64_t units, Call call, void* context);
   void work(int thread);
-  int64_t drain(uint32_t generation, int thread);
+  void drain(uint32_t generation, int thread);
   bool waitForWork(uint32_t seen);
   void waitForOthers(int64_t units);
 
