@@ -350,7 +350,7 @@ class PanelScan {
   void outputs(int64_t row, int64_t tokens) {
     const float* c = scan_.xbc + row * m_.channels + m_.inner + (m_.groups + group_) * m_.state;
     forTiles(tokens, width_, [&](auto tile, int64_t l, int64_t p) {
-      constexpr int kRows = sizeof(tile.acc) / sizeof(tile.acc[0]);
+      constexpr int kRows = decltype(tile)::kRows;
       if (p == 0) mixRows(row, l, kRows);
       tile.clear();
       tile.multiplyAdd(c + l * m_.channels, m_.channels, 1, state_ + p, width_, m_.state);
@@ -382,7 +382,7 @@ class PanelScan {
     const float* b = scan_.xbc + row * m_.channels + m_.inner + group_ * m_.state;
     const float decay = exp(cum_[tokens - 1]);
     forTiles(m_.state, width_, [&](auto tile, int64_t n, int64_t p) {
-      constexpr int kRows = sizeof(tile.acc) / sizeof(tile.acc[0]);
+      constexpr int kRows = decltype(tile)::kRows;
       tile.load(state_ + n * width_ + p, width_);
       for (int i = 0; i < kRows; ++i) tile.scaleRow(i, decay);
       tile.multiplyAdd(b + n, 1, m_.channels, late_ + p, width_, tokens);

@@ -21,6 +21,7 @@ constexpr int kTileVecs = 2;
 
 template <int R, int V>
 struct Tile {
+  static constexpr int kRows = R;
   static constexpr int kColumns = V * kWidth;
   Vec acc[R][V];
 
