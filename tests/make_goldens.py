@@ -347,8 +347,9 @@ def make(case: Case) -> None:
         raise SystemExit(f"{case.name}: the stored checkpoint answers otherwise, by {error:.1e}")
     kilobytes = sum(f.stat().st_size for f in path.iterdir()) / 1e3
     print(
-        f"{case.name:10s} seed {seed}  {kilobytes:5.0f} kB  |logits| < {np.abs(golden['500.logits']).max():.1f}"
-        f"  dt > {margins.dt:.1e}  experts {margins.router:.1e} apart"
+        f"{case.name:10s} seed {seed}  {kilobytes:5.0f} kB"
+        f"  |logits| < {np.abs(golden['500.logits']).max():.1f}  dt > {margins.dt:.1e}"
+        f"  experts {margins.router:.1e} apart"
     )
 
 
