@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Blocks of 32 rows x 64 columns, as bytes: the layout of docs/bundle-format.md in NumPy.
 
-    u4_64   1024 bytes of codes + 32 float16 scales.  dword (j, r), j = 0..7, r = 0..31: byte b holds the codes of row r,
-            column 8j + b in its low and column 8j + 4 + b in its high nibble.          weight = (code - 8) * scale
-    i8_64   2048 bytes of codes + 32 float16 scales.  dword (j, r), j = 0..15: byte b is column 4j + b. weight = code * scale
+    u4_64   1024 bytes of codes + 32 float16 scales.  dword (j, r), j = 0..7, r = 0..31: byte b
+    holds the codes of row r,
+            column 8j + b in its low and column 8j + 4 + b in its high nibble.          weight =
+            (code - 8) * scale
+    i8_64   2048 bytes of codes + 32 float16 scales.  dword (j, r), j = 0..15: byte b is column 4j
+    + b. weight = code * scale
 
-A matrix is its blocks, row-blocks outside, column-blocks inside. Missing rows and columns hold zero weights.
+A matrix is its blocks, row-blocks outside, column-blocks inside. Missing rows and columns hold
+zero weights.
 """
 
 from __future__ import annotations
@@ -34,10 +38,14 @@ def pack_blocks(codec: Codec, codes: Array, scales: Array) -> Array:
     if codec is Codec.U4_64:
         nibbles = padded.astype(np.uint8).reshape(rows // 32, 32, columns // 64, 8, 2, 4)
         nibbles = nibbles.transpose(0, 2, 3, 1, 4, 5)  # [row block, column block, j, r, half, b]
-        out[..., :payload] = (nibbles[..., 0, :] | nibbles[..., 1, :] << 4).reshape(*out.shape[:2], payload)
+        out[..., :payload] = (nibbles[..., 0, :] | nibbles[..., 1, :] << 4).reshape(
+            *out.shape[:2], payload
+        )
     else:
         quads = padded.astype(np.int8).reshape(rows // 32, 32, columns // 64, 16, 4)
-        out[..., :payload] = quads.transpose(0, 2, 3, 1, 4).reshape(*out.shape[:2], payload).view(np.uint8)
+        out[..., :payload] = (
+            quads.transpose(0, 2, 3, 1, 4).reshape(*out.shape[:2], payload).view(np.uint8)
+        )
     by_block = padded_scales.reshape(rows // 32, 32, columns // 64).transpose(0, 2, 1)
     out[..., payload:] = np.ascontiguousarray(by_block).view(np.uint8)
     return out.reshape(-1)

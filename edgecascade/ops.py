@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The op table: every op's fields, in the order of its struct in plugins/include/edgecascade.h.
 
-A model's forward pass is written against `Ops`. What the calls mean is the interpreter's business: NumPy evaluates them
-(backends/reference.py), the native backend records them once and replays them in the kernel library.
+A model's forward pass is written against `Ops`. What the calls mean is the interpreter's business:
+NumPy evaluates them
+(backends/reference.py), the native backend records them once and replays them in the kernel
+library.
 
-Letters: T tokens of the step, O rows the head reads, D hidden size, V vocabulary, E experts, F expert width,
-H heads, P head dim, G groups, N SSM state size, C conv channels, K conv kernel or the columns of a matrix.
+Letters: T tokens of the step, O rows the head reads, D hidden size, V vocabulary, E experts, F
+expert width,
+H heads, P head dim, G groups, N SSM state size, C conv channels, K conv kernel or the columns of a
+matrix.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ from dataclasses import dataclass
 from enum import Enum, IntEnum
 from typing import Any, NamedTuple
 
-Value = Any  # what flows between ops: an array, a buffer to be, a graph edge. Only the interpreter looks inside.
+Value = Any  # what flows between ops: an array, a buffer to be. Only the interpreter looks inside.
 
 
 class Activation(IntEnum):
@@ -27,7 +31,7 @@ class Activation(IntEnum):
 
 
 class Norm(NamedTuple):
-    """Grouped RMS norm: gamma * x / sqrt(mean(x^2) + eps), the mean over each of `groups` equal parts of a row."""
+    """gamma * x / sqrt(mean(x^2) + eps), the mean over each of `groups` equal parts of a row."""
 
     gamma: Value
     eps: float
@@ -180,7 +184,7 @@ OPS: dict[str, Op] = {
 
 
 class Ops(ABC):
-    """What a forward pass may do. An interpreter implements `call`; the typed methods are for the reader."""
+    """What a forward pass may do. An interpreter implements `call`; the rest is for readers."""
 
     @abstractmethod
     def call(self, op: Op, layer: int, fields: Mapping[str, Any]) -> Value:

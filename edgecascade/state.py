@@ -50,8 +50,8 @@ class PagePool:
         needed = -(-tokens // self.page_tokens) - self._owned[slot]
         if needed > len(self._free):
             raise OutOfMemory(
-                f"{tokens} tokens need {needed} more KV pages of {self.page_tokens} tokens and {len(self._free)} "
-                f"are free; end other sessions or load with a larger max_context"
+                f"{tokens} tokens need {needed} more KV pages of {self.page_tokens} tokens and "
+                f"{len(self._free)} are free; end other sessions or load with a larger max_context"
             )
         for _ in range(needed):
             self.table[slot, self._owned[slot]] = self._free.pop()
@@ -72,7 +72,8 @@ class PagePool:
 class StatePool:
     """Arrays behind the state fields of a model's ops, for a fixed number of slots.
 
-    conv [slots, kernel, channels] (a ring: position p lives in row p mod kernel) and ssm [slots, heads, head_dim, state] in float32;
+    conv [slots, kernel, channels] (a ring: position p lives in row p mod kernel) and ssm [slots,
+    heads, head_dim, state] in float32;
     kv [pages, 2, kv_heads, page_tokens, head_dim] in `kv_dtype`.
     """
 
@@ -109,7 +110,9 @@ class StatePool:
                 parts[layer, name] = pool[slot].copy()
         owned = self.pages.pages(slot)
         for layer, kv in self._kv.items():
-            by_token = kv[owned].transpose(1, 0, 3, 2, 4)  # [2, pages, page_tokens, kv_heads, head_dim]
+            by_token = kv[owned].transpose(
+                1, 0, 3, 2, 4
+            )  # [2, pages, page_tokens, kv_heads, head_dim]
             flat = by_token.reshape(2, -1, kv.shape[2], kv.shape[4])
             parts[layer, "kv"] = flat[:, :tokens].copy()
         return parts
@@ -121,7 +124,9 @@ class StatePool:
         for (layer, name), part in parts.items():
             if name == "kv":
                 kv = self._kv[layer]
-                padded = np.zeros((2, len(owned) * self.pages.page_tokens, *part.shape[2:]), kv.dtype)
+                padded = np.zeros(
+                    (2, len(owned) * self.pages.page_tokens, *part.shape[2:]), kv.dtype
+                )
                 padded[:, :tokens] = part
                 by_page = padded.reshape(2, len(owned), self.pages.page_tokens, *part.shape[2:])
                 kv[owned] = by_page.transpose(1, 0, 3, 2, 4)

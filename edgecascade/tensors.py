@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a bundle stores: codecs, their sizes, and how a bundle's tensor comes from a checkpoint's."""
+"""What a bundle stores: codecs, their sizes, and how its tensors come from a checkpoint's."""
 
 from __future__ import annotations
 
@@ -39,7 +39,9 @@ def round_up(value: int, multiple: int) -> int:
 def matrix_bytes(codec: Codec, rows: int, columns: int) -> int:
     """Bytes of one [rows, columns] matrix, blocks rounded up to 32 x 64."""
     if codec.is_block:
-        blocks = round_up(rows, BLOCK_ROWS) // BLOCK_ROWS * (round_up(columns, GROUP_SIZE) // GROUP_SIZE)
+        blocks = (
+            round_up(rows, BLOCK_ROWS) // BLOCK_ROWS * (round_up(columns, GROUP_SIZE) // GROUP_SIZE)
+        )
         return blocks * BLOCK_BYTES[codec.value]
     return rows * columns * {Codec.F32: 4, Codec.F16: 2}[codec]
 
@@ -72,8 +74,10 @@ class Transform(str, Enum):
 class Tensor:
     """One tensor of a bundle and where it comes from.
 
-    `shape` is logical, without padding: [n] or [n, k], with a leading [experts] for stacked experts. `sources` are
-    checkpoint names without their "backbone." or "model." prefix, with the shape that each must have.
+    `shape` is logical, without padding: [n] or [n, k], with a leading [experts] for stacked
+    experts. `sources` are
+    checkpoint names without their "backbone." or "model." prefix, with the shape that each must
+    have.
     """
 
     name: str

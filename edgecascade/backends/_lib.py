@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kernel library through ctypes: structs made from the op table, statuses turned into errors."""
+"""The kernel library through ctypes: structs from the op table, statuses turned into errors."""
 
 from __future__ import annotations
 
@@ -178,7 +178,7 @@ def address(array: NDArray[Any] | None) -> int | None:
 
 
 class Library:
-    """One backend's function table. Every method raises BackendError with the library's own sentence."""
+    """One backend's function table. Errors are the library's own sentences."""
 
     def __init__(self, api: Api) -> None:
         self._api = api
@@ -225,7 +225,7 @@ class Library:
     def pack(
         self, stream: Stream, src: NDArray[Any], src_type: str, codec: Codec, dst: NDArray[Any]
     ) -> None:
-        """Quantize rows [n, k] ("f32", "f16", or "bf16" as uint16) into the blocks of `dst` (uint8)."""
+        """Quantize rows [n, k] ("f32", "f16", or "bf16" as uint16) into blocks (uint8)."""
         if not (src.flags.c_contiguous and dst.flags.c_contiguous and src.ndim == 2):
             raise InvalidRequest("pack needs a contiguous [n, k] source and a contiguous target")
         n, k = src.shape
@@ -295,14 +295,18 @@ def cpu_library(isa: str | None = None) -> Library:
     """The CPU table for an instruction set, by default the fastest.
 
     Raises:
-        BackendUnavailable: when the library is not built, is of another version, or the machine lacks the set.
+        BackendUnavailable: when the library is not built, is of another version, or the machine
+        lacks the set.
     """
     pointer = _load().ec_cpu(isa.encode() if isa else None)
     if not pointer:
-        raise BackendUnavailable(f"this machine lacks the instruction set {isa!r}; it has {cpu_isas()}")
+        raise BackendUnavailable(
+            f"this machine lacks the instruction set {isa!r}; it has {cpu_isas()}"
+        )
     api: Api = pointer.contents
     if api.abi != ABI_VERSION:
         raise BackendUnavailable(
-            f"the kernel library has ABI {api.abi}, this package needs {ABI_VERSION}; reinstall both together"
+            f"the kernel library has ABI {api.abi}, this package needs {ABI_VERSION}; "
+            "reinstall both together"
         )
     return Library(api)

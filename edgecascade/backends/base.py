@@ -31,7 +31,8 @@ AUTO = ("cpu", "reference")
 class Snapshot:
     """A sequence's state at a token boundary, in a form that every backend reads.
 
-    `parts` maps (layer, name) to float32 or float16 arrays: "conv" [kernel - 1, channels], oldest first; "ssm" [heads, head_dim,
+    `parts` maps (layer, name) to float32 or float16 arrays: "conv" [kernel - 1, channels], oldest
+    first; "ssm" [heads, head_dim,
     state]; "kv" [2, tokens, kv_heads, head_dim].
     """
 
@@ -56,7 +57,7 @@ class Backend(Protocol):
         """Append tokens to a slot; float32 logits [vocab] of the last one."""
 
     def decode(self, slots: Sequence[int], tokens: Sequence[int]) -> Array:
-        """Append one token to each of several distinct slots; float32 logits [len(slots), vocab]."""
+        """Append one token to each of distinct slots; float32 logits [len(slots), vocab]."""
 
     def logits(self, tokens: Array) -> Array:
         """Teacher-forced logits of every position, float32 [T, vocab]; touches no slot."""
@@ -136,8 +137,12 @@ def check_tokens(tokens: Any, vocab: int) -> Array:
     """
     ids = np.asarray(tokens)
     if ids.ndim != 1 or ids.size == 0 or ids.dtype.kind not in "iu":
-        raise InvalidRequest(f"tokens must be a non-empty list of ids, got shape {ids.shape} of {ids.dtype}")
+        raise InvalidRequest(
+            f"tokens must be a non-empty list of ids, got shape {ids.shape} of {ids.dtype}"
+        )
     bad = np.flatnonzero((ids < 0) | (ids >= vocab))
     if bad.size:
-        raise InvalidRequest(f"token {ids[bad[0]]} at position {bad[0]} is outside the vocabulary of {vocab}")
+        raise InvalidRequest(
+            f"token {ids[bad[0]]} at position {bad[0]} is outside the vocabulary of {vocab}"
+        )
     return ids.astype(np.int32)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kernel library as a backend: the forward pass is recorded once and replayed with one call per step."""
+"""The kernel library as a backend: a forward pass recorded once, replayed with one call."""
 
 from __future__ import annotations
 
@@ -50,13 +50,14 @@ class NativeBackend:
         self.vocab: int = config.vocab
         self.slots = options.slots
         self._scratch_slot = options.slots  # for logits(), which belongs to no sequence
-        kv_dtype = np.dtype("float32" if bundle.kv_type == "f32" else "float16")
+        kv_dtype = np.dtype("float32" if bundle.limits.kv_type == "f32" else "float16")
         self._open_state(model.states(config), options, config.max_context, kv_dtype)
         self._held = [0] * (self.slots + 1)
         self._bundle = bundle
         self._record(model, config, kv_dtype)
 
-    # ---- opening ------------------------------------------------------------------------------------
+    # ---- opening
+    # ------------------------------------------------------------------------------------
 
     def _open_state(
         self, states: list[State], options: Options, model_context: int, kv_dtype: np.dtype[Any]
@@ -74,8 +75,9 @@ class NativeBackend:
                 fitting = int(available * KV_SHARE) // (token_bytes * PAGE_TOKENS)
             if options.max_context is not None and fitting < per_slot:
                 raise OutOfMemory(
-                    f"a context of {wanted} tokens needs {per_slot * PAGE_TOKENS * token_bytes / 1e9:.2f} GB of keys and "
-                    f"values; {fitting * PAGE_TOKENS} tokens fit beside what runs here"
+                    f"a context of {wanted} tokens needs "
+                    f"{per_slot * PAGE_TOKENS * token_bytes / 1e9:.2f} GB of keys and values; "
+                    f"{fitting * PAGE_TOKENS} tokens fit beside what runs here"
                 )
             num_pages = max(1, min(num_pages, fitting))
         self.max_context = min(wanted, num_pages * PAGE_TOKENS)
@@ -86,7 +88,7 @@ class NativeBackend:
         )
 
     def _record(self, model: Any, config: Any, kv_dtype: np.dtype[Any]) -> None:
-        """Record the forward pass and bind every field to its memory, once for decode and once for prefill."""
+        """Record the forward pass and bind every field to its memory."""
         bundle = self._bundle
         self._vectors: dict[str, Array] = {}
         weights = {name: self._weight(name) for name in bundle.tensors}
@@ -167,14 +169,18 @@ class NativeBackend:
             max_context=self.max_context,
         )
         needed = 0
-        for calls, n_tok, n_seq in ((self._prefill, PREFILL_CHUNK, 1), (self._decode, slots, slots)):
+        for calls, n_tok, n_seq in (
+            (self._prefill, PREFILL_CHUNK, 1),
+            (self._decode, slots, slots),
+        ):
             self._step.n_tok, self._step.n_seq = n_tok, n_seq
             self._step.n_out = min(n_tok, len(self._logits))
             needed = max(needed, self._library.workspace_size(self._step, calls))
         self._workspace = reserve((max(needed, 1),), np.uint8)
         self._step.workspace, self._step.workspace_bytes = address(self._workspace), needed
 
-    # ---- running ------------------------------------------------------------------------------------
+    # ---- running
+    # ------------------------------------------------------------------------------------
 
     def prefill(self, slot: int, tokens: Array) -> Array:
         """See Backend."""
@@ -188,7 +194,10 @@ class NativeBackend:
         """See Backend."""
         count = len(slots)
         if not 0 < count <= self.slots or len(set(slots)) != count or len(tokens) != count:
-            raise InvalidRequest(f"decode needs 1 to {self.slots} distinct slots and a token for each, got {list(slots)}")
+            raise InvalidRequest(
+                f"decode needs 1 to {self.slots} distinct slots and a token for each, "
+                f"got slots {list(slots)} and {len(tokens)} tokens"
+            )
         ids = check_tokens(tokens, self.vocab)
         for slot in slots:
             self._check_slot(slot)
@@ -249,7 +258,7 @@ class NativeBackend:
         return ids, weights
 
     def _append(self, slot: int, ids: Array, *, chunk: int, all_rows: bool) -> list[Array]:
-        """Run tokens through a slot in chunks; only the last token needs a head unless all rows do."""
+        """Run tokens through a slot in chunks; only the last one needs a head, or all."""
         made = []
         for at in range(0, len(ids), chunk):
             part = ids[at : at + chunk]
@@ -271,7 +280,8 @@ class NativeBackend:
         step.max_context = int(self._past[:n_seq].max()) + (n_tok if n_seq == 1 else 1)
         self._library.run(self._stream, step, calls)
 
-    # ---- state --------------------------------------------------------------------------------------
+    # ---- state
+    # --------------------------------------------------------------------------------------
 
     def tokens(self, slot: int) -> int:
         """See Backend."""

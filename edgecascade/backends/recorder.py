@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Records a forward pass once, so that the kernel library can replay it without Python.
 
-Recording runs the model's forward with handles instead of arrays. `assign_buffers` then gives the handles memory by their
+Recording runs the model's forward with handles instead of arrays. `assign_buffers` then gives the
+handles memory by their
 last use, as a register allocator would: two live values never share a buffer, everything else may.
 """
 
@@ -16,7 +17,7 @@ from edgecascade.ops import Kind, Op, Ops
 
 @dataclass(eq=False)
 class Handle:
-    """A value of the recorded pass: `columns` float32 for each row of the step, or for each row of the head."""
+    """A value of the pass: `columns` float32 for each row of the step, or of the head."""
 
     columns: int
     of_head: bool = False

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The truth: every op as a readable NumPy function in float32, and a backend that evaluates a forward pass with them.
+"""The truth: every op as a readable NumPy function in float32, and a backend that evaluates a
+forward pass with them.
 
-Sources: transformers 5.x models/nemotron_h (attention, MoE, layer order), Dao & Gu, arXiv 2405.21060 (Mamba-2 recurrence).
+Sources: transformers 5.x models/nemotron_h (attention, MoE, layer order), Dao & Gu, arXiv
+2405.21060 (Mamba-2 recurrence).
 Letters as in edgecascade/ops.py.
 """
 
@@ -26,7 +28,7 @@ from edgecascade.tensors import GROUP_SIZE, KvState
 
 @dataclass(frozen=True)
 class Matrix:
-    """A weight as stored; `dense` widens one matrix of it on demand, so that a 17 GB bundle needs no 120 GB."""
+    """A weight as stored. `dense` widens one matrix on demand: 17 GB never become 120."""
 
     bundle: Bundle
     name: str
@@ -68,7 +70,9 @@ def round_to_int8(x: Array) -> Array:
     padded[:, :columns] = x
     groups = padded.reshape(tokens, -1, GROUP_SIZE)
     peak = np.abs(groups).max(axis=-1, keepdims=True)
-    codes = np.rint(groups * np.divide(np.float32(127), peak, out=np.zeros_like(peak), where=peak > 0))
+    codes = np.rint(
+        groups * np.divide(np.float32(127), peak, out=np.zeros_like(peak), where=peak > 0)
+    )
     return (codes * (peak / np.float32(127))).reshape(padded.shape)[:, :columns]
 
 
@@ -86,7 +90,8 @@ def silu(x: Array) -> Array:
 def mamba(f: Mapping[str, Any], state: dict[str, Array]) -> Array:
     """One token after the other: conv, SiLU, S = exp(dt A) S + dt x B^T, y = S C + D x, gate.
 
-    zxbcdt [T, 2HP + 2GN + H]; state "conv" [K - 1, C], oldest first, and "ssm" [H, P, N] are replaced. Returns [T, HP].
+    zxbcdt [T, 2HP + 2GN + H]; state "conv" [K - 1, C], oldest first, and "ssm" [H, P, N] are
+    replaced. Returns [T, HP].
     """
     heads, head_dim, groups, n = f["heads"], f["head_dim"], f["groups"], f["state"]
     inner, channels = heads * head_dim, heads * head_dim + 2 * groups * n
@@ -110,9 +115,11 @@ def mamba(f: Mapping[str, Any], state: dict[str, Array]) -> Array:
 
 
 def attention(f: Mapping[str, Any], state: dict[str, Array]) -> Array:
-    """softmax(q k^T scale) v, causal, no positional encoding; query head h reads key head h // (heads / kv_heads).
+    """softmax(q k^T scale) v, causal, no positional encoding; query head h reads key head h //
+    (heads / kv_heads).
 
-    qkv [T, (heads + 2 kv_heads) head_dim]; state "kv" [2, past, kv_heads, head_dim] grows by T. Returns [T, heads head_dim].
+    qkv [T, (heads + 2 kv_heads) head_dim]; state "kv" [2, past, kv_heads, head_dim] grows by T.
+    Returns [T, heads head_dim].
     """
     heads, kv_heads, head_dim = f["heads"], f["kv_heads"], f["head_dim"]
     tokens = len(f["qkv"])
@@ -150,12 +157,14 @@ def route(f: Mapping[str, Any], h: Array) -> tuple[Array, Array]:
 
 @dataclass
 class Evaluator(Ops):
-    """Evaluates a forward pass for one sequence. `int8_activations` rounds what int8 kernels would round."""
+    """Evaluates a pass for one sequence. `int8_activations` rounds what int8 kernels round."""
 
     tokens: Array
     states: dict[int, dict[str, Array]]
     int8_activations: bool = False
-    residuals: list[Array] = field(default_factory=list)  # the residual stream after each layer, for `verify`
+    residuals: list[Array] = field(
+        default_factory=list
+    )  # the residual stream after each layer, for `verify`
 
     def call(self, op: Op, layer: int, fields: Mapping[str, Any]) -> Array:
         """Evaluate one op."""
@@ -197,7 +206,7 @@ class Evaluator(Ops):
 
 
 class ReferenceBackend:
-    """Evaluates the forward pass with NumPy, sequence by sequence. Slow, and the measure of every other backend."""
+    """Evaluates the forward pass with NumPy, one sequence at a time: the measure of others."""
 
     name = "reference"
 
@@ -206,11 +215,13 @@ class ReferenceBackend:
         self._bundle, self._model = bundle, model
         self._config = model.read_config(bundle.config)
         self._weights = {name: self._load(name) for name in bundle.tensors}
-        self._kv_type = np.dtype("float32" if bundle.kv_type == "f32" else "float16")
+        self._kv_type = np.dtype("float32" if bundle.limits.kv_type == "f32" else "float16")
         self.int8_activations = False
         self.vocab: int = self._config.vocab
         self.slots = options.slots
-        self.max_context = min(options.max_context or self._config.max_context, self._config.max_context)
+        self.max_context = min(
+            options.max_context or self._config.max_context, self._config.max_context
+        )
         self._states = [self._empty() for _ in range(self.slots)]
         self._held = [0] * self.slots
 
@@ -232,7 +243,9 @@ class ReferenceBackend:
                 part[state.name] = np.zeros(state.shape, np.float32)
         return states
 
-    def evaluate(self, tokens: Array, states: dict[int, dict[str, Array]]) -> tuple[Array, list[Array]]:
+    def evaluate(
+        self, tokens: Array, states: dict[int, dict[str, Array]]
+    ) -> tuple[Array, list[Array]]:
         """Logits of every token, and the residual stream after each layer."""
         ops = Evaluator(tokens, states, self.int8_activations)
         logits: Array = self._model.forward(ops, self._config, self._weights)
@@ -248,7 +261,9 @@ class ReferenceBackend:
 
     def decode(self, slots: Sequence[int], tokens: Sequence[int]) -> Array:
         """See Backend."""
-        return np.stack([self.prefill(s, np.array([t])) for s, t in zip(slots, tokens, strict=True)])
+        return np.stack(
+            [self.prefill(s, np.array([t])) for s, t in zip(slots, tokens, strict=True)]
+        )
 
     def logits(self, tokens: Array) -> Array:
         """See Backend."""
@@ -256,7 +271,9 @@ class ReferenceBackend:
 
     def sample(self, logits: Array, rows: Sequence[SampleRow]) -> list[tuple[int, float]]:
         """See Backend."""
-        return [sampling.sample(row_logits, row) for row_logits, row in zip(logits, rows, strict=True)]
+        return [
+            sampling.sample(row_logits, row) for row_logits, row in zip(logits, rows, strict=True)
+        ]
 
     def tokens(self, slot: int) -> int:
         """See Backend."""
@@ -268,7 +285,11 @@ class ReferenceBackend:
 
     def save(self, slot: int) -> Snapshot:
         """See Backend."""
-        parts = {(i, name): part.copy() for i, s in self._states[slot].items() for name, part in s.items()}
+        parts = {
+            (i, name): part.copy()
+            for i, s in self._states[slot].items()
+            for name, part in s.items()
+        }
         return Snapshot(self._held[slot], parts)
 
     def restore(self, slot: int, snapshot: Snapshot) -> None:
@@ -289,7 +310,8 @@ class ReferenceBackend:
         ids = check_tokens(tokens, self.vocab)
         if self._held[slot] + len(ids) > self.max_context:
             raise ContextExceeded(
-                f"{self._held[slot]} tokens held and {len(ids)} more exceed the context of {self.max_context}"
+                f"{self._held[slot]} tokens held and {len(ids)} more exceed the context "
+                f"of {self.max_context}"
             )
         return ids
 

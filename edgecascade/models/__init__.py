@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Model families: one file each, named by the checkpoint's `model_type`.
 
-A family file offers `read_config(raw) -> config`, `tensors(config) -> list[Tensor]`, `states(config) -> list[State]` and
+A family file offers `read_config(raw) -> config`, `tensors(config) -> list[Tensor]`,
+`states(config) -> list[State]` and
 `forward(ops, config, weights)`. Adding a family is adding a file here and its name below.
 """
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Strict reading of a checkpoint's config.json: every key is used, known to be harmless, or an error."""
+"""Strict reading of config.json: every key is used, known to be harmless, or an error."""
 
 from __future__ import annotations
 
@@ -37,7 +37,11 @@ class ConfigReader:
         if value is None and default is not None:
             return default
         self._require(key, value)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, (int, float))
+            or not 0 < value < float("inf")
+        ):
             raise UnsupportedModel(f"config.json {key} is {value!r}; expected a positive number")
         return float(value)
 
@@ -54,7 +58,9 @@ class ConfigReader:
         """Refuse any value but `allowed`; a missing key means `allowed`."""
         value = self.optional(key)
         if value is not None and value != allowed:
-            raise UnsupportedModel(f"config.json {key} is {value!r}; only {allowed!r} is implemented")
+            raise UnsupportedModel(
+                f"config.json {key} is {value!r}; only {allowed!r} is implemented"
+            )
 
     def finish(self, harmless: Mapping[str, Iterable[str]]) -> None:
         """Refuse keys that nobody asked for and that are not listed as harmless."""
@@ -63,7 +69,8 @@ class ConfigReader:
         if unknown:
             shown = ", ".join(f"{key} = {self._raw[key]!r}"[:120] for key in unknown)
             raise UnsupportedModel(
-                f"config.json sets keys that this version does not read and that could change the result: {shown}"
+                "config.json sets keys that this version does not read and that could change the "
+                f"result: {shown}"
             )
 
     def _require(self, key: str, value: object) -> None:

@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Nemotron-H: Mamba-2, attention, mixture-of-experts and dense layers, one mixer each, pre-norm, no positional encoding.
+"""Nemotron-H: Mamba-2, attention, mixture-of-experts and dense layers, one mixer each, pre-norm,
+no positional encoding.
 
-Nemotron-Cascade-2-30B-A3B, Nemotron-3-Nano-30B-A3B, Nemotron-Nano-9B-v2 and Nemotron-3-Nano-4B are configurations of it.
-The maths follows transformers 5.x `models/nemotron_h` but for one point: dt is never clamped (docs/model.md).
+Nemotron-Cascade-2-30B-A3B, Nemotron-3-Nano-30B-A3B, Nemotron-Nano-9B-v2 and Nemotron-3-Nano-4B are
+configurations of it.
+The maths follows transformers 5.x `models/nemotron_h` but for one point: dt is never clamped
+(docs/model.md).
 """
 
 from __future__ import annotations
@@ -150,8 +153,10 @@ def read_config(raw: Mapping[str, Any]) -> Config:
     """Read config.json strictly.
 
     Raises:
-        UnsupportedModel: for a key that is neither used nor known to be harmless, a missing key, a value out of range,
-            or one that asks for maths which is not implemented; the message names the key and the value.
+        UnsupportedModel: for a key that is neither used nor known to be harmless, a missing key, a
+        value out of range,
+            or one that asks for maths which is not implemented; the message names the key and the
+            value.
     """
     read = ConfigReader(raw)
     layers = _layers(read)
@@ -212,24 +217,32 @@ def _layers(read: ConfigReader) -> str:
         if names is not None:
             unknown = sorted({str(name) for name in names} - KINDS.keys())
             if unknown:
-                raise UnsupportedModel(f"config.json {key} names layer kinds {unknown}; known: {sorted(KINDS)}")
+                raise UnsupportedModel(
+                    f"config.json {key} names layer kinds {unknown}; known: {sorted(KINDS)}"
+                )
             spellings[key] = "".join(KINDS[name] for name in names)
     if not spellings:
-        raise UnsupportedModel("config.json has neither hybrid_override_pattern nor layers_block_type")
+        raise UnsupportedModel(
+            "config.json has neither hybrid_override_pattern nor layers_block_type"
+        )
     if len(set(spellings.values())) > 1:
         raise UnsupportedModel(f"config.json contradicts itself about the layers: {spellings}")
     (layers,) = set(spellings.values())
     unknown = sorted(set(layers) - set(KINDS.values()))
     if unknown or not layers:
-        raise UnsupportedModel(f"config.json layer pattern {layers!r} has unknown letters {unknown}; known: M * E -")
+        raise UnsupportedModel(
+            f"config.json layer pattern {layers!r} has unknown letters {unknown}; known: M * E -"
+        )
     count = read.size("num_hidden_layers", needed=False) or len(layers)
     if count != len(layers):
-        raise UnsupportedModel(f"config.json num_hidden_layers is {count}, but the pattern has {len(layers)}")
+        raise UnsupportedModel(
+            f"config.json num_hidden_layers is {count}, but the pattern has {len(layers)}"
+        )
     return layers
 
 
 def _check_time_step_limit(read: ConfigReader) -> None:
-    """Only an upper limit would change the maths; the lower one is a clamp that no other implementation applies."""
+    """Only an upper limit changes the maths; the lower one is a clamp others do not apply."""
     limit = read.optional("time_step_limit")
     if limit is None:
         return
@@ -237,7 +250,9 @@ def _check_time_step_limit(read: ConfigReader) -> None:
     if isinstance(upper, dict):  # transformers writes {"__float__": "Infinity"}
         upper = upper.get("__float__")
     if upper not in (float("inf"), "Infinity", "inf"):
-        raise UnsupportedModel(f"config.json time_step_limit is {limit}; only an infinite upper limit is implemented")
+        raise UnsupportedModel(
+            f"config.json time_step_limit is {limit}; only an infinite upper limit is implemented"
+        )
 
 
 def _check(c: Config) -> None:
@@ -245,12 +260,16 @@ def _check(c: Config) -> None:
 
     def multiple(what: str, value: int, of: str, divisor: int) -> None:
         if value % divisor:
-            raise UnsupportedModel(f"config.json: {what} = {value} is not a multiple of {of} = {divisor}")
+            raise UnsupportedModel(
+                f"config.json: {what} = {value} is not a multiple of {of} = {divisor}"
+            )
 
     if "M" in c.layers:
         multiple("mamba_num_heads", c.mamba_heads, "n_groups", c.groups)
         if not 2 <= c.conv_kernel <= 8:
-            raise UnsupportedModel(f"config.json: conv_kernel = {c.conv_kernel}; 2 to 8 are implemented")
+            raise UnsupportedModel(
+                f"config.json: conv_kernel = {c.conv_kernel}; 2 to 8 are implemented"
+            )
     if "*" in c.layers:
         multiple("num_attention_heads", c.heads, "num_key_value_heads", c.kv_heads)
     if "E" in c.layers:
@@ -278,8 +297,14 @@ def tensors(c: Config) -> list[Tensor]:
             a_log = ((at + "A_log", (c.mamba_heads,)),)
             made += [
                 linear(to + "in_proj", role, rows, c.hidden, at + "in_proj.weight"),
-                Tensor(to + "conv_weight", vector, (c.conv_kernel, c.channels), conv, Transform.CONV),
-                *([_vector(to + "conv_bias", c.channels, at + "conv1d.bias")] if c.conv_bias else []),
+                Tensor(
+                    to + "conv_weight", vector, (c.conv_kernel, c.channels), conv, Transform.CONV
+                ),
+                *(
+                    [_vector(to + "conv_bias", c.channels, at + "conv1d.bias")]
+                    if c.conv_bias
+                    else []
+                ),
                 Tensor(to + "a", vector, (c.mamba_heads,), a_log, Transform.NEG_EXP),
                 _vector(to + "d", c.mamba_heads, at + "D"),
                 _vector(to + "dt_bias", c.mamba_heads, at + "dt_bias"),
@@ -289,7 +314,8 @@ def tensors(c: Config) -> list[Tensor]:
         elif kind == "*":
             q, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
             sources = tuple(
-                (f"{at}{name}_proj.weight", (rows, c.hidden)) for name, rows in (("q", q), ("k", kv), ("v", kv))
+                (f"{at}{name}_proj.weight", (rows, c.hidden))
+                for name, rows in (("q", q), ("k", kv), ("v", kv))
             )
             made += [
                 Tensor(to + "qkv", Role.ATTENTION, (q + 2 * kv, c.hidden), sources),
@@ -300,10 +326,23 @@ def tensors(c: Config) -> list[Tensor]:
             made += [
                 linear(to + "router", Role.ROUTER, c.experts, c.hidden, at + "gate.weight"),
                 _vector(to + "router_bias", c.experts, at + "gate.e_score_correction_bias"),
-                _experts(to + "experts_up", c.experts, c.expert_ff, c.hidden, at + "experts.", "up_proj"),
-                _experts(to + "experts_down", c.experts, c.hidden, c.expert_ff, at + "experts.", "down_proj"),
-                linear(to + "shared_up", Role.SHARED_EXPERT, f, c.hidden, shared + "up_proj.weight"),
-                linear(to + "shared_down", Role.SHARED_EXPERT, c.hidden, f, shared + "down_proj.weight"),
+                _experts(
+                    to + "experts_up", c.experts, c.expert_ff, c.hidden, at + "experts.", "up_proj"
+                ),
+                _experts(
+                    to + "experts_down",
+                    c.experts,
+                    c.hidden,
+                    c.expert_ff,
+                    at + "experts.",
+                    "down_proj",
+                ),
+                linear(
+                    to + "shared_up", Role.SHARED_EXPERT, f, c.hidden, shared + "up_proj.weight"
+                ),
+                linear(
+                    to + "shared_down", Role.SHARED_EXPERT, c.hidden, f, shared + "down_proj.weight"
+                ),
             ]
         else:
             made += [
@@ -326,7 +365,9 @@ def _vector(name: str, size: int, source: str) -> Tensor:
 def _experts(name: str, experts: int, rows: int, columns: int, prefix: str, proj: str) -> Tensor:
     sources = tuple((f"{prefix}{j}.{proj}.weight", (rows, columns)) for j in range(experts))
     shape = (experts, rows, columns)
-    return Tensor(name, Role.EXPERT, shape, sources, Transform.EXPERTS, fused=(prefix + proj, shape))
+    return Tensor(
+        name, Role.EXPERT, shape, sources, Transform.EXPERTS, fused=(prefix + proj, shape)
+    )
 
 
 def states(c: Config) -> list[State]:
@@ -368,7 +409,9 @@ def _mamba(ops: Ops, c: Config, w: Mapping[str, Value], i: int, norm: Norm, x: V
         chunk=c.chunk,
     )
     # The gate came first, inside the op; the norm is over each group, not over the row.
-    return ops.linear(i, y, w[p + "out_proj"], norm=Norm(w[p + "gate_norm"], c.eps, c.groups), residual=x)
+    return ops.linear(
+        i, y, w[p + "out_proj"], norm=Norm(w[p + "gate_norm"], c.eps, c.groups), residual=x
+    )
 
 
 def _attention(ops: Ops, c: Config, w: Mapping[str, Value], i: int, norm: Norm, x: Value) -> Value:
