@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What executes a bundle: `open_backend` picks one and says why."""
 
-from edgecascade.backends.base import BACKENDS, Backend, SampleRow, Snapshot, open_backend
+from edgecascade.backends.base import BACKENDS, Backend, Snapshot, open_backend
 
-__all__ = ["BACKENDS", "Backend", "SampleRow", "Snapshot", "open_backend"]
+__all__ = ["BACKENDS", "Backend", "Snapshot", "open_backend"]

@@ -50,7 +50,7 @@ class NativeBackend:
         self.vocab: int = config.vocab
         self.slots = options.slots
         self._scratch_slot = options.slots  # for logits(), which belongs to no sequence
-        kv_dtype = np.dtype("float32" if bundle.limits.kv_type == "f32" else "float16")
+        kv_dtype = np.dtype("float32" if bundle.kv_type == "f32" else "float16")
         self._open_state(model.states(config), options, config.max_context, kv_dtype)
         self._held = [0] * (self.slots + 1)
         self._bundle = bundle
@@ -188,7 +188,7 @@ class NativeBackend:
         ids = check_tokens(tokens, self.vocab)
         self._admit(slot, len(ids))
         self._append(slot, ids, chunk=PREFILL_CHUNK, all_rows=False)
-        return self._logits[0].copy()
+        return np.array(self._logits[0])
 
     def decode(self, slots: Sequence[int], tokens: Sequence[int]) -> Array:
         """See Backend."""
@@ -211,7 +211,7 @@ class NativeBackend:
         self._run(self._decode, n_tok=count, n_seq=count, n_out=count)
         for slot in slots:
             self._held[slot] += 1
-        return self._logits[:count].copy()
+        return np.array(self._logits[:count])
 
     def logits(self, tokens: Array) -> Array:
         """See Backend."""

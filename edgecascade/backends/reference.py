@@ -55,7 +55,8 @@ def rms_norm(x: Array, norm: Norm | None) -> Array:
         return x
     parts = x.reshape(len(x), norm.groups, -1)
     parts = parts / np.sqrt(np.mean(parts * parts, axis=-1, keepdims=True) + np.float32(norm.eps))
-    return norm.gamma * parts.reshape(x.shape)
+    scaled: Array = norm.gamma * parts.reshape(x.shape)
+    return scaled
 
 
 def activate(x: Array, act: int) -> Array:
@@ -73,13 +74,15 @@ def round_to_int8(x: Array) -> Array:
     codes = np.rint(
         groups * np.divide(np.float32(127), peak, out=np.zeros_like(peak), where=peak > 0)
     )
-    return (codes * (peak / np.float32(127))).reshape(padded.shape)[:, :columns]
+    rounded: Array = (codes * (peak / np.float32(127))).reshape(padded.shape)
+    return rounded[:, :columns]
 
 
 def sigmoid(x: Array) -> Array:
     """1 / (1 + exp(-x)), without overflow."""
     small = np.exp(-np.abs(x))
-    return np.where(x >= 0, 1, small) / (1 + small)
+    value: Array = np.where(x >= 0, 1, small) / (1 + small)
+    return value
 
 
 def silu(x: Array) -> Array:
@@ -133,7 +136,8 @@ def attention(f: Mapping[str, Any], state: dict[str, Array]) -> Array:
     scores = np.where(ahead, -np.inf, scores)
     weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
     weights /= weights.sum(axis=-1, keepdims=True)
-    return np.einsum("hts,shd->thd", weights, v).reshape(tokens, heads * head_dim)
+    y: Array = np.einsum("hts,shd->thd", weights, v)
+    return y.reshape(tokens, heads * head_dim)
 
 
 def route(f: Mapping[str, Any], h: Array) -> tuple[Array, Array]:
@@ -195,14 +199,16 @@ class Evaluator(Ops):
             up = activate(self._product(h[token], f["up"], int(expert)), Activation.RELU2)
             y[token] += weights[token, choice][:, None] * self._product(up, f["down"], int(expert))
         up = activate(self._product(h, f["shared_up"]), Activation.RELU2)
-        return y + self._product(up, f["shared_down"]) + f["x"]
+        y += self._product(up, f["shared_down"]) + f["x"]
+        return y
 
     def _head(self, f: Mapping[str, Any]) -> Array:
         return self._product(rms_norm(f["x"], f["norm"]), f["w"])
 
     def _product(self, x: Array, w: Matrix, expert: int = 0) -> Array:
         rounded = round_to_int8(x) if self.int8_activations and w.is_block else x
-        return rounded @ w.dense(expert).T
+        product: Array = rounded @ w.dense(expert).T
+        return product
 
 
 class ReferenceBackend:
@@ -215,7 +221,7 @@ class ReferenceBackend:
         self._bundle, self._model = bundle, model
         self._config = model.read_config(bundle.config)
         self._weights = {name: self._load(name) for name in bundle.tensors}
-        self._kv_type = np.dtype("float32" if bundle.limits.kv_type == "f32" else "float16")
+        self._kv_type = np.dtype("float32" if bundle.kv_type == "f32" else "float16")
         self.int8_activations = False
         self.vocab: int = self._config.vocab
         self.slots = options.slots
