@@ -9,6 +9,10 @@
     ├── BundleError           a bundle that is damaged or incomplete                   "bundle-damaged"
     │   └── BundleMismatch    a sound bundle, made for something else                  "bundle-mismatch"
     ├── BuildError            the build itself could not go on                         "build-failed"
+    ├── SnapshotError         a saved state that is damaged or incomplete              "snapshot-damaged"
+    ├── Overloaded            the queue is full; come back later                       "overloaded"
+    ├── DeadlineExceeded      the request's time was up before it was done             "deadline-exceeded"
+    ├── Cancelled             the caller took the request back                         "cancelled"
     └── BackendError          a device or library failed                               "backend-failed"
         ├── BackendUnavailable  a backend that this machine lacks                      "backend-unavailable"
         └── OutOfMemory       the bundle or its state does not fit                     "out-of-memory"
@@ -65,6 +69,34 @@ class BuildError(EdgeCascadeError):
     """The build could not go on."""
 
     code = "build-failed"
+
+
+class SnapshotError(EdgeCascadeError):
+    """A saved state is damaged or incomplete."""
+
+    code = "snapshot-damaged"
+
+
+class Overloaded(EdgeCascadeError):
+    """No room in the queue; `retry_after_s` says when to try again."""
+
+    code = "overloaded"
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class DeadlineExceeded(EdgeCascadeError):
+    """The request's time was up before it was done."""
+
+    code = "deadline-exceeded"
+
+
+class Cancelled(EdgeCascadeError):
+    """The caller took the request back."""
+
+    code = "cancelled"
 
 
 class BackendError(EdgeCascadeError):
