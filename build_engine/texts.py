@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The small files of a bundle: tokenizer, chat template, and what ends and shapes a generation."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from typing import Any
+
+from build_engine.checkpoint import Checkpoint, read_json
+from edgecascade import manifest as layout
+from edgecascade.errors import CheckpointError
+
+log = logging.getLogger(__name__)
+
+# Turn ends that config.json of this family leaves out although a chat stops there.
+TURN_ENDS = ("<|im_end|>",)
+SAMPLING_KEYS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+TOKEN_KEYS = ("bos_token_id", "pad_token_id")
+
+
+def texts(checkpoint: Checkpoint) -> dict[str, bytes]:
+    """tokenizer.json and the chat template, as far as the checkpoint has them."""
+    made: dict[str, bytes] = {}
+    tokenizer = checkpoint.folder / "tokenizer.json"
+    if tokenizer.exists():
+        read_json(tokenizer)
+        made[layout.TOKENIZER] = tokenizer.read_bytes()
+    else:
+        log.warning(
+            "%s has no tokenizer.json: the bundle will take and give token ids only",
+            checkpoint.folder,
+        )
+    template = _chat_template(checkpoint)
+    if template is not None:
+        made[layout.CHAT_TEMPLATE] = template.encode()
+    return made
+
+
+def generation(checkpoint: Checkpoint) -> dict[str, Any]:
+    """generation.json: every token id that ends an answer, and the sampling that the authors
+    recommend.
+    """
+    config = checkpoint.config
+    recommended = checkpoint.optional_json("generation_config.json")
+    ends = {
+        *_ids(config.get("eos_token_id")),
+        *_ids(recommended.get("eos_token_id")),
+        *_turn_ends(checkpoint),
+    }
+    made: dict[str, Any] = {"eos_token_id": sorted(ends)}
+    for key in TOKEN_KEYS:
+        if key in recommended or key in config:
+            made[key] = recommended.get(key, config.get(key))
+    made.update(
+        {key: recommended[key] for key in SAMPLING_KEYS if recommended.get(key) is not None}
+    )
+    if recommended.get("do_sample") is False:
+        made["temperature"] = 0.0
+    return made
+
+
+def _chat_template(checkpoint: Checkpoint) -> str | None:
+    path = checkpoint.folder / layout.CHAT_TEMPLATE
+    if path.exists():
+        try:
+            return path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise CheckpointError(f"{path} is not UTF-8: {error}") from error
+    template = checkpoint.optional_json("tokenizer_config.json").get("chat_template")
+    if isinstance(template, list):
+        named = {
+            entry.get("name"): entry.get("template")
+            for entry in template
+            if isinstance(entry, dict)
+        }
+        template = named.get("default")
+    if template is not None and not isinstance(template, str):
+        raise CheckpointError(
+            f"chat_template in {checkpoint.folder / 'tokenizer_config.json'} is "
+            f"{type(template).__name__}; expected a text"
+        )
+    return template
+
+
+def _turn_ends(checkpoint: Checkpoint) -> Iterable[int]:
+    for token in checkpoint.optional_json("tokenizer.json").get("added_tokens", []):
+        if isinstance(token, dict) and token.get("content") in TURN_ENDS:
+            yield from _ids(token.get("id"))
+
+
+def _ids(value: Any) -> list[int]:
+    if value is None:
+        return []
+    ids = value if isinstance(value, list) else [value]
+    if not all(type(item) is int and item >= 0 for item in ids):
+        raise CheckpointError(f"eos_token_id is {value!r}; expected token ids")
+    return ids

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Durable files: data before names, names before success."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+HASH_CHUNK_BYTES = 4 << 20
+
+
+def canonical_json(value: Any) -> bytes:
+    """The one way this project writes a JSON document: sorted keys, ASCII, no NaN.
+
+    A reader compares a file with its own re-serialisation, so that white space, repeated keys and
+    spellings of a number cannot hide a change.
+    """
+    text = json.dumps(value, sort_keys=True, indent=1, ensure_ascii=True, allow_nan=False)
+    return text.encode() + b"\n"
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a file and wait until its data are on the disk."""
+    with open(path, "xb") as out:
+        out.write(data)
+        out.flush()
+        os.fsync(out.fileno())
+
+
+def fsync_folder(path: Path) -> None:
+    """Wait until the names in a folder are on the disk."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def sha256_file(path: Path) -> str:
+    """Hex digest of a file's content."""
+    digest = hashlib.sha256()
+    buffer = memoryview(bytearray(HASH_CHUNK_BYTES))
+    with open(path, "rb", buffering=0) as source:
+        while size := source.readinto(buffer):
+            digest.update(buffer[:size])
+    return digest.hexdigest()
+
+
+def sha256_files(paths: list[Path]) -> list[str]:
+    """Hex digests of several files, read side by side: hashing releases the interpreter lock."""
+    workers = max(1, min(len(paths), len(os.sched_getaffinity(0))))
+    with ThreadPoolExecutor(workers) as pool:
+        return list(pool.map(sha256_file, paths))
