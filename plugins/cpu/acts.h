@@ -1,12 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Rows of activations in the two forms that weights multiply: float32 for EC_F32 and EC_F16, int8 for blocks.
+// Rows of activations in the two forms that weights multiply: float32 for EC_F32 and EC_F16, int8
+// for blocks.
 //
-//   int8 form, per group of 64 columns:  scale = max|x| / 127,  q = round(x / scale),  correction = -8 sum(q)
+//   int8 form, per group of 64 columns:  scale = max|x| / 127,  q = round(x / scale),  correction =
+//   -8 sum(q)
 //
-// The correction turns sum(code q) into sum((code - 8) q). All of it is plain float32 arithmetic in a fixed order, so
-// that every ISA gets the same bits. A NaN or infinity in a group makes its scale NaN or infinite, and with it every
-// result that depends on the group: bad values stay visible.
+// The correction turns sum(code q) into sum((code - 8) q). All of it is plain float32 arithmetic in
+// a fixed order, so that every ISA gets the same bits. A NaN or infinity in a group makes its scale
+// NaN or infinite, and with it every result that depends on the group: bad values stay visible.
 #ifndef EC_CPU_ACTS_H
 #define EC_CPU_ACTS_H
 
@@ -17,7 +19,7 @@
 namespace ec::EC_ISA {
 
 struct Acts {
-  const float* f = nullptr;             // [row][stride]
+  const float* f = nullptr;  // [row][stride]
   int64_t stride = 0;
   const int8_t* q = nullptr;            // [row][groups * 64], zero beyond k
   const float* scale = nullptr;         // [row][groups]
@@ -59,13 +61,15 @@ inline void quantizeGroup(const float* v, int8_t* q, float* scale, int32_t* corr
   }
   float amax;
   std::memcpy(&amax, &largest, 4);
-  // Below 1e-36 the reciprocal overflows, and the products with any fp16 scale are zero in float32 anyway.
+  // Below 1e-36 the reciprocal overflows, and the products with any fp16 scale are zero in float32
+  // anyway.
   const bool tiny = amax < 1e-36f;
   const float inverse = tiny || !(amax <= 3.4028235e38f) ? 0.f : 127.f / amax;
   *scale = tiny ? 0.f : amax / 127.f;
   int32_t sum = 0;
   for (int i = 0; i < kGroup; ++i) {
-    // Adding 1.5 * 2^23 leaves round-to-nearest-even of |x| <= 127 in the low mantissa bits, on any ISA.
+    // Adding 1.5 * 2^23 leaves round-to-nearest-even of |x| <= 127 in the low mantissa bits, on any
+    // ISA.
     const float shifted = v[i] * inverse + 12582912.f;
     int32_t bits;
     std::memcpy(&bits, &shifted, 4);
@@ -76,17 +80,21 @@ inline void quantizeGroup(const float* v, int8_t* q, float* scale, int32_t* corr
   *correction = -8 * sum;
 }
 
-// 1 / sqrt(mean(x^2) + eps). Sums in double in 8 fixed lanes: no overflow for any float, the same bits on every ISA.
+// 1 / sqrt(mean(x^2) + eps). Sums in double in 8 fixed lanes: no overflow for any float, the same
+// bits on every ISA.
 inline float rmsInverse(const float* x, int64_t n, float eps) {
   double lanes[8] = {};
   int64_t i = 0;
   for (; i + 8 <= n; i += 8) {
-    for (int j = 0; j < 8; ++j) lanes[j] += static_cast<double>(x[i + j]) * static_cast<double>(x[i + j]);
+    for (int j = 0; j < 8; ++j)
+      lanes[j] += static_cast<double>(x[i + j]) * static_cast<double>(x[i + j]);
   }
-  for (int j = 0; i + j < n; ++j) lanes[j] += static_cast<double>(x[i + j]) * static_cast<double>(x[i + j]);
-  const double sum =
-      ((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) + ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7]));
-  return static_cast<float>(1.0 / std::sqrt(sum / static_cast<double>(n) + static_cast<double>(eps)));
+  for (int j = 0; i + j < n; ++j)
+    lanes[j] += static_cast<double>(x[i + j]) * static_cast<double>(x[i + j]);
+  const double sum = ((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) +
+                     ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7]));
+  return static_cast<float>(1.0 /
+                            std::sqrt(sum / static_cast<double>(n) + static_cast<double>(eps)));
 }
 
 // One row of norm(x), piece by piece in ascending order.
@@ -132,7 +140,9 @@ inline void prepareRow(const float* x, const ec_norm& norm, const ActsBuffer& bu
     const int count = left < kGroup ? static_cast<int>(left) : kGroup;
     source.read(first, count, piece);
     for (int i = count; i < kGroup; ++i) piece[i] = 0.f;
-    if (buffer.f) std::memcpy(buffer.f + row * buffer.k + first, piece, static_cast<size_t>(count) * sizeof(float));
+    if (buffer.f)
+      std::memcpy(buffer.f + row * buffer.k + first, piece,
+                  static_cast<size_t>(count) * sizeof(float));
     if (buffer.q) {
       const int64_t at = row * buffer.groups + g;
       quantizeGroup(piece, buffer.q + at * kGroup, buffer.scale + at, buffer.correction + at);

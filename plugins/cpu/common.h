@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What every CPU op shares: failures with a sentence, scratch memory, the rows that count, half floats.
+// What every CPU op shares: failures with a sentence, scratch memory, the rows that count, half
+// floats.
 //
-// Code that is compiled once per ISA lives in namespace ec::EC_ISA; the macro comes from CMakeLists.txt. Inline
-// functions must live there too: an inline function of plain namespace ec would be compiled once per ISA under one
-// name, and the linker could keep the AVX-512 copy for a machine without it.
+// Code that is compiled once per ISA lives in namespace ec::EC_ISA; the macro comes from
+// CMakeLists.txt. Inline functions must live there too: an inline function of plain namespace ec
+// would be compiled once per ISA under one name, and the linker could keep the AVX-512 copy for a
+// machine without it.
 #ifndef EC_CPU_COMMON_H
 #define EC_CPU_COMMON_H
 
@@ -24,7 +26,7 @@
 namespace ec {
 
 constexpr int kBlockRows = 32;
-constexpr int kGroup = 64;          // columns that share a scale
+constexpr int kGroup = 64;           // columns that share a scale
 constexpr int kU4BlockBytes = 1088;  // 1024 bytes of codes, 32 fp16 scales
 constexpr int kI8BlockBytes = 2112;  // 2048 bytes of codes, 32 fp16 scales
 
@@ -47,14 +49,14 @@ ec_status checkNorm(const char* op, const ec_norm& norm, int32_t k);
 ec_status checkWeight(const char* op, const char* field, const ec_weight& w);
 uint64_t weightBytes(int32_t type, int32_t n, int32_t k);  // 0: unknown type or bad shape
 
-#define EC_TRY(expression)                      \
-  do {                                          \
-    ec_status ecTryStatus = (expression);       \
+#define EC_TRY(expression)                        \
+  do {                                            \
+    ec_status ecTryStatus = (expression);         \
     if (ecTryStatus != EC_OK) return ecTryStatus; \
   } while (0)
 
-// Hands out 64-byte aligned pieces of the step's workspace. Without a step it only measures, so that one layout
-// function serves both the op and its workspace size:
+// Hands out 64-byte aligned pieces of the step's workspace. Without a step it only measures, so
+// that one layout function serves both the op and its workspace size:
 //
 //   struct Scratch { float* h; explicit Scratch(Arena& arena, ...) : h(arena.take<float>(n)) {} };
 //   Arena arena(step); Scratch scratch(arena, ...); EC_TRY(arena.status("linear"));
@@ -66,7 +68,7 @@ class Arena {
   T* take(int64_t count) {
     return static_cast<T*>(takeBytes(count, sizeof(T)));
   }
-  size_t bytes() const;                     // taken so far, with room to align the base
+  size_t bytes() const;                    // taken so far, with room to align the base
   ec_status status(const char* op) const;  // EC_WORKSPACE when the workspace was too small
 
  private:

@@ -14,9 +14,11 @@ constexpr int kTileTokens = 8;
 constexpr int kPrefetchBlocks = 4;
 constexpr int kQuarterRows = 8;  // rows in one register
 
-// Weights come once per token: fetch them ahead of the hardware prefetcher, which stops at page borders.
+// Weights come once per token: fetch them ahead of the hardware prefetcher, which stops at page
+// borders.
 inline void prefetchBlock(const uint8_t* block, int bytes) {
-  for (int i = 0; i < bytes; i += 64) _mm_prefetch(reinterpret_cast<const char*>(block) + i, _MM_HINT_T0);
+  for (int i = 0; i < bytes; i += 64)
+    _mm_prefetch(reinterpret_cast<const char*>(block) + i, _MM_HINT_T0);
 }
 
 inline __m256i broadcast4(const int8_t* q) {
@@ -25,7 +27,9 @@ inline __m256i broadcast4(const int8_t* q) {
   return _mm256_set1_epi32(bytes);
 }
 
-inline __m256i load32(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+inline __m256i load32(const uint8_t* p) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+}
 
 // out[8] = fma(float(dot), scale_w * scale_x, out)
 inline void accumulate(__m256i dot, __m256 scaleW, float scaleX, float* out) {
@@ -59,11 +63,14 @@ void dotU4(const uint8_t* block, int64_t groups, const Acts& x, const int32_t* r
           const __m256i low = _mm256_and_si256(pair, low4);
           const __m256i high = _mm256_and_si256(_mm256_srli_epi16(pair, 4), low4);
           for (int m = 0; m < M; ++m) {
-            sum[m] = _mm256_add_epi16(sum[m], _mm256_maddubs_epi16(low, broadcast4(q[m] + octet * 8)));
-            sum[m] = _mm256_add_epi16(sum[m], _mm256_maddubs_epi16(high, broadcast4(q[m] + octet * 8 + 4)));
+            sum[m] =
+                _mm256_add_epi16(sum[m], _mm256_maddubs_epi16(low, broadcast4(q[m] + octet * 8)));
+            sum[m] = _mm256_add_epi16(sum[m],
+                                      _mm256_maddubs_epi16(high, broadcast4(q[m] + octet * 8 + 4)));
           }
         }
-        for (int m = 0; m < M; ++m) dot[m] = _mm256_add_epi32(dot[m], _mm256_madd_epi16(sum[m], ones));
+        for (int m = 0; m < M; ++m)
+          dot[m] = _mm256_add_epi32(dot[m], _mm256_madd_epi16(sum[m], ones));
       }
       const __m256 scaleW = loadScales(block + 1024 + quarter * 2 * kQuarterRows);
       for (int m = 0; m < M; ++m) {
@@ -88,12 +95,14 @@ void dotI8(const uint8_t* block, int64_t groups, const Acts& x, const int32_t* r
       __m256i dot[M];
       for (int m = 0; m < M; ++m) dot[m] = _mm256_setzero_si256();
       for (int quad = 0; quad < 16; ++quad) {
-        // maddubs wants one unsigned side: |w| and x with the sign of w. Pairs stay below 2 * 128 * 127 < 2^15.
+        // maddubs wants one unsigned side: |w| and x with the sign of w. Pairs stay below 2 * 128 *
+        // 127 < 2^15.
         const __m256i weight = load32(codes + quad * kBlockRows * 4);
         const __m256i magnitude = _mm256_abs_epi8(weight);
         for (int m = 0; m < M; ++m) {
           const __m256i signedX = _mm256_sign_epi8(broadcast4(q[m] + quad * 4), weight);
-          dot[m] = _mm256_add_epi32(dot[m], _mm256_madd_epi16(_mm256_maddubs_epi16(magnitude, signedX), ones));
+          dot[m] = _mm256_add_epi32(
+              dot[m], _mm256_madd_epi16(_mm256_maddubs_epi16(magnitude, signedX), ones));
         }
       }
       const __m256 scaleW = loadScales(block + 2048 + quarter * 2 * kQuarterRows);

@@ -25,8 +25,11 @@ inline __m512 loadScales(const uint8_t* scales) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(scales)));
 }
 
-// Weights come once per token: fetch them ahead of the hardware prefetcher, which stops at page borders.
-inline void prefetchLine(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
+// Weights come once per token: fetch them ahead of the hardware prefetcher, which stops at page
+// borders.
+inline void prefetchLine(const uint8_t* p) {
+  _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0);
+}
 
 // Two registers of 16 rows each per token.
 template <int M>
@@ -72,7 +75,8 @@ struct Rows {
 };
 
 template <int M>
-void dotU4(const uint8_t* block, int64_t groups, const Acts& acts, const int32_t* rows, float* out) {
+void dotU4(const uint8_t* block, int64_t groups, const Acts& acts, const int32_t* rows,
+           float* out) {
   const __m512i low4 = _mm512_set1_epi8(15);
   const Rows<M> x(acts, rows);
   FloatSums<M> sums;
@@ -105,15 +109,18 @@ void dotU4(const uint8_t* block, int64_t groups, const Acts& acts, const int32_t
 }
 
 template <int M>
-void dotI8(const uint8_t* block, int64_t groups, const Acts& acts, const int32_t* rows, float* out) {
-  // dpbusd wants unsigned weights: w ^ 0x80 = w + 128, and 16 * correction takes 128 * sum(q) away again.
+void dotI8(const uint8_t* block, int64_t groups, const Acts& acts, const int32_t* rows,
+           float* out) {
+  // dpbusd wants unsigned weights: w ^ 0x80 = w + 128, and 16 * correction takes 128 * sum(q) away
+  // again.
   const __m512i flip = _mm512_set1_epi8(static_cast<char>(0x80));
   const Rows<M> x(acts, rows);
   FloatSums<M> sums;
   for (int64_t g = 0; g < groups; ++g, block += kI8BlockBytes) {
     const uint8_t* ahead = block + kPrefetchBlocks * kI8BlockBytes;
     DotSums<M> dot;
-    for (int m = 0; m < M; ++m) dot.lower[m] = dot.upper[m] = _mm512_set1_epi32(16 * x.correction[m][g]);
+    for (int m = 0; m < M; ++m)
+      dot.lower[m] = dot.upper[m] = _mm512_set1_epi32(16 * x.correction[m][g]);
     if (M == 1) prefetchLine(ahead + 2048);
 #pragma GCC unroll 16
     for (int quad = 0; quad < 16; ++quad) {

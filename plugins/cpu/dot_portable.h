@@ -2,11 +2,13 @@
 //
 // Block times int8 activations in plain C++. The other dot_<isa>.h files keep this contract:
 //
-//   dotU4<M>, dotI8<M>: one block row (32 weight rows, `groups` blocks) times M <= kTileTokens rows of activations.
-//   out[m][r] = sum over groups g, in ascending order, of  fma(float(dot), scale_w[g][r] * scale_x[m][g], out)
-//   with dot the exact integer sum over the 64 columns of the group.
+//   dotU4<M>, dotI8<M>: one block row (32 weight rows, `groups` blocks) times M <= kTileTokens rows
+//   of activations. out[m][r] = sum over groups g, in ascending order, of  fma(float(dot),
+//   scale_w[g][r] * scale_x[m][g], out) with dot the exact integer sum over the 64 columns of the
+//   group.
 //
-// The order and the roundings are the same on every ISA and for every M, so the results are too, bit by bit.
+// The order and the roundings are the same on every ISA and for every M, so the results are too,
+// bit by bit.
 #ifndef EC_CPU_DOT_PORTABLE_H
 #define EC_CPU_DOT_PORTABLE_H
 
@@ -37,8 +39,9 @@ void dotU4(const uint8_t* block, int64_t groups, const Acts& x, const int32_t* r
       for (int octet = 0; octet < 8; ++octet, q += 8) {
         const uint8_t* code = block + octet * kBlockRows * 4;
         for (int r = 0; r < kBlockRows; ++r, code += 4) {
-          dot[r] += (code[0] & 15) * q[0] + (code[1] & 15) * q[1] + (code[2] & 15) * q[2] + (code[3] & 15) * q[3] +
-                    (code[0] >> 4) * q[4] + (code[1] >> 4) * q[5] + (code[2] >> 4) * q[6] + (code[3] >> 4) * q[7];
+          dot[r] += (code[0] & 15) * q[0] + (code[1] & 15) * q[1] + (code[2] & 15) * q[2] +
+                    (code[3] & 15) * q[3] + (code[0] >> 4) * q[4] + (code[1] >> 4) * q[5] +
+                    (code[2] >> 4) * q[6] + (code[3] >> 4) * q[7];
         }
       }
       accumulate(dot, block + 1024, x.scale[at], out + m * kBlockRows);

@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The ops of one ISA. Each op file defines its functions in namespace ec::EC_ISA, table.cpp collects them.
+// The ops of one ISA. Each op file defines its functions in namespace ec::EC_ISA, table.cpp
+// collects them.
 //   op:          checks its arguments, then works on the pool.
-//   opWorkspace: bytes of ec_step.workspace that the op needs. Reads scalars only, and never a pointer's target.
+//   opWorkspace: bytes of ec_step.workspace that the op needs. Reads scalars only, and never a
+//   pointer's target.
 #ifndef EC_CPU_KERNELS_H
 #define EC_CPU_KERNELS_H
 
@@ -33,7 +35,7 @@ struct Kernels {
 
 namespace EC_ISA {
 
-#define EC_DECLARE_OP(name, Args)                            \
+#define EC_DECLARE_OP(name, Args)                               \
   ec_status name(Pool&, const ec_step& step, const Args& args); \
   ec_status name##Workspace(const ec_step& step, const Args& args, size_t* bytes);
 

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The thread pool behind ec_stream. Units are handed out one at a time by an atomic counter and the caller works too,
-// so that a worker that wakes late, or that the system has paused, delays nothing but the unit it holds.
+// The thread pool behind ec_stream. Units are handed out one at a time by an atomic counter and the
+// caller works too, so that a worker that wakes late, or that the system has paused, delays nothing
+// but the unit it holds.
 #ifndef EC_CPU_POOL_H
 #define EC_CPU_POOL_H
 
@@ -28,12 +29,17 @@ class Pool {
 
   int threads() const { return threads_; }
 
-  // Calls body(unit, thread) once for each unit in [0, units), thread in [0, threads()). Returns when all are done.
-  // Regions of one pool run one after another, whoever asks; a region inside a region runs on its caller's thread.
+  // Calls body(unit, thread) once for each unit in [0, units), thread in [0, threads()). Returns
+  // when all are done. Regions of one pool run one after another, whoever asks; a region inside a
+  // region runs on its caller's thread.
   template <class F>
   void parallelFor(int64_t units, F&& body) {
     using Body = std::remove_reference_t<F>;
-    run(units, [](void* context, int64_t unit, int thread) { (*static_cast<Body*>(context))(unit, thread); },
+    run(
+        units,
+        [](void* context, int64_t unit, int thread) {
+          (*static_cast<Body*>(context))(unit, thread);
+        },
         const_cast<void*>(static_cast<const void*>(&body)));
   }
 
@@ -55,8 +61,9 @@ class Pool {
   std::vector<std::thread> workers_;
   std::mutex region_;
 
-  // The current region. A thread takes a unit by advancing (generation, next unit) in ticket_; it reads call_,
-  // context_ and units_ before, and they are only valid if the generation was still the same then.
+  // The current region. A thread takes a unit by advancing (generation, next unit) in ticket_; it
+  // reads call_, context_ and units_ before, and they are only valid if the generation was still
+  // the same then.
   alignas(64) std::atomic<uint64_t> ticket_{0};
   std::atomic<Call> call_{nullptr};
   std::atomic<void*> context_{nullptr};
@@ -70,7 +77,8 @@ class Pool {
 
 // CPUs that this process may use: the affinity mask, then the cgroup's quota.
 int usableCpus();
-// Threads that the memory can feed: the smallest count that reaches about 95 % of the best read rate. Measured once.
+// Threads that the memory can feed: the smallest count that reaches about 95 % of the best read
+// rate. Measured once.
 int defaultThreads();
 uint64_t readBytesPerSecond();
 
