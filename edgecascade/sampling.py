@@ -113,6 +113,11 @@ class SamplingParams:
                 f"thinking_budget is {self.thinking_budget} and thinking is False; set one of them"
             )
 
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The stop strings."""
+        return _stops(self.stop)
+
     @classmethod
     def names(cls) -> tuple[str, ...]:
         """The parameters a caller may give by keyword."""

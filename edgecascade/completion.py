@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a generation returns: pieces while it runs, a completion at its end."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from edgecascade.text.tools import ToolCall
+
+FinishReason = Literal["stop", "length", "tool_calls"]
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """Log probability of one answered token before any sampling rule, and of its rivals."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens that a generation took. `cached_tokens` of the prompt came from a snapshot."""
+
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    reasoning_tokens: int
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Where the time went. `first_token_s` and `total_s` count from the call."""
+
+    queue_s: float
+    prefill_s: float
+    first_token_s: float
+    decode_tokens_per_s: float
+    total_s: float
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One answer.
+
+    `token_ids` are all tokens that the model made, reasoning and the token that ended it included.
+    `tool_errors` says why calls that are still in `text` could not be read.
+    """
+
+    text: str
+    reasoning: str
+    tool_calls: tuple[ToolCall, ...]
+    tool_errors: tuple[str, ...]
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    logprobs: tuple[TokenLogprob, ...] | None
+    usage: Usage
+    timings: Timings
+    seed: int
+    bundle_id: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one token added. The last piece carries the completion."""
+
+    text: str
+    reasoning: str
+    token_ids: tuple[int, ...]
+    tool_calls: tuple[ToolCall, ...] = ()
+    finish_reason: FinishReason | None = None
+    completion: Completion | None = None

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Requests to prompts: what the model reads, and what that says about its answer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edgecascade.errors import InvalidRequest
+from edgecascade.text.reasoning import opens_reasoning
+from edgecascade.text.template import ChatTemplate, checked_messages
+from edgecascade.text.tokenizer import Tokenizer, checked_text
+from edgecascade.text.tools import checked_tools
+
+TURN_MARKS = ("<|im_start|>", "<|im_end|>")  # of the family's own chat format
+TAIL_TOKENS = 8  # of a prompt given as ids, enough to see whether it opens the reasoning
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids; whether the answer begins as reasoning; the tools it may call.
+
+    `history` is how many tokens come before the assistant's turn is opened: later prompts of the
+    same chat begin with them.
+    """
+
+    tokens: tuple[int, ...]
+    reasoning: bool = False
+    tools: tuple[Mapping[str, Any], ...] = ()
+    history: int = 0
+
+
+class Prompter:
+    """A bundle's tokenizer and chat template at work."""
+
+    def __init__(
+        self, tokenizer_file: Path | None, template: str | None, generation: Mapping[str, Any]
+    ) -> None:
+        self.tokenizer = Tokenizer(tokenizer_file) if tokenizer_file else None
+        self._source = template
+        self._generation = generation
+        self._template: ChatTemplate | None = None
+
+    def from_tokens(self, tokens: Sequence[int], tools: Any) -> Prompt:
+        """Token ids as they are."""
+        ids, tools = tuple(tokens), tuple(checked_tools(tools))
+        if self.tokenizer is None:
+            return Prompt(ids)
+        tail = self.tokenizer.decode(ids[-TAIL_TOKENS:], skip_special=False)
+        return Prompt(ids, opens_reasoning(tail), tools)
+
+    def from_text(
+        self, text: str | bytes, tools: Any, *, raw: bool, thinking: bool | None
+    ) -> Prompt:
+        """One user message where the bundle has a chat template, else the text to be continued."""
+        text = checked_text(text, "prompt")
+        if not text:
+            raise InvalidRequest("prompt is empty; give at least one character")
+        if self._source is not None and not raw:
+            message = {"role": "user", "content": text}
+            return self.from_messages([message], tools, thinking=thinking)
+        ids = self.needed_tokenizer().encode(text, add_special_tokens=True)
+        return Prompt(tuple(ids), opens_reasoning(text), tuple(checked_tools(tools)))
+
+    def from_messages(self, messages: Any, tools: Any, *, thinking: bool | None) -> Prompt:
+        """A conversation through the chat template."""
+        tokenizer = self.needed_tokenizer()
+        messages, tools = checked_messages(messages), checked_tools(tools)
+        template = self._chat_template()
+        text = template.render(messages, tools=tools, thinking=thinking)
+        ids = tokenizer.encode(text)
+        before = template.render(messages, tools=tools, thinking=thinking, answer=False)
+        history = tokenizer.encode(before) if text.startswith(before) else []
+        shared = len(history) if ids[: len(history)] == history else 0
+        return Prompt(tuple(ids), opens_reasoning(text), tuple(tools), shared)
+
+    def needed_tokenizer(self) -> Tokenizer:
+        """The tokenizer.
+
+        Raises:
+            InvalidRequest: when the bundle has none.
+        """
+        if self.tokenizer is None:
+            raise InvalidRequest("this bundle has no tokenizer.json; give token ids, not text")
+        return self.tokenizer
+
+    def _chat_template(self) -> ChatTemplate:
+        tokenizer = self.needed_tokenizer()
+        if self._template is None:
+            if self._source is None and any(tokenizer.token_id(m) is None for m in TURN_MARKS):
+                raise InvalidRequest(
+                    f"this bundle has no chat template and its tokenizer lacks {TURN_MARKS[0]}; "
+                    "give a text with raw=True"
+                )
+            names = ("bos_token", "eos_token", "pad_token", "unk_token")
+            tokens = {name: tokenizer.token_text(self._first_id(f"{name}_id")) for name in names}
+            self._template = ChatTemplate(self._source, tokens)
+        return self._template
+
+    def _first_id(self, name: str) -> int | None:
+        value = self._generation.get(name)
+        value = value[0] if isinstance(value, list) and value else value
+        return value if isinstance(value, int) else None

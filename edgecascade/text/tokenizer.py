@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A bundle's tokenizer.json through Hugging Face's `tokenizers`; the bytes behind each token."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from edgecascade.errors import BundleError, InvalidRequest
+
+# Marks that our own parsers read: they reach the parsers even where the tokenizer calls them
+# special, and are dropped afterwards.
+MARKUP = ("<think>", "</think>", "<tool_call>", "</tool_call>")
+
+
+class Tokenizer:
+    """Text to token ids and back."""
+
+    def __init__(self, path: Path) -> None:
+        # Imported here: a bundle without a tokenizer, and `edgecascade --help`, do not need it.
+        from tokenizers import Tokenizer as Fast
+
+        try:
+            document = json.loads(path.read_bytes())
+            self._fast = Fast.from_str(json.dumps(document))
+        except Exception as error:  # tokenizers raises nothing narrower
+            raise BundleError(
+                f"{path} is not a tokenizer that the tokenizers library reads ({error}); "
+                "copy tokenizer.json from the checkpoint and build again"
+            ) from error
+        self._fast.no_truncation()
+        self._fast.no_padding()
+        added = self._fast.get_added_tokens_decoder()
+        self.special = frozenset(token for token, info in added.items() if info.special)
+        self._byte_level = _uses_byte_level(document.get("decoder"))
+        self._bytes = lru_cache(maxsize=1 << 16)(self._token_bytes)
+
+    def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
+        """Token ids of a text; marks such as <|im_start|> in it become their special tokens."""
+        ids: list[int] = self._fast.encode(text, add_special_tokens=add_special_tokens).ids
+        return ids
+
+    def decode(self, tokens: Sequence[int], *, skip_special: bool = True) -> str:
+        """Text of tokens; bytes that are not UTF-8 become U+FFFD."""
+        return b"".join(
+            self.token_bytes(token, first=index == 0)
+            for index, token in enumerate(tokens)
+            if not (skip_special and token in self.special)
+        ).decode("utf-8", "replace")
+
+    def token_bytes(self, token: int, *, first: bool = False) -> bytes:
+        """The bytes one token stands for; none for an id that the vocabulary does not hold."""
+        return self._bytes(token, first)
+
+    def token_id(self, text: str) -> int | None:
+        """The id of a token by its exact text, None if there is none."""
+        token: int | None = self._fast.token_to_id(text)
+        return token
+
+    def token_text(self, token: int | None) -> str | None:
+        """The exact text of a token, None if there is none."""
+        text: str | None = None if token is None else self._fast.id_to_token(token)
+        return text
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids that the tokenizer knows."""
+        size: int = self._fast.get_vocab_size(with_added_tokens=True)
+        return size
+
+    def _token_bytes(self, token: int, first: bool) -> bytes:
+        text = self.token_text(token)
+        if text is None:
+            return b""
+        if self._byte_level:
+            try:
+                return bytes(_BYTE_OF_CHAR[char] for char in text)
+            except KeyError:  # an added token, written in plain characters
+                return text.encode()
+        if len(text) == 6 and text.startswith("<0x") and text.endswith(">"):  # byte fallback
+            return bytes([int(text[3:5], 16)])
+        # Decoders that mark word starts drop the first one's space; a neighbour keeps it.
+        if first:
+            return str(self._fast.decode([token], skip_special_tokens=False)).encode()
+        pair = str(self._fast.decode([token, token], skip_special_tokens=False))
+        alone = str(self._fast.decode([token], skip_special_tokens=False))
+        return pair.removeprefix(alone).encode()
+
+
+def checked_text(text: str | bytes, what: str) -> str:
+    """A text that has a UTF-8 form.
+
+    Raises:
+        InvalidRequest: naming the place that has none.
+    """
+    if isinstance(text, bytes):
+        try:
+            return text.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise InvalidRequest(
+                f"{what} is not UTF-8: byte 0x{text[error.start]:02x} at offset {error.start}; "
+                "re-encode it as UTF-8"
+            ) from error
+    if not isinstance(text, str):
+        raise InvalidRequest(f"{what} is {type(text).__name__}; it must be a string")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InvalidRequest(
+            f"{what} is not valid Unicode: lone surrogate U+{ord(text[error.start]):04X} at "
+            f"character {error.start}; it came from bytes that are not UTF-8"
+        ) from error
+    return text
+
+
+def _uses_byte_level(decoder: Any) -> bool:
+    if not isinstance(decoder, dict):
+        return False
+    return decoder.get("type") == "ByteLevel" or any(
+        _uses_byte_level(part) for part in decoder.get("decoders", ())
+    )
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's printable stand-ins: a printable Latin-1 byte is itself, the rest follow U+0100."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {
+        chr(0x100 + index): byte for index, byte in enumerate(others)
+    }
+
+
+_BYTE_OF_CHAR = _byte_alphabet()
