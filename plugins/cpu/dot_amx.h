@@ -72,24 +72,25 @@ struct Tiles {
   Tiles(const Tiles&) = delete;
   Tiles& operator=(const Tiles&) = delete;
 
+  // GCC's intrinsics paste the register's number into the text, so that a template parameter cannot name it.
   template <int T>
   void clear() {
-    _tile_zero(T);
+    asm volatile("tilezero %%tmm%c0" ::"i"(T));
   }
   template <int T>
   void load(const void* from, int64_t stride) {
-    _tile_loadd(T, from, stride);
+    asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(T) : "memory");
   }
   template <int T>
   void store(int32_t* to) {
-    _tile_stored(T, to, 64);
+    asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(int64_t{64}), "i"(T) : "memory");
   }
   template <int C, int A, int B, bool kSignedB>
   void multiply() {
     if constexpr (kSignedB) {
-      _tile_dpbssd(C, A, B);
+      asm volatile("tdpbssd %%tmm%c0, %%tmm%c1, %%tmm%c2" ::"i"(B), "i"(A), "i"(C));
     } else {
-      _tile_dpbsud(C, A, B);
+      asm volatile("tdpbsud %%tmm%c0, %%tmm%c1, %%tmm%c2" ::"i"(B), "i"(A), "i"(C));
     }
   }
 };
