@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from build_engine.bundle import BundleWriter
 from build_engine.presets import Planned
-from build_engine.quantize import codes_and_scales
+from build_engine.quantize import LARGEST, codes_and_scales
 from build_engine.read import Model, Piece, padding
 from edgecascade.backends._lib import cpu_library
 from edgecascade.blocks import dequantize, pack_blocks
@@ -25,7 +25,6 @@ from edgecascade.tensors import ALIGNMENT, Codec, Tensor, matrix_bytes
 log = logging.getLogger(__name__)
 
 ERROR_ROWS = 64  # of every piece are compared with what was stored
-LARGEST_F16 = 65504.0
 
 NOT_FINITE = "is no number: the checkpoint is damaged, download it again"
 TOO_LARGE = "cannot hold: build with --precision exact"
@@ -56,14 +55,11 @@ class NativePacker:
 
 
 def numpy_packer(piece: Piece, codec: Codec) -> Array:
-    """The definition, hundreds of times slower than the library."""
+    """The definition, much slower than the library."""
     rows = piece.widened()
-    if not np.isfinite(rows).all():
-        raise InvalidRequest("a value is not finite")
-    codes, scales = codes_and_scales(codec, rows)
-    if not np.isfinite(scales).all():
-        raise InvalidRequest("a value is too large for a float16 scale")
-    return pack_blocks(codec, codes, scales)
+    if not (np.abs(rows) <= LARGEST[codec]).all():
+        raise InvalidRequest(f"a value is beyond {LARGEST[codec]}")
+    return pack_blocks(codec, *codes_and_scales(codec, rows))
 
 
 def packer() -> Packer:
@@ -103,7 +99,8 @@ def pack(
     Raises:
         CheckpointError: for a value that is not finite or too large for the codec, naming it.
     """
-    blocks, done = packer(), 0
+    blocks = packer() if any(codec.is_block for _, codec in plan) else numpy_packer
+    done = 0
     errors: dict[str, StoredError] = {}
     for tensor, codec in plan:
         error = errors[tensor.name] = StoredError()
@@ -123,25 +120,24 @@ def pack(
 
 def _store(model: Model, tensor: Tensor, codec: Codec, piece: Piece, blocks: Packer) -> Array:
     """The piece's bytes in the codec."""
-    if not codec.is_block:
-        return _floats(model, tensor, codec, piece)
-    try:
-        return blocks(piece, codec)
-    except InvalidRequest as error:
-        # The quantizer saw rows of a piece; say which value of the checkpoint it was.
-        _refuse(model, tensor, piece, ~np.isfinite(piece.widened()), NOT_FINITE)
-        largest = np.abs(piece.widened())
-        _refuse(model, tensor, piece, largest == largest.max(), f"{codec.value} {TOO_LARGE}")
-        raise CheckpointError(str(error)) from error
+    if codec.is_block:
+        try:
+            return blocks(piece, codec)
+        except InvalidRequest:
+            _check(model, tensor, codec, piece)  # names the value of the checkpoint
+            raise
+    rows = _check(model, tensor, codec, piece)
+    rows = rows.astype(np.float16 if codec is Codec.F16 else np.float32, copy=False)
+    return np.ascontiguousarray(rows).reshape(-1).view(np.uint8)
 
 
-def _floats(model: Model, tensor: Tensor, codec: Codec, piece: Piece) -> Array:
+def _check(model: Model, tensor: Tensor, codec: Codec, piece: Piece) -> Array:
+    """The piece in float32, if the codec can hold all of it."""
     rows = piece.widened()
     _refuse(model, tensor, piece, ~np.isfinite(rows), NOT_FINITE)
-    if codec is Codec.F16:
-        _refuse(model, tensor, piece, np.abs(rows) > LARGEST_F16, f"f16 {TOO_LARGE}")
-        rows = rows.astype(np.float16)
-    return np.ascontiguousarray(rows).reshape(-1).view(np.uint8)
+    if codec in LARGEST:
+        _refuse(model, tensor, piece, np.abs(rows) > LARGEST[codec], f"{codec.value} {TOO_LARGE}")
+    return rows
 
 
 def _refuse(model: Model, tensor: Tensor, piece: Piece, bad: Array, why: str) -> None:

@@ -41,6 +41,7 @@ from edgecascade.tensors import (
 log = logging.getLogger(__name__)
 
 POOL_BLOCKS = 8192  # of each codec: 9 MB of u4_64
+POOL_VALUES = 1_000_003  # of normal floats; prime, so that no two rows of a matrix are equal
 PIECE_BYTES = 16 << 20
 SEED = 7
 RESIDUAL_GAIN = 0.2  # of matrices that add to the residual stream, so that 52 layers keep it small
@@ -187,4 +188,5 @@ def _values(tensor: Tensor, random: np.random.Generator, shape: tuple[int, int])
         gain = tensor.name.endswith(("norm", "norm_f", ".d"))
         return random.uniform(0.9, 1.1, shape) if gain else random.normal(0, 0.1, shape)
     scale = 1.0 if tensor.role is Role.EMBEDDING else _deviation(tensor)
-    return random.standard_normal(shape, np.float32) * np.float32(scale)
+    normal = random.standard_normal(min(POOL_VALUES, shape[0] * shape[1]), np.float32)
+    return np.resize(normal * np.float32(scale), shape)
