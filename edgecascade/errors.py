@@ -13,6 +13,8 @@
     ├── Overloaded            the queue is full; come back later                       "overloaded"
     ├── DeadlineExceeded      the request's time was up before it was done             "deadline-exceeded"
     ├── Cancelled             the caller took the request back                         "cancelled"
+    ├── NetworkError          a broker or a device that cannot be reached              "network-failed"
+    ├── RemoteError           a device that answered with an error                     "remote-error"
     └── BackendError          a device or library failed                               "backend-failed"
         ├── BackendUnavailable  a backend that this machine lacks                      "backend-unavailable"
         └── OutOfMemory       the bundle or its state does not fit                     "out-of-memory"
@@ -97,6 +99,24 @@ class Cancelled(EdgeCascadeError):
     """The caller took the request back."""
 
     code = "cancelled"
+
+
+class NetworkError(EdgeCascadeError):
+    """A broker or a device cannot be reached."""
+
+    code = "network-failed"
+
+
+class RemoteError(EdgeCascadeError):
+    """A device answered a request with an error; `status` is as in HTTP, `reason` its own code."""
+
+    code = "remote-error"
+
+    def __init__(self, message: str, *, status: int, reason: str, param: str | None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.reason = reason
+        self.param = param
 
 
 class BackendError(EdgeCascadeError):
