@@ -2,24 +2,25 @@
 """Everything EdgeCascade raises on purpose.
 
     EdgeCascadeError
-    ├── InvalidRequest        the caller asked for something that cannot be           "invalid-request"
-    │   └── ContextExceeded   prompt and answer do not fit the context                "context-exceeded"
-    ├── UnsupportedModel      a checkpoint this version does not implement             "unsupported-model"
-    ├── CheckpointError       a checkpoint that is damaged or incomplete               "checkpoint-damaged"
-    ├── BundleError           a bundle that is damaged or incomplete                   "bundle-damaged"
-    │   └── BundleMismatch    a sound bundle, made for something else                  "bundle-mismatch"
-    ├── BuildError            the build itself could not go on                         "build-failed"
-    ├── SnapshotError         a saved state that is damaged or incomplete              "snapshot-damaged"
-    ├── Overloaded            the queue is full; come back later                       "overloaded"
-    ├── DeadlineExceeded      the request's time was up before it was done             "deadline-exceeded"
-    ├── Cancelled             the caller took the request back                         "cancelled"
-    ├── NetworkError          a broker or a device that cannot be reached              "network-failed"
-    ├── RemoteError           a device that answered with an error                     "remote-error"
-    └── BackendError          a device or library failed                               "backend-failed"
-        ├── BackendUnavailable  a backend that this machine lacks                      "backend-unavailable"
-        └── OutOfMemory       the bundle or its state does not fit                     "out-of-memory"
+    ├── InvalidRequest        asked for what cannot be                  "invalid-request"
+    │   └── ContextExceeded   prompt and answer do not fit the context  "context-exceeded"
+    ├── UnsupportedModel      a checkpoint not implemented here         "unsupported-model"
+    ├── CheckpointError       a damaged or incomplete checkpoint        "checkpoint-damaged"
+    ├── BundleError           a damaged or incomplete bundle            "bundle-damaged"
+    │   └── BundleMismatch    a sound bundle, made for something else   "bundle-mismatch"
+    ├── BuildError            the build itself could not go on          "build-failed"
+    ├── SnapshotError         a damaged or incomplete saved state       "snapshot-damaged"
+    ├── Overloaded            the queue is full; come back later        "overloaded"
+    ├── DeadlineExceeded      time was up before it was done            "deadline-exceeded"
+    ├── Cancelled             the caller took the request back          "cancelled"
+    ├── NetworkError          a broker or device that is out of reach   "network-failed"
+    ├── RemoteError           a device that answered with an error      "remote-error"
+    └── BackendError          a device or library failed                "backend-failed"
+        ├── BackendUnavailable  a backend that this machine lacks         "backend-unavailable"
+        └── OutOfMemory       bundle or state do not fit in memory      "out-of-memory"
 
-A message says what happened, with the values that show it, and what to do. `code` is stable: programs branch on it.
+A message says what happened, with the values that show it, and what to do. `code` is
+stable: programs branch on it.
 """
 
 from __future__ import annotations
