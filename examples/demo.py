@@ -28,7 +28,7 @@ TOLERANCE = 2e-4  # float32 sums in another order than transformers', on logits 
 def check_exact(bundle: Path, golden: Any) -> list[str]:
     """Float32 weights: logits and greedy tokens are those of transformers."""
     failures = []
-    with LLM.load(bundle) as llm:
+    with LLM.load(bundle, "cpu") as llm:
         for tokens in PROMPT_TOKENS:
             rows = llm.logits(golden[f"{tokens}.ids"])[golden[f"{tokens}.rows"]]
             error = float(np.abs(rows - golden[f"{tokens}.logits"]).max())
@@ -46,7 +46,7 @@ def check_exact(bundle: Path, golden: Any) -> list[str]:
 def run_int4(bundle: Path) -> list[str]:
     """INT4 weights: stream an answer, then the same prompt among seven others."""
     alone = None
-    with LLM.load(bundle) as llm:
+    with LLM.load(bundle, "cpu") as llm:
         print(f"> {COMMAND}")
         for piece in llm.stream(COMMAND, seed=7, max_tokens=128, ignore_eos=True):
             print(piece.reasoning + piece.text, end="", flush=True)
