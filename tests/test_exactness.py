@@ -11,15 +11,17 @@ from conftest import Build, Golden
 from tolerances import EXACT_LOGITS, SAME_MATHS
 
 from edgecascade.backends import Backend, open_backend
+from edgecascade.backends._lib import cpu_isas
 from edgecascade.bundle import Bundle
 
 PROMPT_TOKENS = (1, 3, 37, 129, 500)
 
 
-@pytest.fixture(scope="module", params=["reference", "cpu"])
+@pytest.fixture(scope="module", params=["reference", *cpu_isas()])
 def backend(request: pytest.FixtureRequest, golden: Golden, build: Build) -> Iterator[Backend]:
     with Bundle.open(build(golden.name, "exact")) as bundle:
-        opened = open_backend(request.param, bundle)
+        name, isa = ("reference", None) if request.param == "reference" else ("cpu", request.param)
+        opened = open_backend(name, bundle, isa=isa)
         yield opened
         opened.close()
 

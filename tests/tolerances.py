@@ -10,3 +10,16 @@ EXACT_LOGITS = 2e-4
 # One backend against itself along another path (chunks, steps, batches), absolute, on logits of
 # about 4: only the order of a chunk's sums differs.
 SAME_MATHS = 5e-5
+
+# Packed weights on the CPU against the reference with the same int8 activations, relative Frobenius
+# distance of centred logits: float32 rounding, plus the few activations that rounding moves to the
+# neighbouring int8 code.
+PACKED_LOGITS = 5e-3
+
+# Packed weights with int8 activations against float32 activations, likewise, the median of the rows:
+# a GEMV costs up to 1.2e-2, and a row whose router sits on a tie takes another expert altogether.
+INT8_ACTIVATIONS = 5e-2
+
+# One ISA, or one way of cutting a prompt, against another: exp and the order of sums differ in the
+# last bits, which can move an activation to the neighbouring int8 code.
+LOGITS_BETWEEN_ISAS = 5e-3

@@ -26,13 +26,14 @@ from edgecascade.bundle import Bundle
 from edgecascade.device.memory import memory_bytes
 from edgecascade.errors import BackendError, ContextExceeded, InvalidRequest, OutOfMemory
 from edgecascade.models import family
-from edgecascade.ops import Kind, Norm
+from edgecascade.ops import OPS, Kind, Norm
 from edgecascade.sampling import SampleRow
 from edgecascade.state import PagePool, StatePool, reserve
 from edgecascade.tensors import Codec, KvState, State
 
 PREFILL_CHUNK = 512  # tokens of a prompt that go through the layers together
 LOGITS_CHUNK = 64  # rows of logits held at once: 64 x 131072 x 4 bytes = 34 MB
+SAMPLE = OPS["sample"].codes[0]
 KV_SHARE = 0.25  # of the memory that is available when the bundle is opened
 
 
@@ -168,10 +169,13 @@ class NativeBackend:
             max_pages=self._pages.table.shape[1],
             max_context=self.max_context,
         )
+        self._sample = ARGS["sample"](vocab=self.vocab)
+        sample = (Call * 1)(Call(c.addressof(self._sample), SAMPLE, 0))
         needed = 0
         for calls, n_tok, n_seq in (
             (self._prefill, PREFILL_CHUNK, 1),
             (self._decode, slots, slots),
+            (sample, slots, slots),
         ):
             self._step.n_tok, self._step.n_seq = n_tok, n_seq
             self._step.n_out = min(n_tok, len(self._logits))
@@ -227,7 +231,12 @@ class NativeBackend:
     def sample(self, logits: Array, rows: Sequence[SampleRow]) -> list[tuple[int, float]]:
         """See Backend."""
         self._check_open()
-        values = np.ascontiguousarray(logits, np.float32).reshape(len(rows), -1)
+        values = np.ascontiguousarray(logits, np.float32)
+        if values.shape != (len(rows), self.vocab) or not 0 < len(rows) <= self.slots:
+            raise InvalidRequest(
+                f"sample needs logits [1..{self.slots}, {self.vocab}] and a row for each, "
+                f"got shape {values.shape} and {len(rows)} rows"
+            )
         params = (Sampling * len(rows))()
         kept = [(np.asarray(r.seen, np.int32), np.asarray(r.count, np.int32)) for r in rows]
         for param, row, (seen, count) in zip(params, rows, kept, strict=True):
@@ -239,17 +248,16 @@ class NativeBackend:
             param.frequency = p.frequency_penalty
         uniform = np.array([row.uniform for row in rows], np.float32)
         token, logprob = np.zeros(len(rows), np.int32), np.zeros(len(rows), np.float32)
-        args = ARGS["sample"](
+        args = self._sample
+        args.logits, args.params, args.uniform = (
             address(values),
             c.addressof(params),
             address(uniform),
-            address(token),
-            address(logprob),
-            values.shape[1],
         )
+        args.token, args.logprob = address(token), address(logprob)
         step = Step.from_buffer_copy(self._step)
         step.n_tok = step.n_seq = step.n_out = len(rows)
-        self._library.run_op(8, self._stream, step, args)
+        self._library.run_op(SAMPLE, self._stream, step, args)
         return [(int(t), float(p)) for t, p in zip(token, logprob, strict=True)]
 
     def routing(self, layer: int, tokens: int) -> tuple[Array, Array]:
