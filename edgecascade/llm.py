@@ -15,12 +15,12 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, overload
+from typing import Any, overload
 
 import numpy as np
 
@@ -30,14 +30,12 @@ from edgecascade.completion import Completion, Piece
 from edgecascade.errors import BackendError, BundleError, ContextExceeded, InvalidRequest
 from edgecascade.sampling import Sampling, SamplingParams
 from edgecascade.sequence import Running, Saved
+from edgecascade.session import Session
 from edgecascade.slots import SlotPool
 from edgecascade.text.budget import END, ThinkingBudget
 from edgecascade.text.prompt import Prompt, Prompter
 from edgecascade.text.stream import TextStream
 from edgecascade.text.tokenizer import checked_text
-
-if TYPE_CHECKING:
-    from edgecascade.session import Session
 
 Text = str | bytes
 Tokens = Sequence[int] | Array
@@ -130,7 +128,7 @@ class LLM:
         params: SamplingParams | None = None,
         raw: bool = False,
         **overrides: Any,
-    ) -> Iterator[Piece]:
+    ) -> Generator[Piece, None, None]:
         """As generate() for one prompt, token by token; close the iterator to stop early."""
         params = self.merged(params, overrides)
         sequence = self.sequence(self._prompt(prompt, messages, tools, params, raw), params)
@@ -145,8 +143,6 @@ class LLM:
 
     def session(self, system: str | None = None, tools: Messages | None = None) -> Session:
         """A conversation that keeps its state between turns."""
-        from edgecascade.session import Session
-
         return Session(self, system, tools)
 
     def tokenize(self, text: Text, *, add_special_tokens: bool = False) -> list[int]:
@@ -163,6 +159,17 @@ class LLM:
     def backend(self) -> str:
         """Name of the backend that runs it; `backend_reason` says why this one."""
         return self._backend.name
+
+    @property
+    def threads(self) -> int | None:
+        """Threads that the backend computes with, None where it does not choose them."""
+        threads: int | None = getattr(self._backend, "threads", None)
+        return threads
+
+    @property
+    def vocab(self) -> int:
+        """Number of token ids."""
+        return self._backend.vocab
 
     @property
     def max_context(self) -> int:
@@ -313,7 +320,11 @@ class LLM:
         if tokenizer is None:
             return None
         return TextStream(
-            tokenizer, opened=prompt.reasoning, stops=params.stops, tools=prompt.tools
+            tokenizer,
+            opened=prompt.reasoning,
+            chat=prompt.chat,
+            stops=params.stops,
+            tools=prompt.tools,
         )
 
     def _budget(self, prompt: Prompt, params: SamplingParams) -> ThinkingBudget | None:

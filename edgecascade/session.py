@@ -9,22 +9,42 @@ costs one reading of the last answer, and a snapshot that does not fit is never 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 from edgecascade.completion import Completion, Piece
 from edgecascade.errors import InvalidRequest
 from edgecascade.sampling import SamplingParams
-from edgecascade.sequence import Saved
+from edgecascade.sequence import Running, Saved
+from edgecascade.text.prompt import Prompt, Prompter
 from edgecascade.text.template import checked_messages
 from edgecascade.text.tools import checked_tools
-
-if TYPE_CHECKING:
-    from edgecascade.llm import LLM
 
 MAX_SAVED = 2  # snapshots between turns: each holds all Mamba states and the KV cache
 
 Content = str | bytes | dict[str, Any] | Sequence[dict[str, Any]]
+
+
+class Host(Protocol):
+    """What a session needs of an LLM."""
+
+    prompter: Prompter
+
+    def merged(self, params: SamplingParams | None, overrides: Mapping[str, Any]) -> SamplingParams:
+        """Parameters with some of them replaced."""
+
+    def sequence(
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        *,
+        resume: Saved | None = None,
+        saves: bool = False,
+    ) -> Running:
+        """A request, ready to run."""
+
+    def run(self, sequences: Iterable[Running]) -> Iterator[tuple[Running, Piece]]:
+        """Generate."""
 
 
 class Session:
@@ -55,7 +75,7 @@ class Session:
 
     def stream(
         self, content: Content, *, params: SamplingParams | None = None, **overrides: Any
-    ) -> Iterator[Piece]:
+    ) -> Generator[Piece, None, None]:
         """As generate(), token by token. A turn that is closed early leaves no trace."""
         params = self._llm.merged(params, overrides)
         messages = self._messages + _new_messages(content)
@@ -65,7 +85,9 @@ class Session:
         sequence = self._llm.sequence(prompt, params, resume=resume, saves=True)
         return self._turn(messages, sequence)
 
-    def _turn(self, messages: list[dict[str, Any]], sequence: Any) -> Iterator[Piece]:
+    def _turn(
+        self, messages: list[dict[str, Any]], sequence: Running
+    ) -> Generator[Piece, None, None]:
         if self._busy:
             raise InvalidRequest("this session is answering; finish or close its stream first")
         self._busy = True
