@@ -51,7 +51,7 @@ class Session:
     """Turns of one conversation, one at a time."""
 
     def __init__(
-        self, llm: LLM, system: str | None, tools: Sequence[dict[str, Any]] | None
+        self, llm: Host, system: str | None, tools: Sequence[dict[str, Any]] | None
     ) -> None:
         self._llm = llm
         self._tools = checked_tools(tools)
