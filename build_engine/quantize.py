@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which codec each tensor gets, and the quantizers in NumPy: what the kernel library's pack() computes.
+"""Which codec each tensor gets, and the quantizers in NumPy: what pack() of the library computes.
 
 u4_64   per row and 64 columns, m = the first value whose magnitude is largest. For each divisor D:
         s = float16(m / D), q = clip(rint(w * (1 / s)), -8, 7), error = sum of (w - q s)^2.

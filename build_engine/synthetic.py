@@ -69,7 +69,7 @@ def config(name: str, layers: int | None = None) -> dict[str, Any]:
             f"synthetic model {name!r} is unknown; choose one of {', '.join(shapes())}"
         )
     raw: dict[str, Any] = json.loads(
-        files("build_engine").joinpath("shapes", f"{name}.json").read_text()
+        files("build_engine").joinpath("shapes").joinpath(f"{name}.json").read_text()
     )
     pattern = raw["hybrid_override_pattern"]
     if layers is not None and not 1 <= layers <= len(pattern):
@@ -146,7 +146,7 @@ def _deviation(tensor: Tensor) -> float:
 
 
 def _scaled(pool: Array, codec: Codec, deviation: float) -> Array:
-    made = pool.copy()
+    made: Array = pool.copy()
     scales = made[:, BLOCK_BYTES[codec.value] - 2 * BLOCK_ROWS :].view(np.float16)
     scales[:] = (scales.astype(np.float32) * np.float32(deviation)).astype(np.float16)
     return made
@@ -183,7 +183,8 @@ def _values(tensor: Tensor, random: np.random.Generator, shape: tuple[int, int])
         return -random.uniform(1, 16, shape)
     if tensor.name.endswith("dt_bias"):
         step = np.exp(random.uniform(np.log(0.001), np.log(0.1), shape))
-        return step + np.log(-np.expm1(-step))  # softplus of it is the step
+        bias: Array = step + np.log(-np.expm1(-step))  # softplus of it is the step
+        return bias
     if tensor.role is Role.VECTOR:
         gain = tensor.name.endswith(("norm", "norm_f", ".d"))
         return random.uniform(0.9, 1.1, shape) if gain else random.normal(0, 0.1, shape)

@@ -30,10 +30,11 @@ TOKENS = 4
 SEED = 20
 CHUNK_ROWS = 4096  # of the embedding or the head that are widened at once
 
-# The kernels round activations to int8 in groups of 64, which the reference repeats; what is left
-# is summation order, and now and then a router that decides a near tie the other way. A wrong
-# kernel gives errors near 1 on every token.
-KERNEL_LIMIT = 0.05
+# Of the token where they agree best. Float kernels differ by summation order. Int8 kernels round
+# activations as the reference does, but the last bit before rounding moves some codes by one, and
+# in a deep model that sends a token to another expert now and then. A wrong kernel is off by 1.
+FLOAT_LIMIT = 1e-3
+KERNEL_LIMIT = 0.5
 
 
 @dataclass(frozen=True)
@@ -224,11 +225,12 @@ def _kernels(
     backend.close()
     expected, _ = _run(model, tokens, packed, int8_activations=True)
     best = min(relative_error(a, b) for a, b in zip(found, expected, strict=True))
-    if not best <= KERNEL_LIMIT:
+    limit = KERNEL_LIMIT if any(weight.is_block for weight in packed.values()) else FLOAT_LIMIT
+    if not best <= limit:
         raise BuildError(
             "the kernel library and the reference disagree on the packed weights: relative error "
             f"{best:.3g} on the "
-            f"best of {len(tokens)} tokens, at most {KERNEL_LIMIT} is expected; report this with "
+            f"best of {len(tokens)} tokens, at most {limit} is expected; report this with "
             "the checkpoint's name"
         )
     return str(getattr(backend, "isa", "cpu")), relative_error(found, expected)

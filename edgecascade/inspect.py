@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is in a bundle, what one token costs, and which Jetson modules hold it with how many sessions."""
+"""What is in a bundle, what one token costs, and which Jetson modules hold it."""
 
 from __future__ import annotations
 
