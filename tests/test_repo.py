@@ -57,9 +57,9 @@ MAY_IMPORT = {
     "build_engine": "backends blocks bundle device errors files inspect manifest models ops "
     "sampling tensors verified",
     "doctor": "backends device errors",
-    "bench": "backends bundle completion device errors llm sampling",
+    "bench": "backends bundle completion device doctor errors inspect llm sampling",
     "cli": "backends bench bundle completion device doctor errors fleet inspect llm sampling "
-    "service session text",
+    "service session text verified",
     "__init__": "completion errors llm sampling session text",
     "__main__": "cli",
 }
