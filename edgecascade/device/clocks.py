@@ -28,7 +28,8 @@ ORIN_TPCS = 8
 SM_PER_TPC = 2
 MODE_ID = re.compile(r"\bpmode:0*([0-9]{1,4})\b")
 MODE_START = re.compile(r"<\s*POWER_MODEL\s+ID=([0-9]{1,4})\s+NAME=([^\s>]+)\s*>")
-CAP = re.compile(r"(GPU|EMC)\s+MAX_FREQ\s+([0-9]{1,12})")
+CAP = re.compile(r"(GPU|EMC)\s+MAX_FREQ\s+(-1|[0-9]{1,12})")
+NO_CAP = -1
 
 
 @dataclass(frozen=True)
@@ -44,12 +45,13 @@ class GpuClock:
 
 @dataclass(frozen=True)
 class PowerMode:
-    """The mode that nvpmodel has set, with its caps; None where it sets none."""
+    """The mode that nvpmodel has set, with its caps; None where it names none."""
 
     id: int
     name: str | None = None
     gpu_cap_hz: int | None = None
     emc_cap_hz: int | None = None
+    gpu_uncapped: bool = False  # it says outright that the GPU may run as fast as it can
 
 
 def read_gpu_clock(root: Path = ROOT) -> GpuClock | None:
@@ -106,8 +108,15 @@ def read_power_mode(root: Path = ROOT) -> PowerMode | None:
             inside = int(start[1]) == wanted
             name = start[2] if inside else name
         elif inside and (cap := CAP.fullmatch(line.strip())):
-            caps[cap[1]] = int(cap[2])  # "-1", no cap, does not match
-    return PowerMode(wanted, name, caps.get("GPU"), caps.get("EMC"))
+            caps[cap[1]] = int(cap[2])
+    gpu, emc = caps.get("GPU"), caps.get("EMC")
+    return PowerMode(
+        wanted,
+        name,
+        gpu_cap_hz=None if gpu == NO_CAP else gpu,
+        emc_cap_hz=None if emc == NO_CAP else emc,
+        gpu_uncapped=gpu == NO_CAP,
+    )
 
 
 def _load_percent(root: Path, gpu: Path) -> float | None:

@@ -58,13 +58,13 @@ def read_over_current_events(root: Path = ROOT) -> int | None:
 def clock_cap_hz(gpu: GpuClock, mode: PowerMode | None) -> int | None:
     """What the clock may reach by the power mode.
 
-    The thermal framework lowers max_freq itself, so it is only believed where the mode's cap is
-    not known. A mode without a cap may reach the highest step.
+    The thermal framework lowers max_freq itself, so it is only believed where the mode says
+    nothing of the GPU.
     """
-    if mode is None or mode.name is None:
-        return gpu.max_hz
-    if mode.gpu_cap_hz is None:
+    if mode is not None and mode.gpu_uncapped:
         return max(gpu.steps_hz, default=gpu.max_hz)
+    if mode is None or mode.gpu_cap_hz is None:
+        return gpu.max_hz
     # A cap between two steps is rounded down to one of them.
     reachable = [step for step in gpu.steps_hz if step <= mode.gpu_cap_hz]
     return max(reachable, default=mode.gpu_cap_hz)

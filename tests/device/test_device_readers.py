@@ -211,7 +211,7 @@ def test_multiprocessors_follow_the_mask(
 
 def test_power_mode_has_its_name_and_caps(orin_nx: Path, thor: Path) -> None:
     assert read_power_mode(orin_nx) == PowerMode(4, "40W", 1_173_000_000, 3_199_000_000)
-    assert read_power_mode(thor) == PowerMode(1, "120W", None, None)
+    assert read_power_mode(thor) == PowerMode(1, "120W", gpu_uncapped=True)
     os.remove(orin_nx / "etc/nvpmodel.conf")
     assert read_power_mode(orin_nx) == PowerMode(4)
     (orin_nx / "var/lib/nvpmodel/status").write_text("pmode:\n")

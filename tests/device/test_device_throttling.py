@@ -16,7 +16,7 @@ MHZ = 1_000_000
 STEPS = tuple(step * MHZ for step in (306, 408, 510, 612, 714, 816, 918))
 FULL = GpuClock("17000000.gpu", 918 * MHZ, 918 * MHZ, STEPS, 99.0)
 SLOW = replace(FULL, now_hz=816 * MHZ)
-MAXN = PowerMode(0, "MAXN")
+MAXN = PowerMode(0, "MAXN", gpu_uncapped=True)
 HOT, WARM = Zone("tj", 97.5, 99.0), Zone("tj", 80.0, 99.0)
 
 
@@ -78,8 +78,8 @@ def test_thermal_framework_is_believed(name: str, state: int, active: bool) -> N
     ("mode", "cap_mhz"),
     [
         (None, 510),  # what devfreq allows now
-        (PowerMode(3), 510),
-        (PowerMode(0, "MAXN"), 918),  # no cap: the highest step
+        (PowerMode(3, "25W"), 510),  # whose section says nothing of the GPU
+        (MAXN, 918),  # no cap: the highest step
         (PowerMode(2, "MODE_30W", 624 * MHZ), 612),  # rounded down to a step
         (PowerMode(2, "MODE_15W", 100 * MHZ), 100),
     ],
