@@ -12,6 +12,7 @@ namespace ec::EC_ISA {
 
 constexpr int kTileTokens = 8;
 constexpr int kPrefetchBlocks = 4;
+constexpr int kPrefetchGroups = 4;
 
 inline __m512i load64(const uint8_t* p) { return _mm512_loadu_si512(p); }
 
@@ -43,8 +44,7 @@ struct FloatSums {
   FloatSums() {
     for (int m = 0; m < M; ++m) lower[m] = upper[m] = _mm512_setzero_ps();
   }
-  void add(const DotSums<M>& dot, const uint8_t* scales, const float* const* scaleX, int64_t g) {
-    const __m512 w0 = loadScales(scales), w1 = loadScales(scales + 32);
+  void add(const DotSums<M>& dot, __m512 w0, __m512 w1, const float* const* scaleX, int64_t g) {
     for (int m = 0; m < M; ++m) {
       const __m512 sx = _mm512_set1_ps(scaleX[m][g]);
       lower[m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot.lower[m]), _mm512_mul_ps(w0, sx), lower[m]);
@@ -72,6 +72,9 @@ struct Rows {
       correction[m] = x.correction + rows[m] * x.groups;
     }
   }
+  void prefetch(int64_t g) const {
+    for (int m = 0; m < M; ++m) prefetchLine(reinterpret_cast<const uint8_t*>(q[m]) + g * kGroup);
+  }
 };
 
 template <int M>
@@ -84,12 +87,13 @@ void dotU4(const uint8_t* block, int64_t groups, const Acts& acts, const int32_t
     const uint8_t* ahead = block + kPrefetchBlocks * kU4BlockBytes;
     DotSums<M> dot;
     for (int m = 0; m < M; ++m) dot.lower[m] = dot.upper[m] = _mm512_set1_epi32(x.correction[m][g]);
-    if (M == 1) prefetchLine(ahead + 1024);
+    prefetchLine(ahead + 1024);
+    if (M > 1) x.prefetch(g + kPrefetchGroups);
 #pragma GCC unroll 8
     for (int octet = 0; octet < 8; ++octet) {
       const __m512i w0 = load64(block + octet * 128), w1 = load64(block + octet * 128 + 64);
-      if (M == 1) prefetchLine(ahead + octet * 128);
-      if (M == 1) prefetchLine(ahead + octet * 128 + 64);
+      prefetchLine(ahead + octet * 128);
+      prefetchLine(ahead + octet * 128 + 64);
       const __m512i low0 = _mm512_and_si512(w0, low4), low1 = _mm512_and_si512(w1, low4);
       const __m512i high0 = _mm512_and_si512(_mm512_srli_epi16(w0, 4), low4);
       const __m512i high1 = _mm512_and_si512(_mm512_srli_epi16(w1, 4), low4);
@@ -103,7 +107,7 @@ void dotU4(const uint8_t* block, int64_t groups, const Acts& acts, const int32_t
         dot.upper[m] = _mm512_dpbusd_epi32(dot.upper[m], high1, xHigh);
       }
     }
-    sums.add(dot, block + 1024, x.scale, g);
+    sums.add(dot, loadScales(block + 1024), loadScales(block + 1056), x.scale, g);
   }
   sums.store(out);
 }
@@ -121,13 +125,14 @@ void dotI8(const uint8_t* block, int64_t groups, const Acts& acts, const int32_t
     DotSums<M> dot;
     for (int m = 0; m < M; ++m)
       dot.lower[m] = dot.upper[m] = _mm512_set1_epi32(16 * x.correction[m][g]);
-    if (M == 1) prefetchLine(ahead + 2048);
+    prefetchLine(ahead + 2048);
+    if (M > 1) x.prefetch(g + kPrefetchGroups);
 #pragma GCC unroll 16
     for (int quad = 0; quad < 16; ++quad) {
       const __m512i w0 = _mm512_xor_si512(load64(block + quad * 128), flip);
       const __m512i w1 = _mm512_xor_si512(load64(block + quad * 128 + 64), flip);
-      if (M == 1) prefetchLine(ahead + quad * 128);
-      if (M == 1) prefetchLine(ahead + quad * 128 + 64);
+      prefetchLine(ahead + quad * 128);
+      prefetchLine(ahead + quad * 128 + 64);
 #pragma GCC unroll 8
       for (int m = 0; m < M; ++m) {
         const __m512i xq = broadcast4(x.q[m] + g * kGroup + quad * 4);
@@ -135,7 +140,7 @@ void dotI8(const uint8_t* block, int64_t groups, const Acts& acts, const int32_t
         dot.upper[m] = _mm512_dpbusd_epi32(dot.upper[m], w1, xq);
       }
     }
-    sums.add(dot, block + 2048, x.scale, g);
+    sums.add(dot, loadScales(block + 2048), loadScales(block + 2080), x.scale, g);
   }
   sums.store(out);
 }

@@ -9,8 +9,12 @@
 #include "acts.h"
 #include "simd.h"
 
-#if defined(EC_SIMD_AVX512) && defined(__AVX512VNNI__)
+#if defined(EC_SIMD_AVX512)
 #include "dot_avx512vnni.h"
+#if defined(EC_AMX_EMULATED) || defined(__AMX_INT8__)
+#include "slab_amx.h"
+#define EC_HAS_SLABS 1
+#endif
 #elif defined(EC_SIMD_AVX2)
 #include "dot_avx2.h"
 #elif defined(EC_SIMD_NEON) && defined(__ARM_FEATURE_MATMUL_INT8)
@@ -19,10 +23,6 @@
 #include "dot_neon.h"
 #else
 #include "dot_portable.h"
-#endif
-#if defined(EC_AMX_EMULATED) || defined(__AMX_INT8__)
-#include "dot_amx.h"
-#define EC_HAS_SLABS 1
 #endif
 
 namespace ec::EC_ISA {

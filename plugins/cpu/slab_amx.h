@@ -5,8 +5,8 @@
 //
 // Per group: A = 16 rows of activations x 64 bytes, B = 16 quads of columns x 16 weight rows x 4 bytes, C = 16 x 16
 // int32. A U4 block is two B tiles once its nibbles are spread, an I8 block is two B tiles as it is.
-#ifndef EC_CPU_DOT_AMX_H
-#define EC_CPU_DOT_AMX_H
+#ifndef EC_CPU_SLAB_AMX_H
+#define EC_CPU_SLAB_AMX_H
 
 #include <immintrin.h>
 
@@ -206,4 +206,4 @@ inline void dotSlab(int32_t type, const uint8_t* block, int64_t groups, const Ac
 
 }  // namespace ec::EC_ISA
 
-#endif  // EC_CPU_DOT_AMX_H
+#endif  // EC_CPU_SLAB_AMX_H
