@@ -1,0 +1,254 @@
+# SPDX-License-Identifier: Apache-2.0
+"""States kept at token boundaries, so that a prompt starts where it parts from an earlier one.
+
+A prompt is prefilled in pieces whose ends, its cuts, depend on the tokens before them and on
+nothing else. States are kept at cuts only: whoever starts from one does the same arithmetic on the
+same rows as whoever starts from nothing, and gets the same tokens (docs/scheduler.md).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgecascade.backends.base import Snapshot
+
+Array = NDArray[Any]
+Parts = dict[tuple[int, str], Array]
+
+MIN_PIECE_TOKENS = 32  # a shorter piece costs about as much to compute as one of this length
+STRIDE_TOKENS = 1024  # a long prompt leaves a state about so often
+LAST_BOUNDARIES = 2  # ends of messages whose state is kept, counted from the end of the prompt
+REMEMBERED_PROMPTS = 64
+
+
+@dataclass(frozen=True)
+class CutRule:
+    """Where prompts are cut: after a boundary token, and where a piece is full."""
+
+    chunk_tokens: int = 256
+    boundary_ids: frozenset[int] = frozenset()  # tokens that end a message
+
+    def cuts(self, tokens: Array) -> tuple[int, ...]:
+        """Ends of the pieces of a prompt, the last one its length."""
+        ends = np.flatnonzero(np.isin(tokens, list(self.boundary_ids))) + 1
+        cuts, start, total = [], 0, len(tokens)
+        while start < total:
+            limit = start + self.chunk_tokens
+            after = ends[np.searchsorted(ends, start + MIN_PIECE_TOKENS) :]
+            start = int(after[0]) if len(after) and after[0] <= limit else limit
+            cuts.append(min(start, total))
+        return tuple(cuts)
+
+    def is_boundary(self, tokens: Array, cut: int) -> bool:
+        """Whether a message ends at this cut."""
+        return int(tokens[cut - 1]) in self.boundary_ids
+
+
+@dataclass
+class _Run:
+    """Keys and values of one token sequence; the states along it share them."""
+
+    parts: Parts
+    tokens: int
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts.values())
+
+
+@dataclass(eq=False)
+class Entry:
+    """A kept state. `leases` counts who is using it: it is not dropped meanwhile."""
+
+    key: bytes
+    tokens: Array
+    own: Parts
+    run: _Run
+    leases: int = 0
+
+    @property
+    def snapshot(self) -> Snapshot:
+        """The state in the form that backends read."""
+        count = len(self.tokens)
+        return Snapshot(
+            count, {**self.own, **{k: part[:, :count] for k, part in self.run.parts.items()}}
+        )
+
+    @property
+    def own_bytes(self) -> int:
+        """Memory that no other entry shares."""
+        return sum(part.nbytes for part in self.own.values())
+
+
+@dataclass
+class CacheStats:
+    """What reuse was worth so far."""
+
+    hits: int = 0
+    misses: int = 0
+    prompt_tokens: int = 0
+    reused_tokens: int = 0
+    stored: int = 0
+    dropped: int = 0
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of prompt tokens that needed no prefill."""
+        return self.reused_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
+
+
+@dataclass
+class PrefixCache:
+    """Bounded in bytes; what was not used longest goes first. For one thread at a time."""
+
+    max_bytes: int
+    rule: CutRule = field(default_factory=CutRule)
+
+    def __post_init__(self) -> None:
+        self.stats = CacheStats()
+        self._entries: OrderedDict[bytes, Entry] = OrderedDict()
+        self._prompts: OrderedDict[bytes, Array] = OrderedDict()  # of late, to see where they part
+
+    @contextmanager
+    def longest(self, tokens: Array, cuts: Sequence[int]) -> Iterator[Entry | None]:
+        """The longest kept prefix that leaves at least one token to compute, leased meanwhile."""
+        entry = None
+        if self._entries:
+            keys = chain(tokens, cuts[:-1])
+            entry = next(
+                (self._entries[key] for key in reversed(keys) if key in self._entries), None
+            )
+        self.stats.prompt_tokens += len(tokens)
+        if entry is None:
+            self.stats.misses += 1
+            yield None
+            return
+        self.stats.hits += 1
+        self.stats.reused_tokens += len(entry.tokens)
+        self._entries.move_to_end(entry.key)
+        entry.leases += 1
+        try:
+            yield entry
+        finally:
+            entry.leases -= 1
+
+    def worth_keeping(self, tokens: Array, cuts: Sequence[int]) -> frozenset[int]:
+        """The cuts of a prompt at which its state should be captured.
+
+        Another prompt is likely to begin like this one up to the end of the system prompt, of one
+        of the last messages, or where an earlier prompt parted from it; in between, a state now
+        and then bounds what is computed again.
+        """
+        inner = [cut for cut in cuts[:-1] if cut < len(tokens)]
+        if not inner or not self.max_bytes:
+            return frozenset()
+        boundaries = [cut for cut in inner if self.rule.is_boundary(tokens, cut)]
+        kept = {inner[-1], *boundaries[:1], *boundaries[-LAST_BOUNDARIES:]}
+        for reach in range(STRIDE_TOKENS, len(tokens), STRIDE_TOKENS):
+            kept.add(_last_up_to(inner, reach))
+        for other in self._prompts.values():
+            kept.add(_last_up_to(inner, _common(tokens, other)))
+        self._remember(tokens)
+        return frozenset(kept - {0})
+
+    def has(self, tokens: Array, cuts: Sequence[int]) -> bool:
+        """Whether the state after `tokens`, whose own cuts are given, is kept."""
+        return chain(tokens, cuts)[-1] in self._entries
+
+    def put(self, tokens: Array, snapshot: Snapshot) -> bool:
+        """Keep the state after `tokens`; False when it does not fit."""
+        tokens = np.array(tokens, np.int32)
+        keys = chain(tokens, self.rule.cuts(tokens))
+        if keys[-1] in self._entries:
+            self._entries.move_to_end(keys[-1])
+            return True
+        own = {k: part for k, part in snapshot.parts.items() if k[1] != "kv"}
+        run = _Run({k: part for k, part in snapshot.parts.items() if k[1] == "kv"}, len(tokens))
+        entry = Entry(keys[-1], tokens, own, run)
+        if not self._make_room(entry.own_bytes + run.nbytes, keys):
+            return False
+        for key in keys[:-1]:  # its prefixes need no keys and values of their own any more
+            if key in self._entries:
+                self._entries[key].run = run
+        self._entries[entry.key] = entry
+        self.stats.stored += 1
+        return True
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that the kept states occupy."""
+        return self._bytes_beside(())
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def clear(self) -> None:
+        """Forget every state that nobody uses."""
+        for entry in [e for e in self._entries.values() if not e.leases]:
+            self._drop(entry)
+
+    def _make_room(self, wanted: int, keys: Collection[bytes]) -> bool:
+        """Drop states until `wanted` bytes fit.
+
+        The newcomer's prefixes, `keys`, go last: they will share with it.
+        """
+        if wanted > self.max_bytes:
+            return False
+        idle = [e for e in self._entries.values() if not e.leases]
+        for entry in sorted(idle, key=lambda e: e.key in keys):
+            if self._bytes_beside(keys) + wanted <= self.max_bytes:
+                break
+            self._drop(entry)
+        return self._bytes_beside(keys) + wanted <= self.max_bytes
+
+    def _bytes_beside(self, keys: Collection[bytes]) -> int:
+        """Memory occupied once the states named by `keys` take their keys and values elsewhere."""
+        entries = self._entries.values()
+        runs = {id(entry.run): entry.run for entry in entries if entry.key not in keys}
+        return sum(e.own_bytes for e in entries) + sum(run.nbytes for run in runs.values())
+
+    def _drop(self, entry: Entry) -> None:
+        del self._entries[entry.key]
+        self.stats.dropped += 1
+        run = entry.run
+        longest = max((len(e.tokens) for e in self._entries.values() if e.run is run), default=0)
+        if longest and longest < run.tokens:
+            run.parts = {k: part[:, :longest].copy() for k, part in run.parts.items()}
+            run.tokens = longest
+
+    def _remember(self, tokens: Array) -> None:
+        key = hashlib.sha256(tokens.tobytes()).digest()
+        self._prompts[key] = tokens
+        self._prompts.move_to_end(key)
+        if len(self._prompts) > REMEMBERED_PROMPTS:
+            self._prompts.popitem(last=False)
+
+
+def chain(tokens: Array, cuts: Sequence[int]) -> list[bytes]:
+    """A key for each cut that stands for all tokens before it."""
+    data = np.ascontiguousarray(tokens, np.int32)
+    keys, digest, start = [], b"", 0
+    for cut in cuts:
+        digest = hashlib.sha256(digest + data[start:cut].tobytes()).digest()
+        keys.append(digest)
+        start = cut
+    return keys
+
+
+def _last_up_to(cuts: Sequence[int], reach: int) -> int:
+    return max((cut for cut in cuts if cut <= reach), default=0)
+
+
+def _common(a: Array, b: Array) -> int:
+    """How many tokens two prompts share at the beginning."""
+    size = min(len(a), len(b))
+    differ = np.flatnonzero(a[:size] != b[:size])
+    return int(differ[0]) if len(differ) else size
