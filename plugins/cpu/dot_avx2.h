@@ -27,6 +27,11 @@ inline __m256i broadcast4(const int8_t* q) {
   return _mm256_set1_epi32(bytes);
 }
 
+
+// Ends one use of `weight` before the next: left alone, GCC computes all products first and keeps
+// them in memory.
+inline void keepOrder(__m256i& sum, __m256i& weight) { asm("" : "+x"(sum), "+x"(weight)); }
+
 inline __m256i load32(const uint8_t* p) {
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
 }
@@ -60,13 +65,14 @@ void dotU4(const uint8_t* block, int64_t groups, const Acts& x, const int32_t* r
         for (int i = 0; i < 4; ++i) {
           const int octet = half * 4 + i;
           const __m256i pair = load32(codes + octet * kBlockRows * 4);
-          const __m256i low = _mm256_and_si256(pair, low4);
-          const __m256i high = _mm256_and_si256(_mm256_srli_epi16(pair, 4), low4);
+          __m256i low = _mm256_and_si256(pair, low4);
+          __m256i high = _mm256_and_si256(_mm256_srli_epi16(pair, 4), low4);
           for (int m = 0; m < M; ++m) {
-            sum[m] =
-                _mm256_add_epi16(sum[m], _mm256_maddubs_epi16(low, broadcast4(q[m] + octet * 8)));
-            sum[m] = _mm256_add_epi16(sum[m],
-                                      _mm256_maddubs_epi16(high, broadcast4(q[m] + octet * 8 + 4)));
+            const int8_t* x8 = q[m] + octet * 8;
+            sum[m] = _mm256_add_epi16(sum[m], _mm256_maddubs_epi16(low, broadcast4(x8)));
+            keepOrder(sum[m], low);
+            sum[m] = _mm256_add_epi16(sum[m], _mm256_maddubs_epi16(high, broadcast4(x8 + 4)));
+            keepOrder(sum[m], high);
           }
         }
         for (int m = 0; m < M; ++m)
@@ -98,11 +104,12 @@ void dotI8(const uint8_t* block, int64_t groups, const Acts& x, const int32_t* r
         // maddubs wants one unsigned side: |w| and x with the sign of w. Pairs stay below 2 * 128 *
         // 127 < 2^15.
         const __m256i weight = load32(codes + quad * kBlockRows * 4);
-        const __m256i magnitude = _mm256_abs_epi8(weight);
+        __m256i magnitude = _mm256_abs_epi8(weight);
         for (int m = 0; m < M; ++m) {
           const __m256i signedX = _mm256_sign_epi8(broadcast4(q[m] + quad * 4), weight);
-          dot[m] = _mm256_add_epi32(
-              dot[m], _mm256_madd_epi16(_mm256_maddubs_epi16(magnitude, signedX), ones));
+          const __m256i pairs = _mm256_maddubs_epi16(magnitude, signedX);
+          dot[m] = _mm256_add_epi32(dot[m], _mm256_madd_epi16(pairs, ones));
+          keepOrder(dot[m], magnitude);
         }
       }
       const __m256 scaleW = loadScales(block + 2048 + quarter * 2 * kQuarterRows);
