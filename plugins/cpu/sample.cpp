@@ -45,12 +45,14 @@ struct Scratch {
   int64_t blocks;
   float* scores;      // [n_out][vocab] logits, NaN replaced by -inf, penalised
   Token* tokens;      // [n_out][vocab]
+  uint8_t* buckets;   // [n_out][vocab]
   BlockSum* partial;  // [n_out][blocks]
 
   Scratch(Arena& arena, const ec_step& step, const ec_sample& args)
       : blocks((args.vocab + kBlock - 1) / kBlock),
         scores(arena.take<float>(int64_t{step.n_out} * args.vocab)),
         tokens(arena.take<Token>(int64_t{step.n_out} * args.vocab)),
+        buckets(arena.take<uint8_t>(int64_t{step.n_out} * args.vocab)),
         partial(arena.take<BlockSum>(step.n_out * blocks)) {}
 };
 
@@ -155,21 +157,24 @@ int64_t argmax(const float* scores, int64_t count) {
   return i;
 }
 
-// Tokens that can matter beside the largest score.
-int64_t collect(const float* scores, int64_t vocab, double lowest, Token* tokens) {
-  const float cut = static_cast<float>(lowest);
-  const Vec bound = set(cut);
-  int64_t kept = 0;
-  const auto take = [&](int64_t i) {
-    if (scores[i] > cut) tokens[kept++] = {0, scores[i], static_cast<int32_t>(i)};
-  };
-  int64_t i = 0;
-  for (; i + kWidth <= vocab; i += kWidth) {
-    if (!anyGreater(load(scores + i), bound)) continue;
-    for (int lane = 0; lane < kWidth; ++lane) take(i + lane);
+// exp(x) in double for -100 <= x <= 0, within 4e-16: plain arithmetic that the compiler turns into
+// vectors, which the library's exp is not.
+inline double expBelow(double x) {
+  constexpr double kRound =
+      6755399441055744.0;  // 1.5 * 2^52: adding it leaves the nearest integer in the low bits
+  const double shifted = x * 1.4426950408889634 + kRound, n = shifted - kRound;
+  const double r = (x - n * 0.6931471803691238) - n * 1.9082149292705877e-10;
+  double p = 1.0 / 6227020800.0;
+  for (const double over : {479001600.0, 39916800.0, 3628800.0, 362880.0, 40320.0, 5040.0, 720.0,
+                            120.0, 24.0, 6.0, 2.0, 1.0, 1.0}) {
+    p = p * r + 1.0 / over;
   }
-  for (; i < vocab; ++i) take(i);
-  return kept;
+  int64_t power, bits;
+  std::memcpy(&power, &shifted, sizeof power);
+  std::memcpy(&bits, &p, sizeof bits);
+  bits += static_cast<int64_t>(static_cast<uint64_t>(power) << 52);
+  std::memcpy(&p, &bits, sizeof p);
+  return p;
 }
 
 double total(const Token* begin, const Token* end) {
@@ -203,21 +208,118 @@ Token* locate(Token* begin, Token* end, double target, bool exceed) {
   return begin;
 }
 
-int32_t draw(const ec_sampling& p, float uniform, const float* scores, int64_t vocab, float largest,
-             Token* tokens) {
-  Token* end =
-      tokens + collect(scores, vocab, double{largest} - kNegligible * p.temperature, tokens);
-  if (p.top_k > 0 && p.top_k < end - tokens) {
-    std::nth_element(tokens, tokens + p.top_k, end, before);
-    end = tokens + p.top_k;
+// The tokens of one row in the order of their scores, cut into buckets by score so that no step
+// sorts more than one of them. Kept are the buckets below last_ and, of that bucket, the tokens in
+// [edge_, end_).
+class Ranking {
+ public:
+  Ranking(const float* scores, int64_t vocab, float largest, float temperature, uint8_t* bucket,
+          Token* tokens)
+      : scores_(scores),
+        vocab_(vocab),
+        largest_(largest),
+        temperature_(temperature),
+        bucket_(bucket),
+        edge_(tokens) {
+    for (int64_t from = 0; from < vocab; from += kRun) {
+      fill(from, from + kRun < vocab ? from + kRun : vocab);
+    }
+    while (count_[last_] == 0) --last_;
+    open(last_);
   }
-  for (Token* t = tokens; t != end; ++t) {
-    t->mass = std::exp((double{t->score} - largest) / p.temperature);
+
+  void keepCount(int64_t k) {
+    int64_t preceding = 0;
+    int b = 0;
+    while (b < last_ && preceding + count_[b] < k) preceding += count_[b++];
+    open(b);
+    if (k - preceding >= end_ - edge_) return;
+    std::nth_element(edge_, edge_ + (k - preceding), end_, before);
+    end_ = edge_ + (k - preceding);
   }
+  void keepMass(double share) { end_ = find(share * kept(), false) + 1; }
+  void keepAtLeast(double least) {
+    for (;;) {
+      end_ = std::remove_if(edge_, end_, [least](const Token& t) { return t.mass < least; });
+      if (end_ != edge_ || last_ == 0) return;
+      // A whole bucket below `least` need not be opened.
+      int b = last_ - 1;
+      while (b > 0 && (count_[b] == 0 || std::exp(-b / kBucketsPerUnit) < 0.999 * least)) --b;
+      open(b);
+    }
+  }
+  int32_t draw(double uniform) { return find(uniform * kept(), true)->id; }
+
+ private:
+  static constexpr int kBuckets = 256;
+  static constexpr double kBucketsPerUnit = 4.0;
+  static constexpr int kDropped = kBuckets - 1;
+  static_assert(kNegligible * kBucketsPerUnit < kDropped);
+
+  double exponent(int64_t i) const {
+    const double x = (static_cast<double>(scores_[i]) - largest_) / temperature_;
+    return x > -100.0 ? x : -100.0;
+  }
+
+  void fill(int64_t from, int64_t end) {
+    double x[kRun], mass[kRun];
+    for (int64_t i = from; i < end; ++i) x[i - from] = exponent(i);
+    for (int64_t i = 0; i < end - from; ++i) mass[i] = expBelow(x[i]);
+    for (int64_t i = 0; i < end - from; ++i) {
+      const int b = x[i] > -kNegligible ? static_cast<int>(x[i] * -kBucketsPerUnit) : kDropped;
+      bucket_[from + i] = static_cast<uint8_t>(b);
+      mass_[b] += mass[i];
+      ++count_[b];
+    }
+  }
+
+  // Makes b the last bucket, with all its tokens, unless it already is and may have lost some.
+  void open(int b) {
+    if (b == last_ && end_) return;
+    last_ = b;
+    end_ = edge_;
+    for (int64_t i = 0; i < vocab_; ++i) {
+      if (bucket_[i] == b) {
+        *end_++ = {expBelow(exponent(i)), scores_[i], static_cast<int32_t>(i)};
+      }
+    }
+  }
+
+  double kept() const {
+    double sum = total(edge_, end_);
+    for (int b = 0; b < last_; ++b) sum += mass_[b];
+    return sum;
+  }
+
+  Token* find(double target, bool exceed) {
+    int b = 0;
+    for (; b < last_; ++b) {
+      if (exceed ? mass_[b] > target : mass_[b] >= target) break;
+      target -= mass_[b];
+    }
+    // Rounding may put the target just behind a bucket that holds nothing.
+    while (b < last_ && count_[b] == 0) ++b;
+    open(b);
+    return locate(edge_, end_, target, exceed);
+  }
+
+  const float* scores_;
+  const int64_t vocab_;
+  const double largest_, temperature_;
+  uint8_t* bucket_;  // [vocab]
+  double mass_[kBuckets] = {};
+  int64_t count_[kBuckets] = {};
+  int last_ = kDropped - 1;
+  Token* edge_;
+  Token* end_ = nullptr;
+};
+
+int32_t draw(const ec_sampling& p, float uniform, Ranking ranking) {
+  if (p.top_k > 0) ranking.keepCount(p.top_k);
   // At top_p 1 the rounding of the sum must not cost the last tokens.
-  if (p.top_p < 1) end = locate(tokens, end, p.top_p * total(tokens, end), false) + 1;
-  end = std::remove_if(tokens, end, [&](const Token& t) { return t.mass < p.min_p; });
-  return locate(tokens, end, uniform * total(tokens, end), true)->id;
+  if (p.top_p < 1) ranking.keepMass(p.top_p);
+  if (p.min_p > 0) ranking.keepAtLeast(p.min_p);
+  return ranking.draw(uniform);
 }
 
 }  // namespace
@@ -256,8 +358,9 @@ ec_status sample(Pool& pool, const ec_step& step, const ec_sample& args) {
     int64_t token = argmax(scores, vocab);
     // Beside an infinite logit no other has a probability.
     if (token >= 0 && p.temperature > 0 && scores[token] < INFINITY) {
-      token =
-          draw(p, args.uniform[row], scores, vocab, scores[token], scratch.tokens + row * vocab);
+      const Ranking ranking(scores, vocab, scores[token], p.temperature,
+                            scratch.buckets + row * vocab, scratch.tokens + row * vocab);
+      token = draw(p, args.uniform[row], ranking);
     }
     args.token[row] = static_cast<int32_t>(token);
     if (token < 0) return;
