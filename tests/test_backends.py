@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import GOLDENS, Build, Golden
+from golden import GOLDENS, Build, Golden
 from numpy.typing import NDArray
 from tolerances import (
     EXACT_LOGITS,

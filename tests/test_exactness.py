@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from conftest import Build, Golden
+from golden import Build, Golden
 from tolerances import EXACT_LOGITS, SAME_MATHS
 
 from edgecascade.backends import Backend, open_backend

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from conftest import TINY
+from golden import TINY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import TINY
+from golden import TINY
 
 from edgecascade.errors import BundleError, InvalidRequest
 from edgecascade.text.prompt import Prompter

@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from conftest import TINY
+from golden import TINY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
