@@ -53,6 +53,7 @@ class Session:
     def __init__(
         self, llm: Host, system: str | None, tools: Sequence[dict[str, Any]] | None
     ) -> None:
+        llm.prompter.needed_tokenizer()
         self._llm = llm
         self._tools = checked_tools(tools)
         self._messages = [] if system is None else checked_messages([_message("system", system)])
