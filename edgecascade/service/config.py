@@ -1,0 +1,304 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a service is told: a YAML file, command line options, or both; options win.
+
+Keys are strict: one that is not read stops the start, so that a misspelt limit is never no limit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import unquote, urlsplit
+
+from edgecascade.errors import InvalidRequest
+from edgecascade.service.topics import DEFAULT_PREFIX, Topics, is_name
+
+SCHEMES = {"mqtt": 1883, "mqtts": 8883}
+AWS_FLUSH_MS = 250  # AWS IoT Core discards what a connection publishes beyond 100 a second
+PASSWORD_VARIABLE = "EDGECASCADE_MQTT_PASSWORD"
+
+
+@dataclass(frozen=True)
+class BrokerAddress:
+    """Where the broker is and how to prove who we are."""
+
+    host: str
+    port: int
+    tls: bool
+    username: str | None = None
+    password: str | None = None
+    ca_file: Path | None = None
+    cert_file: Path | None = None
+    key_file: Path | None = None
+    protocol: Literal["auto", "5", "3.1.1"] = "auto"
+    keepalive_s: int = 30
+
+    @property
+    def shown(self) -> str:
+        """For logs: without the password."""
+        return f"{'mqtts' if self.tls else 'mqtt'}://{self.host}:{self.port}"
+
+
+def broker_address(
+    url: str,
+    *,
+    username: str | None = None,
+    password: str | None = None,
+    ca_file: str | Path | None = None,
+    cert_file: str | Path | None = None,
+    key_file: str | Path | None = None,
+    protocol: str = "auto",
+    keepalive_s: int = 30,
+) -> BrokerAddress:
+    """Read mqtt://[user[:password]@]host[:port] or mqtts://...
+
+    Raises:
+        InvalidRequest: naming what cannot be.
+    """
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError as error:
+        raise InvalidRequest(f"broker {url!r} is not an address: {error}") from error
+    if parts.scheme not in SCHEMES or not parts.hostname or parts.path not in ("", "/"):
+        raise InvalidRequest(f"broker is {url!r}; give mqtt://host:port or mqtts://host:port")
+    if protocol not in ("auto", "5", "3.1.1"):
+        raise InvalidRequest(f"protocol is {protocol!r}; it must be auto, 5 or 3.1.1")
+    tls = parts.scheme == "mqtts"
+    paths = [_readable(name, path) for name, path in
+             (("ca", ca_file), ("cert", cert_file), ("key", key_file))]  # fmt: skip
+    if any(paths) and not tls:
+        raise InvalidRequest(f"certificates are given, but {url!r} is not mqtts://")
+    if (paths[1] is None) != (paths[2] is None):
+        raise InvalidRequest("a client certificate needs both cert and key")
+    return BrokerAddress(
+        host=parts.hostname,
+        port=port or SCHEMES[parts.scheme],
+        tls=tls,
+        username=username or (unquote(parts.username) if parts.username else None),
+        password=password or (unquote(parts.password) if parts.password else None),
+        ca_file=paths[0],
+        cert_file=paths[1],
+        key_file=paths[2],
+        protocol=protocol,  # type: ignore[arg-type]
+        keepalive_s=keepalive_s,
+    )
+
+
+def _readable(name: str, path: str | Path | None) -> Path | None:
+    if path is None:
+        return None
+    if not os.access(path, os.R_OK):
+        raise InvalidRequest(f"{name} is {str(path)!r}, which cannot be read")
+    return Path(path)
+
+
+@dataclass(frozen=True)
+class ServiceConfig:
+    """All that a service needs to know besides its bundle. Names are the YAML's keys.
+
+    `clients` None lets every client of the broker ask; `priority_clients` may use a priority below
+    0. Rates are per client, 0 for none.
+    """
+
+    mqtt: str
+    device_id: str
+    prefix: str = DEFAULT_PREFIX
+    pool: str | None = None
+    model: str | None = None
+    username: str | None = None
+    password_file: str | None = None
+    ca: str | None = None
+    cert: str | None = None
+    key: str | None = None
+    protocol: str = "auto"
+    keepalive_s: int = 30
+    session_expiry_s: int = 300
+    profile: str = "lan"
+    flush_ms: int = 40
+    max_request_bytes: int = 96 << 10
+    max_timeout_s: float = 600.0
+    max_completion_tokens: int = 4096
+    max_requests_per_client: int = 64
+    requests_per_minute: float = 0.0
+    prompt_tokens_per_minute: float = 0.0
+    clients: tuple[str, ...] | None = None
+    priority_clients: tuple[str, ...] = ()
+    telemetry_s: float = 30.0
+    drain_s: float = 30.0
+    state_dir: str | None = None
+
+    def __post_init__(self) -> None:
+        Topics(self.prefix)
+        for name in ("device_id", "pool"):
+            value = getattr(self, name)
+            if not is_name(value) and not (name == "pool" and value is None):
+                raise InvalidRequest(f"{name} is {value!r}; give 1 to 64 of A-Z a-z 0-9 _ -")
+        for name, low, high in (
+            ("keepalive_s", 5, 65_535),
+            ("session_expiry_s", 0, 7 * 86_400),
+            ("flush_ms", 0, 10_000),
+            ("max_request_bytes", 1 << 10, 1 << 20),
+            ("max_timeout_s", 1, 86_400),
+            ("max_completion_tokens", 1, 2**31 - 1),
+            ("max_requests_per_client", 1, 100_000),
+            ("requests_per_minute", 0, 1_000_000),
+            ("prompt_tokens_per_minute", 0, 1_000_000_000),
+            ("telemetry_s", 1, 86_400),
+            ("drain_s", 0, 3600),
+        ):
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise InvalidRequest(f"{name} is {value}; it must be in [{low}, {high}]")
+        if self.profile not in ("lan", "aws"):
+            raise InvalidRequest(f"profile is {self.profile!r}; it must be lan or aws")
+        for name in (*(self.clients or ()), *self.priority_clients):
+            if not is_name(name):
+                raise InvalidRequest(f"client {name!r} must be 1 to 64 of A-Z a-z 0-9 _ -")
+
+    @property
+    def min_flush_ms(self) -> int:
+        """Below this no request may ask its chunks to be sent."""
+        return AWS_FLUSH_MS if self.profile == "aws" else 0
+
+    def address(self) -> BrokerAddress:
+        """The broker, with the password from its file or the environment."""
+        password = os.environ.get(PASSWORD_VARIABLE)
+        if self.password_file:
+            path = _readable("password_file", self.password_file)
+            password = path.read_text(encoding="utf-8").strip("\r\n") if path else None
+        return broker_address(
+            self.mqtt,
+            username=self.username,
+            password=password,
+            ca_file=self.ca,
+            cert_file=self.cert,
+            key_file=self.key,
+            protocol=self.protocol,
+            keepalive_s=self.keepalive_s,
+        )
+
+
+def from_mapping(given: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """The values of a mapping, each of its field's type.
+
+    Raises:
+        InvalidRequest: for a key that is not read or a value of another type.
+    """
+    types = {field.name: str(field.type) for field in fields(ServiceConfig)}
+    values = {}
+    for name, value in given.items():
+        if name not in types:
+            known = ", ".join(sorted(types))
+            raise InvalidRequest(f"{source} sets {name!r}, which is not read; known: {known}")
+        values[name] = _typed(name, value, types[name], source)
+    return values
+
+
+def _typed(name: str, value: Any, kind: str, source: str) -> Any:
+    if value is None and kind.endswith("None"):
+        return None
+    if kind.startswith("tuple") and isinstance(value, list) and all(map(_is_text, value)):
+        return tuple(value)
+    if kind.startswith("str") and isinstance(value, str):
+        return value
+    if kind == "int" and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if kind == "float" and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    wanted = {"s": "a string (quote it)", "t": "a list of strings", "i": "an integer"}
+    raise InvalidRequest(
+        f"{source} sets {name} to {value!r}; it must be {wanted.get(kind[0], 'a number')}"
+    )
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def read_file(path: str | Path) -> dict[str, Any]:
+    """The values of a YAML file.
+
+    Raises:
+        InvalidRequest: naming the key, or the line that is no YAML.
+    """
+    import yaml
+
+    class Strict(yaml.SafeLoader):
+        """Refuses a key given twice, of which YAML would keep the last."""
+
+    def mapping(loader: Strict, node: yaml.MappingNode) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        twice = {key for key in keys if keys.count(key) > 1}
+        if twice:
+            raise InvalidRequest(f"{path} sets {sorted(twice)[0]!r} twice")
+        return loader.construct_mapping(node, deep=True)
+
+    Strict.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
+    try:
+        with open(path, encoding="utf-8") as source:
+            given = yaml.load(source, Strict)
+    except OSError as error:
+        raise InvalidRequest(f"config {str(path)!r} cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InvalidRequest(f"config {str(path)!r} is not YAML: {error}") from error
+    if not isinstance(given, dict):
+        raise InvalidRequest(f"config {str(path)!r} holds no keys; see docs/mqtt.md")
+    return from_mapping(given, str(path))
+
+
+HELP = {
+    "mqtt": "broker, as mqtt://host:1883 or mqtts://host:8883",
+    "device_id": "name of this device in topics; equal to its certificate's common name",
+    "prefix": "first levels of all topics",
+    "pool": "also serve requests to this pool, shared with its other devices",
+    "model": "name of the model in requests and answers (default: the bundle's)",
+    "username": "user name at the broker",
+    "password_file": f"file with the password; else ${PASSWORD_VARIABLE}",
+    "ca": "certificates that vouch for the broker (default: the system's)",
+    "cert": "client certificate",
+    "key": "key of the client certificate",
+    "protocol": "auto, 5 or 3.1.1",
+    "profile": "lan, or aws for its 100 publishes a second",
+    "flush_ms": "send tokens in batches of this many milliseconds",
+    "state_dir": "folder for the boot counter",
+}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Options of `serve`; each also is a key of the file."""
+    parser.add_argument("--config", metavar="FILE", help="YAML file with these and more keys")
+    types = {field.name: str(field.type) for field in fields(ServiceConfig)}
+    for name, text in HELP.items():
+        kind = int if types[name] == "int" else str
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=text)
+
+
+def from_options(options: argparse.Namespace) -> ServiceConfig:
+    """The service that file and options ask for.
+
+    Raises:
+        InvalidRequest: naming the key.
+    """
+    values = read_file(options.config) if options.config else {}
+    given = {name: getattr(options, name) for name in HELP}
+    values |= {name: value for name, value in given.items() if value is not None}
+    for field in fields(ServiceConfig):
+        if field.default is MISSING and field.name not in values:
+            option = field.name.replace("_", "-")
+            raise InvalidRequest(f"{field.name} is missing; give --{option} or the key in --config")
+    return ServiceConfig(**values)
+
+
+def state_folder(config: ServiceConfig) -> Path:
+    """Where the boot counter lives: given, systemd's StateDirectory, or the user's own."""
+    if config.state_dir:
+        return Path(config.state_dir)
+    if given := os.environ.get("STATE_DIRECTORY"):
+        return Path(given.split(":")[0])
+    base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    return Path(base) / "edgecascade"

@@ -1,0 +1,525 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A connection to a broker that is kept up. The only file that knows paho.
+
+One thread owns the socket and makes every paho call; other threads put messages into a bounded
+queue and wake it. Each connection gets a new paho client: what must survive a lost connection is
+the queue here, so paho never resends what the broker refused. docs/mqtt.md §7 lists what this
+works around.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import random
+import select
+import socket
+import ssl
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import paho.mqtt.client as paho
+from paho.mqtt.enums import CallbackAPIVersion
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
+from paho.mqtt.subscribeoptions import SubscribeOptions
+
+from edgecascade.errors import NetworkError
+from edgecascade.service.config import BrokerAddress
+from edgecascade.service.protocol import Incoming
+from edgecascade.service.replies import Outgoing
+
+log = logging.getLogger(__name__)
+
+MAX_WAITING = 1000  # messages of QoS 1 that wait for the broker
+MAX_CHUNKS = 128  # beyond this many waiting messages, tokens are held back and sent together
+MAX_IN_FLIGHT = 20  # unacknowledged; a broker may ask for less
+PACKET_HEAD_BYTES = 512  # topic and properties beside a payload
+CONNECT_S = 5.0
+ANSWER_S = 10.0  # from CONNECT to CONNACK
+STALE_S = 60.0  # a network thread that has not turned for so long is stuck
+MAX_DELAY_S = 30.0
+WILL_DELAY_S = 5
+STEADY_S = 1.0  # a connection lost sooner counts as a failed one
+MANY_FAILURES = 4
+
+UNSUPPORTED_VERSION = 0x84
+SESSION_TAKEN_OVER = 0x8E
+PROTOCOLS = {"5": paho.MQTTv5, "3.1.1": paho.MQTTv311}
+
+
+@dataclass(frozen=True)
+class LinkOptions:
+    """Who connects, what it listens to, and what others hear if it vanishes."""
+
+    address: BrokerAddress
+    client_id: str
+    filters: tuple[str, ...]
+    will: Outgoing | None = None
+    session_expiry_s: int = 300
+    receive_maximum: int = 64
+    max_packet_bytes: int = 1 << 20
+    clean_start: bool = False
+
+
+@dataclass
+class LinkCounters:
+    """What happened so far, for telemetry."""
+
+    connects: int = 0
+    losses: int = 0
+    chunks_held: int = 0
+    refused: int = 0
+    denied: int = 0
+    oversize: int = 0
+    received: int = 0
+
+
+@dataclass
+class _Connection:
+    """State of one connection; of the network thread alone."""
+
+    client: paho.Client
+    opened_at: float
+    acknowledged: bool = False
+    refusal: int | None = None
+    window: int = MAX_IN_FLIGHT
+    unacked: dict[int, Outgoing] = field(default_factory=dict)
+    acks: deque[tuple[int, int]] = field(default_factory=deque)
+
+
+class Link:
+    """A connection that comes back by itself. All callbacks run on its thread and must not block.
+
+    `births` are published at every connection, after the subscriptions; `on_result` hears the
+    broker's reason code for each acknowledged message.
+    """
+
+    def __init__(
+        self,
+        options: LinkOptions,
+        on_message: Callable[[Incoming], None],
+        *,
+        births: Callable[[], Iterable[Outgoing]] = tuple,
+        on_up: Callable[[], None] | None = None,
+        on_result: Callable[[Outgoing, int], None] | None = None,
+    ) -> None:
+        self.counters = LinkCounters()
+        self.fatal: str | None = None
+        self.reason = "not tried yet"
+        self.max_payload_bytes = 1 << 28
+        self._options = options
+        self._on_message, self._births = on_message, births
+        self._on_up, self._on_result = on_up, on_result
+        self._version = options.address.protocol.replace("auto", "5")
+        self._unanswered = 0
+        self._lock = threading.Lock()  # of the queue; never held while paho runs
+        self._waiting: deque[Outgoing] = deque()
+        self._in_flight = 0
+        self._up = threading.Event()
+        self._stopping = threading.Event()
+        self._beat = time.monotonic()
+        self._thread: threading.Thread | None = None
+        self._wake_read, self._wake_write = os.pipe()
+        os.set_blocking(self._wake_read, False)
+        os.set_blocking(self._wake_write, False)
+
+    def start(self) -> None:
+        """Begin to connect; returns at once."""
+        name = f"mqtt-{self._options.client_id}"
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def wait_up(self, timeout_s: float) -> bool:
+        """Whether it is connected, within a time."""
+        return self._up.wait(timeout_s)
+
+    @property
+    def up(self) -> bool:
+        """Whether it is connected."""
+        return self._up.is_set()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the network thread turns."""
+        return (
+            self._thread is not None
+            and self._thread.is_alive()
+            and time.monotonic() - self._beat < STALE_S
+        )
+
+    @property
+    def can_stream(self) -> bool:
+        """Whether a chunk would go out now; if not, hold the tokens and send them together."""
+        if self._up.is_set() and len(self._waiting) < MAX_CHUNKS:
+            return True
+        self.counters.chunks_held += 1
+        return False
+
+    def publish(self, message: Outgoing) -> bool:
+        """Queue a message; False if the queue is full or it is a chunk and nobody is connected."""
+        room = MAX_WAITING if message.qos else MAX_CHUNKS
+        if len(message.payload) > self.max_payload_bytes:
+            self.counters.oversize += 1
+            log.error(
+                "%d bytes for %s exceed the broker's limit", len(message.payload), message.topic
+            )
+            return False
+        with self._lock:
+            if len(self._waiting) >= room or not (message.qos or self._up.is_set()):
+                self.counters.refused += 1
+                return False
+            self._waiting.append(message)
+        self._wake()
+        return True
+
+    def flush(self, timeout_s: float) -> bool:
+        """Wait until the broker has acknowledged everything; False if it does not in time."""
+        end = time.monotonic() + timeout_s
+        while time.monotonic() < end:
+            with self._lock:
+                if not self._waiting and not self._in_flight:
+                    return True
+            time.sleep(0.01)
+        return False
+
+    def stop(self) -> None:
+        """Disconnect and end the thread; what still waits is dropped."""
+        self._stopping.set()
+        self._wake()
+        if self._thread is not None:
+            self._thread.join(CONNECT_S + ANSWER_S)
+            if self._thread.is_alive():
+                log.error("the network thread does not end")
+                return
+        for end in (self._wake_read, self._wake_write):
+            with contextlib.suppress(OSError):
+                os.close(end)
+
+    def _wake(self) -> None:
+        with contextlib.suppress(BlockingIOError, OSError):  # full: it wakes anyway
+            os.write(self._wake_write, b"x")
+
+    # From here on everything runs on the network thread.
+
+    def _run(self) -> None:
+        failures = 0
+        while not self._stopping.is_set() and self.fatal is None:
+            worked = False
+            try:
+                worked = self._connection()
+            except (OSError, NetworkError) as error:
+                self.reason = str(error) or type(error).__name__
+            except Exception as error:  # a dead network thread would be silence
+                self.reason = f"{type(error).__name__}: {error}"
+                log.exception("the connection to %s failed", self._options.address.shown)
+            failures = 0 if worked else failures + 1
+            if failures >= MANY_FAILURES and self.counters.connects >= MANY_FAILURES:
+                log.warning(
+                    "connections to %s are short; does another client use the name %r?",
+                    self._options.address.shown,
+                    self._options.client_id,
+                )
+            if not self._stopping.is_set() and self.fatal is None:
+                # Jitter over the whole span: a thousand devices must not come back together.
+                delay = random.uniform(0, min(MAX_DELAY_S, 2.0**failures))
+                log.info("broker: %s; next try in %.1f s", self.reason, delay)
+                self._beat = time.monotonic()
+                self._pause(delay)
+
+    def _pause(self, delay_s: float) -> None:
+        end = time.monotonic() + delay_s
+        while not self._stopping.wait(min(5.0, max(0.0, end - time.monotonic()))):
+            self._beat = time.monotonic()
+            if time.monotonic() >= end:
+                return
+
+    def _connection(self) -> bool:
+        """One connection from its start to its loss; whether it was one worth the name."""
+        client = self._client()
+        connection = _Connection(client, time.monotonic())
+        self._install(connection)
+        self._open(client)
+        try:
+            self._turn(connection)
+        finally:
+            self._lost(connection)
+        self._choose_version(connection)
+        # Two clients of one name take it from each other, and not every broker tells them so.
+        return connection.acknowledged and time.monotonic() - connection.opened_at > STEADY_S
+
+    def _choose_version(self, connection: _Connection) -> None:
+        """MQTT 3.1.1 after a refusal of 5, and after two connections closed without a word."""
+        if connection.acknowledged or self._options.address.protocol != "auto":
+            return
+        if connection.refusal is None:
+            self._unanswered += 1
+        if connection.refusal == UNSUPPORTED_VERSION or self._unanswered == 2:
+            self._unanswered = 0
+            self._version = "3.1.1" if self._version == "5" else "5"
+            self.reason = f"the broker does not speak this version; next MQTT {self._version}"
+
+    def _client(self) -> paho.Client:
+        options, address = self._options, self._options.address
+        five = self._version == "5"
+        client = paho.Client(
+            CallbackAPIVersion.VERSION2,
+            client_id=options.client_id,
+            clean_session=None if five else options.clean_start,
+            protocol=PROTOCOLS[self._version],
+            reconnect_on_failure=False,
+        )
+        client.suppress_exceptions = True  # an error in a callback is logged, the thread goes on
+        client.enable_logger(log)
+        client.connect_timeout = CONNECT_S
+        if address.username is not None:
+            client.username_pw_set(address.username, address.password)
+        if address.tls:
+            client.tls_set_context(_tls(address))
+        if options.will is not None:
+            will = options.will
+            properties = _properties(PacketTypes.WILLMESSAGE) if five else None
+            if properties is not None:
+                properties.WillDelayInterval = WILL_DELAY_S
+            client.will_set(will.topic, will.payload, will.qos, will.retain, properties)
+        return client
+
+    def _open(self, client: paho.Client) -> None:
+        options, address = self._options, self._options.address
+        if self._version != "5":
+            client.connect(address.host, address.port, address.keepalive_s)
+            return
+        properties = _properties(PacketTypes.CONNECT)
+        properties.SessionExpiryInterval = options.session_expiry_s
+        properties.ReceiveMaximum = options.receive_maximum
+        properties.MaximumPacketSize = options.max_packet_bytes
+        client.connect(
+            address.host,
+            address.port,
+            address.keepalive_s,
+            clean_start=options.clean_start,
+            properties=properties,
+        )
+
+    def _install(self, connection: _Connection) -> None:
+        client = connection.client
+
+        def opened(_c: Any, _u: Any, opened_socket: Any) -> None:
+            # A token is a small packet: without this the next one waits for its acknowledgement.
+            opened_socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+        def connected(_c: Any, _u: Any, _flags: Any, reason: Any, properties: Any) -> None:
+            self._answered(connection, reason, properties)
+
+        def message(_c: Any, _u: Any, received: paho.MQTTMessage) -> None:
+            _acknowledge_soon(client)
+            self.counters.received += 1
+            try:
+                self._on_message(_incoming(received))
+            except Exception:  # paho would keep it to itself
+                log.exception("a message of %d bytes is not handled", len(received.payload))
+
+        def published(_c: Any, _u: Any, mid: int, reason: Any, _p: Any) -> None:
+            _acknowledge_soon(client)
+            connection.acks.append((mid, reason.value))
+
+        def subscribed(_c: Any, _u: Any, _mid: int, reasons: Any, _p: Any) -> None:
+            _acknowledge_soon(client)
+            for name, reason in zip(self._options.filters, reasons, strict=False):
+                if reason.is_failure:
+                    log.error("the broker refuses the subscription to %s: %s", name, reason)
+                    self.counters.denied += 1
+
+        def disconnected(_c: Any, _u: Any, _flags: Any, reason: Any, _p: Any) -> None:
+            if connection.acknowledged:
+                self.reason = f"lost: {reason}"
+            if reason.value == SESSION_TAKEN_OVER:
+                self.fatal = (
+                    f"another client connected as {self._options.client_id!r}; give each its own id"
+                )
+
+        client.on_socket_open = opened
+        client.on_connect = connected
+        client.on_message = message
+        client.on_publish = published
+        client.on_subscribe = subscribed
+        client.on_disconnect = disconnected
+
+    def _answered(self, connection: _Connection, reason: Any, properties: Any) -> None:
+        if reason.is_failure:
+            self.reason = f"refused: {reason}"
+            connection.refusal = reason.value
+            return
+        asked = getattr(properties, "ReceiveMaximum", MAX_IN_FLIGHT)
+        connection.window = min(MAX_IN_FLIGHT, asked)
+        largest = getattr(properties, "MaximumPacketSize", 1 << 28)
+        self.max_payload_bytes = largest - PACKET_HEAD_BYTES
+        # Always: the session may be gone with the broker's memory, whatever it says.
+        if self._options.filters:
+            connection.client.subscribe(self._subscriptions())
+        with self._lock:
+            self._waiting.extendleft(reversed(list(self._births())))
+        connection.acknowledged = True
+        self.counters.connects += 1
+        self.reason = "connected"
+        self._up.set()
+        log.info("connected to %s with MQTT %s", self._options.address.shown, self._version)
+        if self._on_up is not None:
+            self._on_up()
+
+    def _subscriptions(self) -> Any:
+        if self._version != "5":
+            return [(name, 1) for name in self._options.filters]
+        # As published: a retained request must be told from a fresh one when it is new, too.
+        return [
+            (
+                name,
+                SubscribeOptions(
+                    qos=1,
+                    retainAsPublished=True,
+                    retainHandling=SubscribeOptions.RETAIN_SEND_ON_SUBSCRIBE,
+                ),
+            )
+            for name in self._options.filters
+        ]
+
+    def _turn(self, connection: _Connection) -> None:
+        """Read, write and keep alive until the connection is lost or not wanted."""
+        client = connection.client
+        while (sock := client.socket()) is not None:
+            self._beat = now = time.monotonic()
+            if self._stopping.is_set():
+                client.disconnect()
+                client.loop_write()
+                return
+            if not connection.acknowledged and now - connection.opened_at > ANSWER_S:
+                self.reason = f"no answer within {ANSWER_S:g} s"
+                return
+            readable = self._wait(sock, writing=client.want_write())
+            if readable and client.loop_read():
+                return
+            self._settle(connection)
+            self._pump(connection)
+            if client.want_write() and client.loop_write():
+                return
+            if client.loop_misc():
+                return
+
+    def _wait(self, sock: Any, *, writing: bool) -> bool:
+        if isinstance(sock, ssl.SSLSocket) and sock.pending():
+            return True
+        # poll, because select cannot watch a file number beyond 1023.
+        poll = select.poll()
+        poll.register(sock, select.POLLIN | (select.POLLOUT if writing else 0))
+        poll.register(self._wake_read, select.POLLIN)
+        events = dict(poll.poll(1000))
+        if self._wake_read in events:
+            with contextlib.suppress(BlockingIOError):
+                os.read(self._wake_read, 4096)
+        return bool(events.get(sock.fileno(), 0) & ~select.POLLOUT)
+
+    def _pump(self, connection: _Connection) -> None:
+        """Hand waiting messages to paho while the socket takes them and the broker allows it."""
+        while connection.acknowledged and not connection.client.want_write():
+            with self._lock:
+                if not self._waiting:
+                    return
+                if self._waiting[0].qos and len(connection.unacked) >= connection.window:
+                    return
+                message = self._waiting.popleft()
+                self._in_flight += bool(message.qos)
+            sent = connection.client.publish(
+                message.topic,
+                message.payload,
+                message.qos,
+                message.retain,
+                self._properties(message),
+            )
+            if message.qos:
+                connection.unacked[sent.mid] = message
+
+    def _properties(self, message: Outgoing) -> Any:
+        asked = (
+            message.correlation, message.content_type, message.response_topic, message.expiry_s,
+        )  # fmt: skip
+        if self._version != "5" or asked == (None, None, None, None):
+            return None  # each costs 40 us
+        properties = _properties(PacketTypes.PUBLISH)
+        names = ("CorrelationData", "ContentType", "ResponseTopic", "MessageExpiryInterval")
+        for name, value in zip(names, asked, strict=True):
+            if value is not None:
+                setattr(properties, name, value)
+        return properties
+
+    def _settle(self, connection: _Connection) -> None:
+        while connection.acks:
+            mid, reason = connection.acks.popleft()
+            message = connection.unacked.pop(mid, None)
+            if message is None:
+                continue
+            with self._lock:
+                self._in_flight -= 1
+            if reason >= 0x80:
+                self.counters.denied += 1
+                log.warning("the broker refuses a message to %s: 0x%02x", message.topic, reason)
+            if self._on_result is not None:
+                self._on_result(message, reason)
+
+    def _lost(self, connection: _Connection) -> None:
+        self._up.clear()
+        self._settle(connection)
+        if connection.acknowledged:
+            self.counters.losses += 1
+        with self._lock:
+            # Tokens of the past are of no use; finals are. A birth is made anew.
+            kept = [m for m in connection.unacked.values() if not m.retain]
+            kept += [m for m in self._waiting if m.qos and not m.retain]
+            self._waiting = deque(kept)
+            self._in_flight = 0
+        if (lost := connection.client.socket()) is not None:
+            with contextlib.suppress(OSError):
+                lost.close()
+
+
+def _properties(kind: int) -> Any:
+    return Properties(kind)  # type: ignore[no-untyped-call]
+
+
+def _tls(address: BrokerAddress) -> ssl.SSLContext:
+    # Made anew for each connection, so that a renewed certificate is taken up.
+    try:
+        context = ssl.create_default_context(
+            cafile=str(address.ca_file) if address.ca_file else None
+        )
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        if address.cert_file is not None:
+            context.load_cert_chain(str(address.cert_file), str(address.key_file))
+    except (OSError, ssl.SSLError) as error:
+        raise NetworkError(f"the certificates cannot be used: {error}") from error
+    return context
+
+
+def _acknowledge_soon(client: paho.Client) -> None:
+    # The kernel holds back acknowledgements up to 40 ms, and Mosquitto's Nagle waits for them.
+    sock: Any = client.socket()
+    if sock is not None and hasattr(socket, "TCP_QUICKACK"):
+        with contextlib.suppress(OSError):
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
+
+
+def _incoming(received: paho.MQTTMessage) -> Incoming:
+    properties = received.properties
+    return Incoming(
+        topic=received.topic,
+        payload=bytes(received.payload),
+        retain=received.retain,
+        response_topic=getattr(properties, "ResponseTopic", None),
+        correlation=getattr(properties, "CorrelationData", None),
+        expiry_s=getattr(properties, "MessageExpiryInterval", None),
+        content_type=getattr(properties, "ContentType", None),
+    )

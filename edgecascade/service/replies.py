@@ -1,0 +1,317 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Answers, both ways: dataclass to bytes on the device, bytes to dataclass at the client.
+
+A chunk carries a batch of tokens at QoS 0 and may be lost; the final repeats everything at QoS 1.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from edgecascade.completion import Completion, TokenLogprob
+from edgecascade.service import wire
+from edgecascade.service.parameters import Problem
+from edgecascade.service.protocol import ReplyTo
+from edgecascade.text.tools import ToolCall
+
+MAX_MESSAGE_BYTES = 96 << 10  # with topic and properties below AWS IoT Core's 128 KB
+MAX_PARTS = 256
+IMPOSSIBLE = -9999.0  # log probability of a masked token: JSON has no infinity
+STATES = ("online", "draining", "updating", "offline")
+
+
+@dataclass(frozen=True)
+class Outgoing:
+    """A message to publish."""
+
+    topic: str
+    payload: bytes
+    qos: int = 1
+    retain: bool = False
+    correlation: bytes | None = None
+    content_type: str | None = None
+    response_topic: str | None = None
+    expiry_s: int | None = None
+
+
+@dataclass(frozen=True)
+class Status:
+    """Retained state of a device. `boot` grows at every start, so a late will is told as such."""
+
+    status: str
+    boot: int
+    model: str = ""
+    bundle: str = ""
+    queue: int = 0
+    slots: int = 0
+    busy: int = 0
+    accepts: bool = False
+    ts: int = 0
+
+    def to_bytes(self) -> bytes:
+        """As published."""
+        return wire.encode(asdict(self))
+
+
+def queued(request_id: str, reply: ReplyTo, position: int) -> Outgoing:
+    """The request is accepted and waits."""
+    body = {"id": request_id, "object": "chat.completion.queued", "position": position}
+    return Outgoing(reply.topic, wire.encode(body), correlation=reply.correlation)
+
+
+@dataclass(frozen=True)
+class Head:
+    """What the first chunk says on top."""
+
+    id: str
+    model: str
+    created: int
+
+
+def chunk(
+    reply: ReplyTo,
+    seq: int,
+    text: str,
+    reasoning: str,
+    calls: Sequence[ToolCall] = (),
+    *,
+    first_call: int = 0,
+    head: Head | None = None,
+) -> Outgoing:
+    """A batch of tokens. Only the first carries the correlation data: each costs 40 us."""
+    delta: dict[str, Any] = {"role": "assistant"} if head else {}
+    if reasoning:
+        delta["reasoning_content"] = reasoning
+    if text:
+        delta["content"] = text
+    if calls:
+        delta["tool_calls"] = [
+            {"index": first_call + i, **_call(first_call + i, call)} for i, call in enumerate(calls)
+        ]
+    body: dict[str, Any] = {"seq": seq, "choices": [{"index": 0, "delta": delta}]}
+    if head:
+        body |= {"id": head.id, "object": "chat.completion.chunk"}
+        body |= {"created": head.created, "model": head.model}
+    correlation = reply.correlation if head else None
+    return Outgoing(reply.topic, wire.encode(body), qos=0, correlation=correlation)
+
+
+def completion_body(
+    head: Head, answer: Completion, chunks: int, extra: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The chat.completion object of a finished request."""
+    message: dict[str, Any] = {"role": "assistant", "content": answer.text}
+    if answer.reasoning:
+        message["reasoning_content"] = answer.reasoning
+    if answer.tool_calls:
+        message["tool_calls"] = [_call(i, call) for i, call in enumerate(answer.tool_calls)]
+    choice: dict[str, Any] = {
+        "index": 0,
+        "message": message,
+        "finish_reason": answer.finish_reason,
+    }
+    if answer.logprobs is not None:
+        choice["logprobs"] = {"content": [_logprob(one) for one in answer.logprobs]}
+    usage = answer.usage
+    return {
+        "id": head.id,
+        "object": "chat.completion",
+        "created": head.created,
+        "model": head.model,
+        "choices": [choice],
+        "usage": {
+            "prompt_tokens": usage.prompt_tokens,
+            "completion_tokens": usage.completion_tokens,
+            "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+            "completion_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
+        },
+        "chunks": chunks,
+        "seed": answer.seed,
+        **extra,
+    }
+
+
+def final(reply: ReplyTo, body: Mapping[str, Any], max_bytes: int) -> tuple[Outgoing, ...]:
+    """The final, after parts that carry its choice where it is too long for one message."""
+    whole = wire.encode(body)
+    if len(whole) <= max_bytes:
+        return (_last(reply, whole),)
+    # ASCII, so that a cut never splits a character.
+    choice = json.dumps(body["choices"][0], ensure_ascii=True, separators=(",", ":"))
+    size = max_bytes // 2 - 256  # in JSON again: each quote and backslash doubles
+    cuts = range(0, len(choice), size)
+    parts = [
+        {"id": body["id"], "part": i, "parts": len(cuts), "text": choice[at : at + size]}
+        for i, at in enumerate(cuts)
+    ]
+    ending = {"index": 0, "finish_reason": body["choices"][0]["finish_reason"], "message": None}
+    digest = hashlib.sha256(choice.encode()).hexdigest()
+    rest = {**body, "choices": [ending], "parts": len(cuts), "sha256": digest}
+    messages = [Outgoing(reply.topic, wire.encode(part)) for part in parts]
+    return (*messages, _last(reply, wire.encode(rest)))
+
+
+def failure(request_id: str, reply: ReplyTo, problem: Problem) -> Outgoing:
+    """The request ends without an answer."""
+    return _last(reply, wire.encode({"id": request_id, "error": _error(problem)}))
+
+
+def _last(reply: ReplyTo, payload: bytes) -> Outgoing:
+    return Outgoing(
+        reply.topic, payload, correlation=reply.correlation, content_type="application/json"
+    )
+
+
+def _error(problem: Problem) -> dict[str, Any]:
+    return {
+        "message": problem.message,
+        "type": problem.type,
+        "param": problem.param,
+        "code": problem.code,
+        "status": problem.status,
+        "retry_after_ms": problem.retry_after_ms,
+        "retryable": problem.retryable,
+    }
+
+
+def _logprob(one: TokenLogprob) -> dict[str, Any]:
+    top = [{"token_id": token, "logprob": _finite(value)} for token, value in one.top]
+    return {"token_id": one.token_id, "logprob": _finite(one.logprob), "top_logprobs": top}
+
+
+def _finite(logprob: float) -> float:
+    return logprob if math.isfinite(logprob) else IMPOSSIBLE
+
+
+def _call(index: int, call: ToolCall) -> dict[str, Any]:
+    arguments = json.dumps(call.arguments, ensure_ascii=False)
+    return {
+        "id": f"call_{index}",
+        "type": "function",
+        "function": {"name": call.name, "arguments": arguments},
+    }
+
+
+@dataclass(frozen=True)
+class Queued:
+    """The device has the request."""
+
+    position: int
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A batch of tokens; contiguous from seq 0 unless some were lost."""
+
+    seq: int
+    text: str
+    reasoning: str
+
+
+@dataclass(frozen=True)
+class Part:
+    """A piece of a long final."""
+
+    part: int
+    parts: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Final:
+    """The whole answer; its choice is in parts when `parts` is not 0."""
+
+    body: dict[str, Any]
+    parts: int = 0
+    sha256: str = ""
+
+    def with_choice(self, pieces: Mapping[int, str]) -> Final | None:
+        """The final with the choice that its parts carry; None while one is missing or wrong."""
+        if sorted(pieces) != list(range(self.parts)):
+            return None
+        text = "".join(pieces[index] for index in range(self.parts))
+        if hashlib.sha256(text.encode()).hexdigest() != self.sha256:
+            return None
+        return Final({**self.body, "choices": [json.loads(text)]})
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The request ended with an error."""
+
+    problem: Problem
+
+
+Reply = Queued | Chunk | Part | Final | Failed
+
+
+def read_reply(payload: bytes) -> Reply | None:
+    """What a device answers; None for what is not an answer of this protocol."""
+    try:
+        body = wire.decode(payload)
+        return _reply(body) if isinstance(body, dict) else None
+    except (wire.BadJson, KeyError, TypeError, ValueError, IndexError):
+        return None
+
+
+def _reply(body: dict[str, Any]) -> Reply | None:
+    if isinstance(body.get("error"), dict):
+        return Failed(_problem(body["error"]))
+    if body.get("object") == "chat.completion.queued":
+        return Queued(int(body.get("position", 0)))
+    if body.get("object") == "chat.completion":
+        _message(body["choices"][0])
+        return Final(body, int(body.get("parts", 0)), str(body.get("sha256", "")))
+    if "part" in body:
+        part, parts = int(body["part"]), int(body["parts"])
+        if not 0 <= part < parts <= MAX_PARTS:
+            return None
+        return Part(part, parts, str(body["text"]))
+    delta = body["choices"][0]["delta"]
+    text, reasoning = delta.get("content") or "", delta.get("reasoning_content") or ""
+    return Chunk(int(body["seq"]), str(text), str(reasoning))
+
+
+def _message(choice: Mapping[str, Any]) -> None:
+    if not isinstance(choice["finish_reason"], str) or "message" not in choice:
+        raise ValueError("a final without a message")
+
+
+def _problem(error: Mapping[str, Any]) -> Problem:
+    retry = error.get("retry_after_ms")
+    return Problem(
+        status=int(error["status"]),
+        code=str(error["code"]),
+        message=str(error.get("message", "")),
+        param=None if error.get("param") is None else str(error["param"]),
+        retry_after_ms=None if retry is None else int(retry),
+        retryable=error.get("retryable") is True,
+    )
+
+
+def read_status(payload: bytes) -> Status | None:
+    """A device's state; None for what is not one."""
+    try:
+        body = wire.decode(payload)
+        status = str(body["status"])
+        if status not in STATES:
+            return None
+        return Status(
+            status,
+            int(body["boot"]),
+            str(body.get("model", "")),
+            str(body.get("bundle", "")),
+            int(body.get("queue", 0)),
+            int(body.get("slots", 0)),
+            int(body.get("busy", 0)),
+            accepts=body.get("accepts") is True,
+            ts=int(body.get("ts", 0)),
+        )
+    except (wire.BadJson, KeyError, TypeError, ValueError):
+        return None

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Strict JSON. json.loads lets through what no peer agrees on; a request with it is refused.
+
+refused: not UTF-8, a byte order mark, NaN and Infinity, 1e400, an integer beyond 2^53, a key
+         given twice, a lone surrogate, more than 32 levels, anything after the value
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from typing import Any, NoReturn
+
+MAX_DEPTH = 32
+MAX_INTEGER = 2**53  # what a double, and so every other JSON reader, still tells from its neighbour
+
+# Escapes are consumed whole, so that an escaped quote never ends a string. One pass, no nesting.
+_STRUCTURE = re.compile(rb'\\.|["\[\]{}]', re.DOTALL)
+
+
+class BadJson(ValueError):
+    """The bytes are not JSON as this protocol reads it; the message says why."""
+
+
+def decode(payload: bytes) -> Any:
+    """The value in the bytes.
+
+    Raises:
+        BadJson: for anything that two readers could understand differently.
+    """
+    try:
+        text = payload.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise BadJson(f"not UTF-8: {error.reason} at byte {error.start}") from error
+    _check_depth(payload)
+    try:
+        value = json.loads(
+            text,
+            object_pairs_hook=_object,
+            parse_int=_integer,
+            parse_float=_float,
+            parse_constant=_constant,
+        )
+    except json.JSONDecodeError as error:
+        raise BadJson(f"not JSON: {error.msg} at character {error.pos}") from error
+    return value
+
+
+def encode(value: Any) -> bytes:
+    """Compact UTF-8 JSON."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
+
+
+def fingerprint(value: Any) -> bytes:
+    """Digest of a value, whatever the order of its keys.
+
+    Raises:
+        BadJson: for a lone surrogate, which has no UTF-8.
+    """
+    text = json.dumps(value, ensure_ascii=False, sort_keys=True, allow_nan=False)
+    try:
+        return hashlib.sha256(text.encode("utf-8")).digest()
+    except UnicodeEncodeError as error:
+        raise BadJson("a string holds a lone surrogate, which has no UTF-8") from error
+
+
+def _check_depth(payload: bytes) -> None:
+    # Before the parser sees them: a hundred thousand brackets would exhaust its stack.
+    depth, inside = 0, False
+    for match in _STRUCTURE.finditer(payload):
+        mark = match.group()
+        if mark == b'"':
+            inside = not inside
+        elif not inside and mark in b"[{":
+            depth += 1
+            if depth > MAX_DEPTH:
+                raise BadJson(f"nested deeper than {MAX_DEPTH} levels")
+        elif not inside and mark in b"]}":
+            depth -= 1
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise BadJson(f"key {twice!r} is given twice")
+    return value
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > 17 or abs(int(digits)) > MAX_INTEGER:
+        raise BadJson(f"integer {digits[:20]} is beyond 2^53")
+    return int(digits)
+
+
+def _float(digits: str) -> float:
+    value = float(digits)
+    if not math.isfinite(value):
+        raise BadJson(f"number {digits[:20]} is beyond a double")
+    return value
+
+
+def _constant(name: str) -> NoReturn:
+    raise BadJson(f"{name} is not JSON")

@@ -1,0 +1,333 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The connection: it comes back, keeps what matters, and never blocks who uses it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from edgecascade.service.broker import LocalBroker, free_port
+from edgecascade.service.config import broker_address
+from edgecascade.service.mqtt import MAX_WAITING, Link, LinkOptions
+from edgecascade.service.protocol import Incoming
+from edgecascade.service.replies import Outgoing
+
+WAIT_S = 20.0
+
+
+class Box:
+    """A link and what it received."""
+
+    def __init__(self, url: str, name: str, *filters: str, **options: object) -> None:
+        self.got: queue.Queue[Incoming] = queue.Queue()
+        self.results: queue.Queue[tuple[Outgoing, int]] = queue.Queue()
+        protocol = str(options.pop("protocol", "auto"))
+        births = options.pop("births", tuple)
+        values = LinkOptions(broker_address(url, protocol=protocol), name, filters, **options)  # type: ignore[arg-type]
+        self.link = Link(
+            values,
+            self.got.put,
+            births=births,  # type: ignore[arg-type]
+            on_result=lambda message, reason: self.results.put((message, reason)),
+        )
+
+    def next(self) -> Incoming:
+        return self.got.get(timeout=WAIT_S)
+
+
+Opener = Callable[..., Box]
+
+
+@pytest.fixture
+def connect() -> Iterator[Opener]:
+    boxes = []
+
+    def opened(url: str, name: str, *filters: str, wait: bool = True, **options: object) -> Box:
+        box = Box(url, name, *filters, **options)
+        boxes.append(box)
+        box.link.start()
+        assert not wait or box.link.wait_up(WAIT_S)
+        return box
+
+    yield opened
+    for box in boxes:
+        box.link.stop()
+
+
+def until(holds: Callable[[], bool]) -> bool:
+    end = time.monotonic() + WAIT_S
+    while time.monotonic() < end:
+        if holds():
+            return True
+        time.sleep(0.01)
+    return False
+
+
+def ready(box: Box, topic: str) -> None:
+    """Returns once the box's subscriptions work."""
+    for _ in range(200):
+        box.link.publish(Outgoing(topic, b"ready?"))
+        with contextlib.suppress(queue.Empty):
+            box.got.get(timeout=0.1)
+            break
+    with contextlib.suppress(queue.Empty):
+        while box.got.get(timeout=0.2):
+            pass
+
+
+def test_a_message_keeps_its_properties(any_broker: LocalBroker, connect: Opener) -> None:
+    box = connect(any_broker.url, "one", "t/#")
+    ready(box, "t/a")
+    box.link.publish(
+        Outgoing(
+            "t/a",
+            b"\x00payload",
+            correlation=b"\xff\x00",
+            content_type="application/json",
+            response_topic="t/answers",
+            expiry_s=77,
+        )
+    )
+    told = box.next()
+    assert (told.topic, told.payload, told.retain) == ("t/a", b"\x00payload", False)
+    assert (told.correlation, told.content_type) == (b"\xff\x00", "application/json")
+    assert (told.response_topic, told.expiry_s) == ("t/answers", 77)
+
+
+def test_a_fresh_retained_message_is_told_as_such(mosquitto: LocalBroker, connect: Opener) -> None:
+    box = connect(mosquitto.url, "one", "t/#")
+    ready(box, "t/a")
+    box.link.publish(Outgoing("t/a", b"kept", retain=True))
+    assert box.next().retain
+
+
+def test_nagle_and_delayed_acknowledgements_are_off(
+    mosquitto: LocalBroker, connect: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    real = socket.socket.setsockopt
+
+    def spy(self: socket.socket, *args: int) -> None:
+        asked.append(args)
+        real(self, *args)
+
+    monkeypatch.setattr(socket.socket, "setsockopt", spy)
+    box = connect(mosquitto.url, "one", "t/#")
+    ready(box, "t/a")
+    assert (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1) in asked
+    assert (socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1) in asked
+
+
+def test_a_denied_or_unheard_message_is_reported(mosquitto: LocalBroker, connect: Opener) -> None:
+    box = connect(mosquitto.url, "one", "t/#")
+    ready(box, "t/a")
+    while not box.results.empty():
+        box.results.get()
+    box.link.publish(Outgoing("elsewhere", b""))
+    message, reason = box.results.get(timeout=WAIT_S)
+    assert (message.topic, reason) == ("elsewhere", 0x10)
+
+
+def test_it_comes_back_and_delivers_what_waited(mosquitto: LocalBroker, connect: Opener) -> None:
+    births = [Outgoing("t/birth", b"here", retain=True)]
+    box = connect(mosquitto.url, "one", "t/#", births=lambda: births)
+    ready(box, "t/a")
+    mosquitto.kill()
+    assert until(lambda: not box.link.up)
+    assert not box.link.publish(Outgoing("t/token", b"", qos=0))
+    for index in range(50):
+        assert box.link.publish(Outgoing("t/final", b"%d" % index))
+    mosquitto.start()  # it has forgotten the subscriptions
+    assert box.link.wait_up(WAIT_S)
+    got = [box.next() for _ in range(51)]
+    assert [m.payload for m in got if m.topic == "t/final"] == [b"%d" % i for i in range(50)]
+    assert b"here" in [m.payload for m in got]
+    assert box.link.counters.losses == 1
+
+
+def test_queues_are_bounded_while_the_broker_sleeps(
+    mosquitto: LocalBroker, connect: Opener
+) -> None:
+    box = connect(mosquitto.url, "one", "t/#")
+    ready(box, "t/a")
+    os.kill(mosquitto.pid, signal.SIGSTOP)
+    try:
+        big = b"x" * 50_000
+        sent = 0
+        while box.link.can_stream and sent < 5000:
+            box.link.publish(Outgoing("t/token", big, qos=0))
+            sent += 1
+        assert sent < 5000
+        assert not box.link.publish(Outgoing("t/token", big, qos=0))
+        accepted = sum(box.link.publish(Outgoing("t/final", b"")) for _ in range(2 * MAX_WAITING))
+        assert 0 < accepted <= MAX_WAITING
+    finally:
+        os.kill(mosquitto.pid, signal.SIGCONT)
+    assert box.link.flush(WAIT_S)
+    finals = 0
+    while finals < accepted:
+        finals += box.next().topic == "t/final"
+    assert box.link.counters.losses == 0
+
+
+def test_a_message_over_the_broker_s_limit_is_not_sent(
+    mosquitto: LocalBroker, connect: Opener
+) -> None:
+    box = connect(mosquitto.url, "one", "t/#")
+    ready(box, "t/a")
+    assert not box.link.publish(Outgoing("t/a", b"x" * (1 << 20)))
+    assert box.link.counters.oversize == 1
+    assert box.link.publish(Outgoing("t/a", b"small"))
+    assert box.next().payload == b"small"
+    assert box.link.counters.losses == 0
+
+
+def test_a_failing_callback_does_not_silence_it(mosquitto: LocalBroker, connect: Opener) -> None:
+    box = connect(mosquitto.url, "one", "t/#")
+    ready(box, "t/a")
+    real = box.link._on_message
+
+    def fails_once(message: Incoming) -> None:
+        box.link._on_message = real
+        raise RuntimeError("a bug")
+
+    box.link._on_message = fails_once
+    box.link.publish(Outgoing("t/a", b"1"))
+    box.link.publish(Outgoing("t/a", b"2"))
+    assert box.next().payload == b"2"
+    assert box.link.alive
+
+
+def test_the_will_speaks_for_the_dead(mosquitto: LocalBroker, connect: Opener) -> None:
+    watcher = connect(mosquitto.url, "watcher", "t/#")
+    ready(watcher, "t/a")
+    proxy = Proxy(mosquitto.port)
+    with proxy:
+        connect(proxy.url, "mortal", will=Outgoing("t/will", b"offline", retain=True))
+        proxy.closed = True
+        proxy.cut()
+        assert watcher.next().payload == b"offline"
+
+
+def test_a_connection_taken_over_is_given_up(mosquitto: LocalBroker, connect: Opener) -> None:
+    with Proxy(mosquitto.port) as proxy:
+        first = connect(proxy.url, "same")
+        proxy.say(b"\xe0\x02\x8e\x00")  # DISCONNECT, session taken over; Mosquitto 2.0 omits it
+        assert until(lambda: not first.link.alive)
+        assert "'same'" in str(first.link.fatal)
+
+
+def test_two_clients_of_one_name_back_off(mosquitto: LocalBroker, connect: Opener) -> None:
+    boxes = [connect(mosquitto.url, "same"), connect(mosquitto.url, "same")]
+    time.sleep(6.0)  # without a pause they would kick each other a hundred times
+    assert sum(box.link.counters.connects for box in boxes) < 20
+
+
+class Proxy:
+    """TCP between a link and a broker; with `only_3` it answers MQTT 5 as an old broker would."""
+
+    def __init__(self, target: int, *, only_3: bool = False, silent: bool = False) -> None:
+        self.target, self.only_3, self.silent, self.closed = target, only_3, silent, False
+        self.port = free_port()
+        self.url = f"mqtt://127.0.0.1:{self.port}"
+        self.versions: list[int] = []
+        self._sockets: list[socket.socket] = []
+        self._threads: list[threading.Thread] = []
+
+    def __enter__(self) -> Proxy:
+        self._listener = socket.create_server(("127.0.0.1", self.port))
+        self._go(self._accept)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.closed = True
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        self.cut()
+        for thread in self._threads:
+            thread.join()
+
+    def cut(self) -> None:
+        for each in self._sockets:
+            with contextlib.suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+
+    def say(self, data: bytes) -> None:
+        """Put a packet into the broker's mouth."""
+        self._sockets[0].sendall(data)
+
+    def _go(self, work: Callable[..., None], *args: object) -> None:
+        thread = threading.Thread(target=work, args=args)
+        self._threads.append(thread)
+        thread.start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                near, _ = self._listener.accept()
+                self._sockets.append(near)
+                if self.closed:
+                    near.close()
+                    continue
+                self._go(self._serve, near)
+
+    def _serve(self, near: socket.socket) -> None:
+        with near, contextlib.suppress(OSError):
+            first = near.recv(4096)
+            version = first[first.index(b"MQTT") + 4]
+            self.versions.append(version)
+            if version == 5 and self.only_3:
+                if not self.silent:
+                    near.sendall(b"\x20\x02\x00\x01")  # MQTT 3's "unacceptable protocol version"
+                return
+            with socket.create_connection(("127.0.0.1", self.target)) as far:
+                self._sockets.append(far)
+                far.sendall(first)
+                self._go(self._copy, far, near)
+                self._copy(near, far)
+
+    def _copy(self, source: socket.socket, sink: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                sink.sendall(data)
+            sink.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.mark.parametrize("silent", [False, True], ids=["refuses", "hangs-up"])
+def test_an_old_broker_gets_mqtt_3(mosquitto: LocalBroker, connect: Opener, silent: bool) -> None:
+    with Proxy(mosquitto.port, only_3=True, silent=silent) as proxy:
+        box = connect(proxy.url, "one", "t/#")
+        assert proxy.versions[0] == 5
+        assert proxy.versions[-1] == 4
+        ready(box, "t/a")
+        box.link.publish(Outgoing("t/a", b"hello", correlation=b"not in MQTT 3"))
+        told = box.next()
+        assert (told.payload, told.correlation) == (b"hello", None)
+        box.link.stop()
+
+
+def test_file_numbers_beyond_a_thousand_work(mosquitto: LocalBroker, connect: Opener) -> None:
+    held = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
+    try:
+        box = connect(mosquitto.url, "one", "t/#")
+        ready(box, "t/a")
+    finally:
+        for each in held:
+            os.close(each)
+
+
+def test_stop_ends_the_thread_even_without_a_broker(connect: Opener) -> None:
+    before = threading.active_count()
+    box = connect(f"mqtt://127.0.0.1:{free_port()}", "one", wait=False)
+    assert until(lambda: "refused" in box.link.reason)
+    assert box.link.alive
+    box.link.stop()
+    assert threading.active_count() == before
