@@ -6,9 +6,10 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from edgecascade.errors import EdgeCascadeError
 from edgecascade.text.tools import ToolCall
 
-FinishReason = Literal["stop", "length", "tool_calls"]
+FinishReason = Literal["stop", "length", "tool_calls", "cancelled", "deadline"]
 
 
 @dataclass(frozen=True)
@@ -76,3 +77,21 @@ class Piece:
     tool_calls: tuple[ToolCall, ...] = ()
     finish_reason: FinishReason | None = None
     completion: Completion | None = None
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """A submitted request waits behind so many others."""
+
+    position: int
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A submitted request ended without an answer."""
+
+    error: EdgeCascadeError
+
+
+# What a submitted request is told: Accepted, pieces, then one Completion or Failure.
+Event = Accepted | Piece | Completion | Failure

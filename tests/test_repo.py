@@ -42,7 +42,7 @@ MAY_IMPORT = {
     "backends": "blocks bundle device errors models ops sampling state tensors",
     "text": "errors",
     "inspect": "bundle device errors manifest models tensors",
-    "completion": "text",
+    "completion": "errors text",
     "slots": "errors",
     "sequence": "completion errors sampling text",
     "session": "completion errors sampling sequence snapshots statefile text",
