@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""attention_decode and attention_prefill against the reference, against each other, and on their own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pytest
+from kernels import DECODE, PAGE_TOKENS, PREFILL, Batch, Kernels, relative, same_bits
+from tolerances import ATTENTION
+
+from edgecascade.backends import reference
+from edgecascade.backends._lib import cpu_isas
+from edgecascade.errors import InvalidRequest
+
+ISAS = cpu_isas()
+SLOTS, MAX_PAGES = 4, 10
+
+
+@dataclass(frozen=True)
+class Shape:
+    heads: int
+    kv_heads: int
+    head_dim: int
+    dtype: type = np.float32
+
+    @property
+    def row(self) -> int:
+        return (self.heads + 2 * self.kv_heads) * self.head_dim
+
+
+SHAPES = [
+    Shape(4, 2, 16),
+    Shape(32, 2, 64),
+    Shape(3, 1, 5),
+    Shape(5, 5, 24),
+    Shape(1, 1, 1),
+    Shape(4, 2, 16, np.float16),
+    Shape(5, 1, 20, np.float16),
+]
+
+
+class Layer:
+    """Pages that are all NaN until written, handed out in no slot's order."""
+
+    def __init__(self, shape: Shape, seed: int = 0) -> None:
+        rng = np.random.default_rng(seed)
+        self.shape, self.rng = shape, rng
+        self.pages = rng.permutation(SLOTS * MAX_PAGES).astype(np.int32).reshape(SLOTS, MAX_PAGES)
+        size = (SLOTS * MAX_PAGES, 2, shape.kv_heads, PAGE_TOKENS, shape.head_dim)
+        self.kv = np.full(size, np.nan, shape.dtype)
+
+    def rows(self, tokens: int) -> Any:
+        return 1.5 * self.rng.standard_normal((tokens, self.shape.row)).astype(np.float32)
+
+    def run(self, kernels: Kernels, phase: int, batch: Batch, rows: Any, **changes: Any) -> Any:
+        shape = self.shape
+        y = np.full((batch.tokens, shape.heads * shape.head_dim), np.nan, np.float32)
+        fields = {
+            "kv": self.kv,
+            "kv_type": 0 if shape.dtype is np.float32 else 1,
+            "heads": shape.heads,
+            "kv_heads": shape.kv_heads,
+            "head_dim": shape.head_dim,
+            "scale": 0.3,
+        }
+        batch = batch if batch.pages is not None else replace(batch, pages=self.pages)
+        kernels.run("attention", phase, batch, qkv=rows, y=y, **{**fields, **changes})
+        return y
+
+    def reference(self, rows: Any) -> Any:
+        """y of a sequence from its first token on."""
+        shape = self.shape
+        sizes = {"heads": shape.heads, "kv_heads": shape.kv_heads, "head_dim": shape.head_dim}
+        state = {"kv": np.zeros((2, 0, shape.kv_heads, shape.head_dim), shape.dtype)}
+        return reference.attention({**sizes, "scale": 0.3, "qkv": rows}, state)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("tokens", [1, 3, 37, 127, 128, 129, 500])
+def test_prefill_is_the_reference(isa: str, shape: Shape, tokens: int) -> None:
+    layer = Layer(shape, seed=tokens)
+    rows = layer.rows(tokens)
+    got = layer.run(Kernels(isa), PREFILL, Batch([tokens], [2], [0]), rows)
+    assert relative(got, layer.reference(rows)) <= ATTENTION
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("cut", [1, 63, 64, 255, 256, 300])
+def test_pieces_and_steps_are_the_whole_prompt_bit_by_bit(isa: str, shape: Shape, cut: int) -> None:
+    layer, kernels = Layer(shape), Kernels(isa)
+    rows = layer.rows(320)
+    want = layer.run(kernels, PREFILL, Batch([320], [0], [0]), rows)
+    got = [layer.run(kernels, PREFILL, Batch([cut], [1], [0]), rows[:cut])]
+    got.append(layer.run(kernels, PREFILL, Batch([317 - cut], [1], [cut]), rows[cut:317]))
+    for t in range(317, 320):
+        got.append(layer.run(kernels, DECODE, Batch([1], [1], [t]), rows[t : t + 1]))
+    assert same_bits(np.concatenate(got), want)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("phase", [DECODE, PREFILL])
+def test_company_and_threads_do_not_change_a_sequence(isa: str, phase: int) -> None:
+    """Bit by bit, and the pages of nobody keep their bytes."""
+    past = [0, 70, 300, 255]
+    lengths = [1] * 4 if phase == DECODE else [37, 1, 130, 3]
+    batch = Batch(lengths, [3, 0, 1, 2], past)
+    together, kernels = Layer(SHAPES[0]), Kernels(isa, threads=3)
+    for slot, held in zip(batch.slots, past, strict=True):
+        if held:
+            together.run(kernels, PREFILL, Batch([held], [slot], [0]), together.rows(held))
+    alone = Layer(SHAPES[0])
+    alone.kv = together.kv.copy()
+    rows = together.rows(batch.tokens)
+    y = together.run(kernels, phase, batch, rows)
+    single = Kernels(isa, threads=1)
+    for s, slot in enumerate(batch.slots):
+        mine = np.ascontiguousarray(rows[batch.rows(s)])
+        one = Batch([lengths[s]], [slot], [past[s]])
+        assert same_bits(alone.run(single, phase, one, mine), y[batch.rows(s)])
+    assert same_bits(alone.kv, together.kv)
+    written = sum(-(-(p + n) // PAGE_TOKENS) for p, n in zip(past, lengths, strict=True))
+    assert np.isnan(together.kv).all(axis=(1, 2, 3, 4)).sum() == SLOTS * MAX_PAGES - written
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("phase", [DECODE, PREFILL])
+def test_sequences_that_do_not_count_are_neither_read_nor_written(isa: str, phase: int) -> None:
+    layer = Layer(SHAPES[0])
+    lengths = [1, 1] if phase == DECODE else [70, 30]
+    rows = layer.rows(sum(lengths))
+    rows[lengths[0] :] = np.nan
+    y = layer.run(Kernels(isa), phase, Batch(lengths, [1, 3], [0, 0], live=1), rows)
+    assert relative(y[: lengths[0]], layer.reference(rows[: lengths[0]])) <= ATTENTION
+    assert np.isnan(y[lengths[0] :]).all()
+    assert np.isnan(layer.kv[layer.pages[3]]).all()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_a_nan_stays_behind_the_tokens_before_it(isa: str) -> None:
+    layer = Layer(Shape(2, 2, 16))
+    rows = layer.rows(90)
+    rows[70] = np.nan
+    y = layer.run(Kernels(isa), PREFILL, Batch([90], [0], [0]), rows)
+    assert np.isfinite(y[:70]).all() and np.isnan(y[70:]).all()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_large_scores_do_not_overflow(isa: str) -> None:
+    layer = Layer(SHAPES[0])
+    rows = 30 * layer.rows(80)
+    got = layer.run(Kernels(isa), PREFILL, Batch([80], [0], [0]), rows)
+    # Scores of some 10^4 carry an error of 10^-3 into exp, here as in NumPy.
+    assert relative(got, layer.reference(rows)) <= 1e-2
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"heads": 0}, "heads is 0"),
+        ({"heads": 5}, "heads 5 is no multiple of kv_heads 2"),
+        ({"head_dim": -8}, "head_dim is -8"),
+        ({"kv_type": 16}, "kv_type is 16"),
+        ({"scale": float("nan")}, "scale is nan"),
+        ({"kv": None}, "kv is NULL"),
+    ],
+)
+def test_bad_arguments_are_named(change: dict[str, Any], sentence: str) -> None:
+    layer = Layer(SHAPES[0])
+    with pytest.raises(InvalidRequest, match=sentence):
+        layer.run(Kernels(), PREFILL, Batch([2], [0], [0]), layer.rows(2), **change)
+
+
+@pytest.mark.parametrize(
+    ("phase", "batch", "sentence"),
+    [
+        (DECODE, Batch([1], [0], [640]), "sequence 0 reaches 641 tokens; max_pages 10 holds 640"),
+        (PREFILL, Batch([3], [0], [638]), "sequence 0 reaches 641 tokens; max_pages 10 holds 640"),
+        (DECODE, Batch([2], [0], [0]), "2 tokens; attention_prefill takes more than one"),
+        (PREFILL, Batch([1, 1], [0, 0], [0, 0]), "sequences 0 and 1 both use slot 0"),
+        (PREFILL, Batch([1], [1], [70]), r"page_table\[1\]\[1\] is -1, but slot 1 holds 71 tokens"),
+    ],
+)
+def test_bad_steps_are_named(phase: int, batch: Batch, sentence: str) -> None:
+    layer = Layer(SHAPES[0])
+    layer.pages[1, 1] = -1
+    with pytest.raises(InvalidRequest, match=sentence):
+        layer.run(Kernels(), phase, batch, layer.rows(batch.tokens))
