@@ -22,13 +22,14 @@ TAIL_TOKENS = 8  # of a prompt given as ids, enough to see whether it opens the 
 class Prompt:
     """Token ids; whether the answer begins as reasoning; the tools it may call.
 
-    `history` is how many tokens come before the assistant's turn is opened: later prompts of the
-    same chat begin with them.
+    `chat` says that it went through the chat template, and `history` how many of its tokens come
+    before the assistant's turn is opened: later prompts of the same chat begin with them.
     """
 
     tokens: tuple[int, ...]
     reasoning: bool = False
     tools: tuple[Mapping[str, Any], ...] = ()
+    chat: bool = False
     history: int = 0
 
 
@@ -74,7 +75,7 @@ class Prompter:
         before = template.render(messages, tools=tools, thinking=thinking, answer=False)
         history = tokenizer.encode(before) if text.startswith(before) else []
         shared = len(history) if ids[: len(history)] == history else 0
-        return Prompt(tuple(ids), opens_reasoning(text), tuple(tools), shared)
+        return Prompt(tuple(ids), opens_reasoning(text), tuple(tools), True, shared)
 
     def needed_tokenizer(self) -> Tokenizer:
         """The tokenizer.

@@ -15,6 +15,8 @@ from edgecascade.text.tools import CLOSE as TOOL_CLOSE
 from edgecascade.text.tools import OPEN as TOOL_OPEN
 from edgecascade.text.tools import ToolCall, ToolParser, ToolText
 
+MARKS = (OPEN, CLOSE, "<tool_response>", "</tool_response>")
+
 
 @dataclass(frozen=True)
 class TextDelta:
@@ -35,13 +37,17 @@ class TextDelta:
 
 
 class TextStream:
-    """The text of one answer. In any cut the pieces add up to the same whole."""
+    """The text of one answer. In any cut the pieces add up to the same whole.
+
+    In a chat the family's marks are marks wherever they stand: a stray one is not shown.
+    """
 
     def __init__(
         self,
         tokenizer: Tokenizer,
         *,
         opened: bool,
+        chat: bool = True,
         stops: Sequence[str] = (),
         tools: Sequence[Mapping[str, Any]] = (),
     ) -> None:
@@ -50,7 +56,8 @@ class TextStream:
         self._reasoning = ReasoningSplitter(opened=opened)
         self._stops = StopStrings(stops)
         self._tools = ToolParser(tools) if tools else None
-        self._think_marks = _ids(tokenizer, OPEN, CLOSE)
+        self._close = _ids(tokenizer, CLOSE)
+        self._marks = _ids(tokenizer, *MARKS) if chat or opened else frozenset()
         self._tool_marks = _ids(tokenizer, TOOL_OPEN, TOOL_CLOSE) if tools else frozenset()
 
     @property
@@ -69,7 +76,9 @@ class TextStream:
 
     def push(self, token: int) -> TextDelta:
         """What this token adds."""
-        keep = self._think_marks if self._reasoning.open else self._tool_marks
+        keep = self._close if self._reasoning.open else self._tool_marks
+        if token in self._marks and token not in keep:
+            return TextDelta()
         return self._route(*self._reasoning.push(self._detokenizer.push(token, keep=keep)))
 
     def finish(self) -> TextDelta:

@@ -11,10 +11,6 @@ from typing import Any
 
 from edgecascade.errors import BundleError, InvalidRequest
 
-# Marks that our own parsers read: they reach the parsers even where the tokenizer calls them
-# special, and are dropped afterwards.
-MARKUP = ("<think>", "</think>", "<tool_call>", "</tool_call>")
-
 
 class Tokenizer:
     """Text to token ids and back."""

@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: what goes to stdout, what to stderr, and how it ends."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from golden import TINY, Build
+
+from edgecascade.cli import main
+
+Capture = pytest.CaptureFixture[str]
+SAMPLING = ["--max-tokens", "12", "--seed", "4"]
+
+
+@pytest.fixture
+def bundle(build: Build) -> str:
+    return str(build("tiny", "speed"))
+
+
+def run(capsys: Capture, *args: str) -> tuple[int, str, str]:
+    status = main(args)
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+def process(*args: Any, **options: Any) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "edgecascade", *args]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=TINY.parent.parent, **options
+    )
+
+
+def test_build_makes_a_bundle_that_inspect_describes(capsys: Capture, tmp_path: Path) -> None:
+    out = tmp_path / "bundle"
+    status, stdout, _ = run(capsys, "build", str(TINY / "checkpoint"), "--out", str(out))
+    assert status == 0
+    assert f"{out}: 0.9 MB became" in stdout
+    status, stdout, _ = run(capsys, "inspect", str(out), "--verify")
+    assert status == 0
+    for words in ("precision speed", "AGX Orin 64GB", "expert", "sessions of 32k"):
+        assert words in stdout
+    status, stdout, _ = run(capsys, "inspect", str(out), "--json")
+    assert (status, json.loads(stdout)["precision"]) == (0, "speed")
+
+
+def test_build_keeps_an_existing_bundle_unless_told(capsys: Capture, tmp_path: Path) -> None:
+    command = ["build", str(TINY / "checkpoint"), "--out", str(tmp_path / "b"), "--no-verify"]
+    assert run(capsys, *command)[0] == 0
+    status, _, stderr = run(capsys, *command)
+    assert (status, "error [build-failed]" in stderr) == (1, True)
+    assert run(capsys, *command, "--overwrite", "--precision", "exact")[0] == 0
+
+
+def test_generate_writes_the_answer_to_stdout_and_the_rest_to_stderr(
+    capsys: Capture, bundle: str
+) -> None:
+    asked = ["generate", bundle, "--prompt", "Go.", "--thinking-budget", "3", *SAMPLING]
+    status, stdout, stderr = run(capsys, *asked)
+    assert status == 0
+    whole = json.loads(run(capsys, *asked, "--json")[1])
+    assert stdout == whole["text"] + "\n"
+    assert stderr.startswith(whole["reasoning"] + "\n[")
+    assert "12 tokens made" in stderr
+    assert "length; seed 4]" in stderr
+    assert whole["usage"]["completion_tokens"] == 12
+
+
+def test_generate_takes_ids_stdin_and_a_system_message(
+    capsys: Capture, bundle: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def completion(*args: str) -> Any:
+        status, stdout, stderr = run(capsys, "generate", bundle, *args, "--json", *SAMPLING)
+        assert (status, stderr) == (0, "")
+        return json.loads(stdout)
+
+    assert completion("--token-ids", "5,6,7")["usage"]["prompt_tokens"] == 3
+    plain = completion("--prompt", "Go.", "--no-thinking")
+    system = completion("--prompt", "Go.", "--no-thinking", "--system", "Robot.")
+    raw = completion("--prompt", "Go.", "--raw")
+    tokens = [c["usage"]["prompt_tokens"] for c in (raw, plain, system)]
+    assert tokens == sorted(set(tokens))
+    with io.TextIOWrapper(io.BytesIO(b"Go.")) as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        assert completion("--prompt", "-", "--raw")["token_ids"] == raw["token_ids"]
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["generate", "BUNDLE", "--prompt", ""], "[invalid-request]: prompt is empty"),
+        (["generate", "BUNDLE", "--prompt", "a", "--temperature", "-1"], "temperature is -1.0"),
+        (["generate", "BUNDLE", "--prompt", "a", "--top-p", "2"], "top_p is 2.0"),
+        (["generate", "BUNDLE", "--prompt", "a\udcff"], "lone surrogate U+DCFF"),
+        (["generate", "BUNDLE", "--token-ids", "1,x"], "--token-ids is '1,x'"),
+        (["generate", "BUNDLE", "--token-ids", "9999"], "token 9999 at position 0"),
+        (["generate", "BUNDLE", "--token-ids", ",".join(["5"] * 4097)], "[context-exceeded]"),
+        (["generate", "BUNDLE", "--prompt", "a", *["--stop", "x"] * 17], "stop has 17 strings"),
+        (["generate", "BUNDLE", "--prompt", "a", "--backend", "tpu"], "backend is 'tpu'"),
+        (["generate", "no-such-bundle", "--prompt", "a"], "[bundle-damaged]: bundle no-such"),
+        (["inspect", "no-such-bundle"], "[bundle-damaged]"),
+        (["build", "no-such-checkpoint", "--out", "out"], "[checkpoint-damaged]"),
+        (["bench", "BUNDLE", "--prompt-tokens", "5000"], "[context-exceeded]"),
+        (["bench", "--synthetic", "no-such-model"], "no-such-model"),
+    ],
+)
+def test_errors_are_one_line_with_a_code(
+    capsys: Capture,
+    bundle: str,
+    args: list[str],
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    status, stdout, stderr = run(capsys, *[bundle if arg == "BUNDLE" else arg for arg in args])
+    last = stderr.splitlines()[-1]
+    assert (status, stdout) == (1, "")
+    assert last.startswith("error [")
+    assert words in last
+    assert "Traceback" not in stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_debug_switch_shows_where_an_error_came_from(
+    bundle: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EDGECASCADE_DEBUG", "1")
+    with pytest.raises(ValueError, match="prompt is empty"):
+        main(["generate", bundle, "--prompt", ""])
+
+
+@pytest.mark.parametrize(
+    "args",
+    [[], ["fly"], ["generate", "b"], ["bench"], ["bench", "b", "--decode-tokens", "1"]],
+)
+def test_wrong_usage_ends_with_status_2(capsys: Capture, args: list[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(args)
+    assert stopped.value.code == 2
+    assert "usage: edgecascade" in capsys.readouterr().err
+
+
+def test_chat_answers_line_by_line_and_ends_with_its_input(bundle: str) -> None:
+    chat = process("chat", bundle, *SAMPLING, "--no-thinking", stdin=subprocess.PIPE)
+    stdout, stderr = chat.communicate("Go.\n\nStop – now.\n".encode(), timeout=60)
+    assert chat.returncode == 0, stderr
+    assert stderr.count(b"12 tokens made") == 2
+    assert stdout.strip()
+
+
+def test_a_closed_pipe_ends_the_command_quietly(bundle: str) -> None:
+    ask = ("generate", bundle, "--prompt", "Go.", "--no-thinking", "--temperature", "3")
+    with process(*ask) as talk:
+        assert talk.stdout is not None
+        assert talk.stderr is not None
+        talk.stdout.read(1)
+        talk.stdout.close()
+        stderr = talk.stderr.read()
+    # It may have finished before it noticed.
+    assert talk.returncode in (0, 128 + signal.SIGPIPE)
+    assert b"Traceback" not in stderr
+    assert b"Exception" not in stderr
+
+
+def test_ctrl_c_ends_the_command_quietly(bundle: str) -> None:
+    chat = process("chat", bundle, stdin=subprocess.PIPE)
+    assert chat.stderr is not None
+    chat.stderr.readline()  # the bundle is loaded, it waits for input
+    time.sleep(0.1)
+    chat.send_signal(signal.SIGINT)
+    _, stderr = chat.communicate(timeout=60)
+    assert chat.returncode == 128 + signal.SIGINT
+    assert b"Traceback" not in stderr
+
+
+def test_arguments_that_are_not_utf8_are_an_error_not_a_crash(bundle: str) -> None:
+    talk = process("generate", bundle, "--prompt", b"a\xff")
+    _, stderr = talk.communicate(timeout=60)
+    assert talk.returncode == 1
+    assert stderr.startswith(b"error [invalid-request]: prompt is not valid Unicode")
+
+
+def test_bench_measures_a_bundle(capsys: Capture, bundle: str) -> None:
+    sizes = ["--prompt-tokens", "40", "--decode-tokens", "8", "--repeats", "1"]
+    status, stdout, _ = run(capsys, "bench", bundle, *sizes, "--json")
+    result = json.loads(stdout)
+    assert status == 0
+    for name in ("load_s", "prefill_tokens_per_s", "decode_tokens_per_s", "peak_rss_bytes"):
+        assert result[name] > 0
+    share = result["decode_tokens_per_s"] * result["bytes_per_token"] / result["read_bytes_per_s"]
+    assert result["share_of_roofline"] == pytest.approx(share)
+    status, stdout, _ = run(capsys, "bench", bundle, *sizes, "--backend", "reference")
+    assert status == 0
+    assert "decode" in stdout
+    assert "roofline" not in stdout
+
+
+def test_bench_writes_a_synthetic_bundle_once(capsys: Capture, own_cache: None) -> None:
+    command = ["bench", "--synthetic", "nemotron-3-nano-30b", "--layers", "1"]
+    command += ["--prompt-tokens", "4", "--decode-tokens", "2", "--repeats", "1", "--json"]
+    status, stdout, stderr = run(capsys, *command)
+    assert (status, "writing" in stderr) == (0, True)
+    again = run(capsys, *command)
+    assert (again[0], again[2]) == (0, "")
+    assert json.loads(again[1])["bundle_id"] == json.loads(stdout)["bundle_id"]
+
+
+def test_doctor_says_what_it_found(capsys: Capture) -> None:
+    status, stdout, _ = run(capsys, "doctor", "--json")
+    found = json.loads(stdout)
+    assert status == 0
+    assert found["library"]["isa"] in found["library"]["isas"]
+    assert found["library"]["read_bytes_per_s"] > 1e8
+    status, stdout, _ = run(capsys, "doctor")
+    assert status == 0
+    for words in ("GB/s", "Python", "jetson", found["library"]["isa"]):
+        assert words in stdout
+
+
+def test_doctor_names_a_library_that_is_missing() -> None:
+    look = process("doctor", env={**os.environ, "EDGECASCADE_LIBRARY": "missing.so"})
+    stdout, _ = look.communicate(timeout=60)
+    assert look.returncode == 1
+    assert b"missing.so is not built" in stdout
+
+
+def test_version_is_printed(capsys: Capture) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["--version"])
+    assert stopped.value.code in (0, None)
+    assert capsys.readouterr().out.startswith("edgecascade ")
