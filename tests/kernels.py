@@ -54,7 +54,7 @@ class Kernels:
         self.stream: Stream = self.library.stream(threads)
 
     def run(self, op: str, phase: int, batch: Batch, **fields: Any) -> None:
-        """Run an op. Arrays are passed by address: they must be contiguous and of the right type."""
+        """Run an op. Arrays go by address: they must be contiguous and of the right type."""
         args = ARGS[op]()
         for name, value in fields.items():
             if isinstance(value, np.ndarray):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The library cross-built for aarch64 passes the op tests under qemu, and computes the bits of this machine."""
+"""Cross-built for aarch64, the library passes the op tests under qemu, with this machine's bits."""
 
 from __future__ import annotations
 

@@ -177,7 +177,8 @@ def test_what_does_not_count_is_neither_read_nor_written(isa: str, phase: int) -
     y = layer.run(Kernels(isa), phase, replace(batch, live=1), rows)
     assert relative(y[: lengths[0]], want) <= SCAN
     assert np.isnan(y[lengths[0] :]).all()
-    assert np.isfinite(layer.ssm[1]).all() and np.isnan(layer.ssm[[0, 2, 3, 4]]).all()
+    assert np.isfinite(layer.ssm[1]).all()
+    assert np.isnan(layer.ssm[[0, 2, 3, 4]]).all()
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -186,7 +187,8 @@ def test_a_nan_stays_behind_the_tokens_before_it(isa: str) -> None:
     rows = layer.rows(40)
     rows[30] = np.nan
     y = layer.run(Kernels(isa), PREFILL, Batch([40], [0], [0]), rows)
-    assert np.isfinite(y[:30]).all() and np.isnan(y[30:]).any()
+    assert np.isfinite(y[:30]).all()
+    assert np.isnan(y[30:]).any()
 
 
 @pytest.mark.parametrize("isa", ISAS)
