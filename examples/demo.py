@@ -49,7 +49,8 @@ def run_int4(bundle: Path) -> list[str]:
     with LLM.load(bundle, "cpu") as llm:
         print(f"> {COMMAND}")
         for piece in llm.stream(COMMAND, seed=7, max_tokens=128, ignore_eos=True):
-            print(piece.reasoning + piece.text, end="", flush=True)
+            noise = piece.reasoning + piece.text
+            print("".join(c if c.isprintable() else "." for c in noise), end="", flush=True)
             alone = piece.completion
         assert alone is not None  # the last piece carries it
         times = alone.timings
