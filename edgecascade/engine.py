@@ -1,0 +1,480 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one thread that touches a backend: it does what the scheduler decides (docs/scheduler.md).
+
+A step: some requests leave, are parked or placed; one piece of one prompt; one token for each
+running answer.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from edgecascade.backends.base import Array, Backend, Snapshot
+from edgecascade.errors import (
+    BackendError,
+    DeadlineExceeded,
+    EdgeCascadeError,
+    Overloaded,
+)
+from edgecascade.sampling import SampleRow
+from edgecascade.scheduler import (
+    Arrangement,
+    Decode,
+    End,
+    Limits,
+    Park,
+    Place,
+    Prefill,
+    Request,
+    Scheduler,
+)
+from edgecascade.snapshots import CacheStats, PrefixCache
+
+log = logging.getLogger(__name__)
+
+
+class Job(Protocol):
+    """A request as the engine sees it. What it is told comes on the engine's thread and must not
+    block; `accepted` comes on the submitting one.
+    """
+
+    prompt: Array  # int32
+    max_tokens: int  # 0: only prefill
+
+    def accepted(self, ahead: int) -> None:
+        """It is queued, and `ahead` others are before it; nothing else is told earlier."""
+
+    def placed(self, cached_tokens: int) -> None:
+        """It has a slot, and so many tokens of its prompt need no prefill."""
+
+    def prefilled(self) -> None:
+        """Its prompt is in."""
+
+    def row(self) -> SampleRow:
+        """How to sample its next token."""
+
+    def accept(self, token: int, logprob: float, logits: Array) -> int | None:
+        """Take a token; the one to continue with, or None when the answer is complete."""
+
+    def ended(self, reason: str, error: EdgeCascadeError | None) -> None:
+        """It is over without a complete answer: "cancelled", "deadline", "failed" with an error,
+        or "done" where no answer was asked for.
+        """
+
+
+class Call:
+    """Something else to do with the backend between two steps, with room for some tokens."""
+
+    max_tokens = 0
+
+    def __init__(self, do: Callable[[Backend], Any], tokens: int) -> None:
+        self.prompt = np.zeros(tokens, np.int32)
+        self._do = do
+        self._over = threading.Event()
+        self._value: Any = None
+        self._error: BaseException | None = None
+
+    def perform(self, backend: Backend) -> None:
+        """Do it."""
+        try:
+            self._value = self._do(backend)
+        except Exception as error:  # noqa: BLE001  it belongs to the caller, who waits in `result`
+            self._error = error
+        self._over.set()
+
+    def result(self) -> Any:
+        """Wait for what it returned, or raise what it raised."""
+        self._over.wait()
+        if self._error is not None:
+            raise self._error
+        return self._value
+
+    def accepted(self, ahead: int) -> None:
+        """Nobody is told."""
+
+    def placed(self, cached_tokens: int) -> None:
+        """Nobody is told."""
+
+    def prefilled(self) -> None:
+        """Nobody is told."""
+
+    def row(self) -> SampleRow:
+        """Never asked: it makes no tokens."""
+        raise BackendError("a call makes no tokens")
+
+    def accept(self, token: int, logprob: float, logits: Array) -> int | None:
+        """Never asked: it makes no tokens."""
+        raise BackendError("a call makes no tokens")
+
+    def ended(self, reason: str, error: EdgeCascadeError | None) -> None:
+        """It was never done."""
+        self._error = error or BackendError(f"the call was {reason}")
+        self._over.set()
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """What is going on, and what went on so far."""
+
+    running: int
+    waiting: int
+    parked: int
+    steps: int
+    decoded_tokens: int
+    prefilled_tokens: int
+    snapshots: int
+    snapshot_bytes: int
+    reuse: CacheStats
+
+
+@dataclass
+class _Task:
+    job: Job
+    cuts: tuple[int, ...]
+    end: int  # of what is to be read of the prompt
+    keep: frozenset[int] = frozenset()  # cuts at which to keep the state
+    parked: Snapshot | None = None
+    token: int = 0  # to be fed next
+
+
+class Engine:
+    """Runs jobs on a backend. All methods may be called from any thread."""
+
+    def __init__(self, backend: Backend, cache: PrefixCache, limits: Limits) -> None:
+        self._backend = backend
+        self._cache = cache
+        self._scheduler = Scheduler(limits)
+        self._tasks: dict[int, _Task] = {}
+        self._ids = itertools.count(1)
+        lock = threading.RLock()  # a callback may cancel or submit
+        self._wake = threading.Condition(lock)  # for the engine: there is something to do
+        self._room = threading.Condition(lock)  # for who waits to submit: the queue got shorter
+        # Not started before it is needed: until then a process may fork.
+        self._thread: threading.Thread | None = None
+        self._closed = False
+        self._steps = self._decoded = self._prefilled = 0
+
+    # ---- for any thread --------------------------------------------------------------------------
+
+    def submit(
+        self,
+        job: Job,
+        *,
+        priority: int = 1,
+        client: str = "",
+        deadline_s: float | None = None,
+        wait: bool = False,
+    ) -> int:
+        """Queue a job; its id. `deadline_s` counts from now; `wait` rather than be refused.
+
+        Raises:
+            Overloaded: when the queue is full.
+            ContextExceeded: when prompt and answer cannot fit.
+            DeadlineExceeded: when the time was up before there was room.
+            BackendError: when the engine is closed.
+        """
+        cuts = (len(job.prompt),) if isinstance(job, Call) else self._cache.rule.cuts(job.prompt)
+        # Without an answer to make, what follows the last state worth keeping need not be read.
+        pieces = cuts if job.max_tokens or len(cuts) == 1 else cuts[:-1]
+        deadline = None if deadline_s is None else time.monotonic() + deadline_s
+        with self._wake:
+            id = next(self._ids)
+            request = Request(id, pieces, job.max_tokens, priority, client, deadline)
+            ahead = self._enqueue(request, wait=wait)
+            self._tasks[id] = _Task(job, cuts, pieces[-1])
+            try:
+                job.accepted(ahead)
+            except BaseException:
+                self._scheduler.finished(id, time.monotonic())
+                del self._tasks[id]
+                raise
+            if self._thread is None:
+                name = "edgecascade-engine"
+                self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+                self._thread.start()
+            self._wake.notify()
+        return id
+
+    def cancel(self, id: int) -> None:
+        """End a job at the next step; nothing happens if it is over."""
+        with self._wake:
+            if self._scheduler.cancel(id):
+                self._wake.notify()
+
+    def call(self, do: Callable[[Backend], Any], *, tokens: int = 1) -> Any:
+        """Do something with the backend between two steps, with room for so many more tokens."""
+        call = Call(do, tokens)
+        self.submit(call, wait=True)
+        return call.result()
+
+    def stats(self) -> EngineStats:
+        """Counters."""
+        with self._wake:
+            scheduler, cache = self._scheduler, self._cache
+            return EngineStats(
+                scheduler.running,
+                scheduler.waiting,
+                scheduler.parked,
+                self._steps,
+                self._decoded,
+                self._prefilled,
+                len(cache),
+                cache.nbytes,
+                CacheStats(**vars(cache.stats)),
+            )
+
+    def close(self) -> None:
+        """End every job as cancelled and stop the thread; the backend stays open."""
+        with self._wake:
+            self._closed = True
+            self._wake.notify_all()
+            self._room.notify_all()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+
+    def _enqueue(self, request: Request, *, wait: bool) -> int:
+        while True:
+            if self._closed:
+                raise BackendError("the LLM is closed; load the bundle again")
+            now = time.monotonic()
+            if request.deadline_s is not None and now >= request.deadline_s:
+                raise DeadlineExceeded("the time was up before the request was queued")
+            try:
+                return self._scheduler.submit(request, now)
+            except Overloaded:
+                if not wait or threading.current_thread() is self._thread:
+                    raise
+            self._room.wait(None if request.deadline_s is None else request.deadline_s - now)
+
+    # ---- the thread ------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while self._step():
+                pass
+            self._end_all("cancelled", None)
+        except Exception as error:
+            log.exception("the engine stopped")
+            with self._wake:
+                self._closed = True
+                self._room.notify_all()
+            failure = BackendError(f"the engine stopped: {error!r}; load the bundle again")
+            self._end_all("failed", failure)
+
+    def _step(self) -> bool:
+        """One step, or a wait for the next; False once closed."""
+        with self._wake:
+            if self._closed:
+                return False
+            arrangement = self._scheduler.arrange(time.monotonic())
+        if arrangement.ends or arrangement.parks or arrangement.places:
+            self._perform(arrangement)
+        with self._wake:
+            work = self._scheduler.work()
+            if work is None:
+                self._sleep()
+                return True
+        self._steps += 1
+        if work.prefill:
+            self._do_prefill(work.prefill)
+        if work.decode:
+            self._do_decode(work.decode)
+        return True
+
+    def _sleep(self) -> None:
+        deadline = self._scheduler.next_deadline()
+        if self._closed or self._scheduler.has_changed:
+            return
+        self._wake.wait(None if deadline is None else max(deadline - time.monotonic(), 0))
+
+    def _perform(self, arrangement: Arrangement) -> None:
+        for end in arrangement.ends:
+            self._end(end)
+        for park in arrangement.parks:
+            self._park(park)
+        for place in arrangement.places:
+            self._place(place)
+        with self._room:
+            self._room.notify_all()
+
+    def _end(self, end: End) -> None:
+        task = self._tasks.pop(end.id)
+        if end.slot is not None:
+            self._reset(end.slot)
+        self._tell(task.job, end.reason, None)
+
+    def _park(self, park: Park) -> None:
+        try:
+            self._tasks[park.id].parked = self._backend.save(park.slot)
+        except Exception as error:  # noqa: BLE001  a failing device must not end the thread
+            self._fail(park.id, error, None)
+        self._reset(park.slot)
+
+    def _place(self, place: Place) -> None:
+        task = self._tasks.get(place.id)
+        if task is None:  # it failed while being parked
+            return
+        try:
+            if place.resumed:
+                state, task.parked = task.parked, None
+                assert state is not None
+                self._backend.restore(place.slot, state)
+                return
+            reused = 0
+            if not isinstance(task.job, Call):
+                reused = self._reuse(place.slot, task)
+            task.job.placed(reused)
+        except Exception as error:  # noqa: BLE001  a failing device must not end the thread
+            self._fail(place.id, error, place.slot)
+            return
+        with self._wake:
+            self._scheduler.reused(place.id, reused)
+        if reused >= task.end:
+            self._finish([(place.id, place.slot)])
+
+    def _reuse(self, slot: int, task: _Task) -> int:
+        """Fill the slot from the longest kept prefix of the prompt; how many tokens that saved."""
+        prompt = task.job.prompt
+        with self._cache.longest(prompt, task.cuts) as entry:
+            reused = 0 if entry is None else len(entry.tokens)
+            if entry is not None:
+                try:
+                    self._backend.restore(slot, entry.snapshot)
+                except Exception:
+                    log.exception("a kept state could not be restored; the prompt is read instead")
+                    self._backend.reset(slot)
+                    reused = 0
+        wanted = self._cache.worth_keeping(prompt, task.cuts)
+        task.keep = frozenset(cut for cut in wanted if cut > reused)
+        return reused
+
+    def _do_prefill(self, piece: Prefill) -> None:
+        task = self._tasks[piece.id]
+        job = task.job
+        if isinstance(job, Call):
+            job.perform(self._backend)
+            self._finish([(piece.id, piece.slot)])
+            return
+        try:
+            logits = self._backend.prefill(piece.slot, job.prompt[piece.begin : piece.end])
+            self._prefilled += piece.end - piece.begin
+            if piece.end in task.keep:
+                self._keep(job.prompt[: piece.end], piece.slot)
+            with self._wake:
+                self._scheduler.prefilled(piece.id, piece.end)
+            if piece.end < task.end:
+                return
+            job.prefilled()
+        except Exception as error:  # noqa: BLE001  a failing device must not end the thread
+            self._fail(piece.id, error, piece.slot)
+            return
+        if job.max_tokens == 0:
+            self._finish([(piece.id, piece.slot)])
+        else:
+            self._sample((piece.id,), (piece.slot,), logits[None])
+
+    def _keep(self, tokens: Array, slot: int) -> None:
+        cache = self._cache
+        if not cache.has(tokens, cache.rule.cuts(tokens)):
+            cache.put(tokens, self._backend.save(slot))
+
+    def _do_decode(self, decode: Decode) -> None:
+        tokens = [self._tasks[id].token for id in decode.ids]
+        try:
+            logits = self._backend.decode(decode.slots, tokens)
+        except Exception as error:  # noqa: BLE001  a failing device must not end the thread
+            for id, slot in zip(decode.ids, decode.slots, strict=True):
+                self._fail(id, error, slot)
+            return
+        self._decoded += len(tokens)
+        with self._wake:
+            for id in decode.ids:
+                self._scheduler.grew(id)
+        self._sample(decode.ids, decode.slots, logits)
+
+    def _sample(self, ids: Sequence[int], slots: Sequence[int], logits: Array) -> None:
+        """A token for each row of logits, handed to its job."""
+        done = []
+        for id, slot, row, drawn in zip(ids, slots, logits, self._draw(ids, logits), strict=True):
+            task = self._tasks[id]
+            try:
+                if isinstance(drawn, Exception):
+                    raise drawn
+                token = task.job.accept(*drawn, row)
+            except Exception as error:  # noqa: BLE001  one job's failure is not its neighbours'
+                self._fail(id, error, slot)
+                continue
+            if token is None:
+                done.append((id, slot))
+            else:
+                task.token = token
+        if done:
+            self._finish(done)
+
+    def _draw(self, ids: Sequence[int], logits: Array) -> list[tuple[int, float] | Exception]:
+        """A token and its log probability for each row, or the error of that row alone."""
+        rows = [self._tasks[id].job.row() for id in ids]
+        try:
+            return list(self._backend.sample(logits, rows))
+        except Exception as error:  # noqa: BLE001  a failing row must not end its neighbours
+            if len(rows) == 1:
+                return [error]
+        drawn: list[tuple[int, float] | Exception] = []
+        for at, row in enumerate(rows):
+            try:
+                drawn += self._backend.sample(logits[at : at + 1], [row])
+            except Exception as error:  # noqa: BLE001  handed to the job it belongs to
+                drawn.append(error)
+        return drawn
+
+    # ---- ends ------------------------------------------------------------------------------------
+
+    def _finish(self, done: Sequence[tuple[int, int]]) -> None:
+        for id, slot in done:
+            task = self._tasks.pop(id)
+            self._reset(slot)
+            with self._wake:
+                self._scheduler.finished(id, time.monotonic())
+            if not task.job.max_tokens and not isinstance(task.job, Call):
+                self._tell(task.job, "done", None)
+
+    def _fail(self, id: int, error: Exception, slot: int | None) -> None:
+        """End a job with an error, and go on with the others."""
+        if not isinstance(error, EdgeCascadeError):
+            log.error("a step failed", exc_info=error)
+            error = BackendError(f"a step failed: {error!r}")
+        if slot is not None:
+            self._reset(slot)
+        task = self._tasks.pop(id)
+        with self._wake:
+            self._scheduler.finished(id, time.monotonic())
+        self._tell(task.job, "failed", error)
+
+    def _reset(self, slot: int) -> None:
+        try:
+            self._backend.reset(slot)
+        except Exception:
+            log.exception("slot %d could not be emptied", slot)
+
+    def _tell(self, job: Job, reason: str, error: EdgeCascadeError | None) -> None:
+        try:
+            job.ended(reason, error)
+        except Exception:
+            log.exception("a job could not be told that it was %s", reason)
+
+    def _end_all(self, reason: str, error: EdgeCascadeError | None) -> None:
+        with self._wake:
+            ids = self._scheduler.ids
+            now = time.monotonic()
+            for id in ids:
+                self._scheduler.finished(id, now)
+        for id in ids:
+            self._tell(self._tasks.pop(id).job, reason, error)
