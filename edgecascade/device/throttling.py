@@ -113,7 +113,6 @@ def _events(monitor: Path) -> int | None:
         enabled = f"oc{detector[1]}_throt_en"
         reacts = read_int(monitor / enabled, 0, 1) if enabled in files else 1
         # Detectors whose reaction is switched off count events that slow nothing down.
-        if reacts != 0:
-            counts.append(reacts and read_int(monitor / detector[0], 0, 1 << 62))
+        counts.append(reacts and read_int(monitor / detector[0], 0, 1 << 62))
     known = [count for count in counts if count is not None]
     return sum(known) if known and len(known) == len(counts) else None

@@ -112,13 +112,12 @@ def test_bad_files_cost_their_own_fields_only(
     if not root.exists():
         write(root, tree)
     sound = facts(root).telemetry()
-    victims = data.draw(
-        st.lists(st.sampled_from(sorted(tree)), min_size=1, max_size=12, unique=True)
-    )
-    for victim in victims:
-        damage(root / victim, data.draw(DAMAGE))
+    victims = st.dictionaries(st.sampled_from(sorted(tree)), DAMAGE, min_size=1, max_size=12)
+    damages = data.draw(victims)
+    for victim, content in damages.items():
+        damage(root / victim, content)
     seen = facts(root)
-    for victim in victims:
+    for victim in damages:
         damage(root / victim, tree[victim])
     told = seen.telemetry()
     wrong = {k: v for k, v in told.items() if k not in DERIVED and v != sound.get(k)}
