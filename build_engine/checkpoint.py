@@ -11,10 +11,11 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -98,7 +99,7 @@ class Checkpoint:
         out: NDArray[Any] = np.empty((stop - start, columns), dtype)
         view = out.reshape(-1).view(np.uint8).data
         offset = source.offset + start * columns * dtype.itemsize
-        with open(source.file, "rb", buffering=0) as data:
+        with _open(source.file) as data:
             while len(view):
                 size = os.preadv(data.fileno(), [view], offset)
                 if size == 0:
@@ -112,6 +113,15 @@ class Checkpoint:
         """A JSON file of the checkpoint, {} when it is absent."""
         path = self.folder / name
         return _plain(read_json(path), path) if path.exists() else {}
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[IO[bytes]]:
+    try:
+        with open(path, "rb", buffering=0) as data:
+            yield data
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -151,7 +151,8 @@ def compare(model: Model, bundle: Bundle) -> Checks:
         BuildError: when the packed weights give no numbers, or the kernels compute something else.
     """
     vocab = model.config.vocab
-    tokens = np.random.default_rng(SEED).integers(0, vocab, TOKENS, dtype=np.int32)
+    count = min(TOKENS, model.config.max_context)
+    tokens = np.random.default_rng(SEED).integers(0, vocab, count, dtype=np.int32)
     expected, layers = _run(
         model, tokens, {t.name: CheckpointWeight(model, t) for t in model.tensors}
     )
@@ -217,12 +218,14 @@ def _kernels(
 ) -> tuple[str, float | None]:
     """Which kernels ran the packed weights, and how far their logits are from the reference's."""
     try:
-        backend = open_backend("cpu", bundle, slots=1, max_context=2 * TOKENS)
+        backend = open_backend("cpu", bundle, slots=1, max_context=len(tokens))
     except BackendUnavailable as error:
         log.warning("the kernels were not verified: %s", error)
         return f"not run: {error}", None
-    found = backend.logits(tokens)
-    backend.close()
+    try:
+        found = backend.logits(tokens)
+    finally:
+        backend.close()
     expected, _ = _run(model, tokens, packed, int8_activations=True)
     best = min(relative_error(a, b) for a, b in zip(found, expected, strict=True))
     limit = KERNEL_LIMIT if any(weight.is_block for weight in packed.values()) else FLOAT_LIMIT

@@ -69,7 +69,13 @@ class Bundle:
             BundleError: for anything missing, changed, added or contradictory, with its name and
             values.
         """
-        folder = Path(path)
+        try:
+            return cls._open(Path(path), verify)
+        except OSError as error:
+            raise BundleError(f"cannot read bundle {path}: {error}") from error
+
+    @classmethod
+    def _open(cls, folder: Path, verify: bool | None) -> Bundle:
         content, bundle_id = _read_manifest(folder)
         _check_folder(folder, content)
         if verify is not False:
