@@ -16,8 +16,8 @@ SAME_MATHS = 5e-5
 # neighbouring int8 code.
 PACKED_LOGITS = 5e-3
 
-# Packed weights with int8 activations against float32 activations, likewise, the median of the rows:
-# a GEMV costs up to 1.2e-2, and a row whose router sits on a tie takes another expert altogether.
+# Packed weights with int8 activations against float32 activations, likewise, the median of the
+# rows: a GEMV costs up to 1.2e-2, and a row whose router sits on a tie takes another expert.
 INT8_ACTIVATIONS = 5e-2
 
 # One ISA, or one way of cutting a prompt, against another: exp and the order of sums differ in the
@@ -29,8 +29,8 @@ LOGITS_BETWEEN_ISAS = 5e-3
 U4_GAUSSIAN = 9.1e-2
 I8_GAUSSIAN = 6.5e-3
 
-# Mamba-2 in float32, y and state, relative Frobenius distance: scan against token after token, which
-# rounds the state at every token; the largest seen over all ISAs is 3e-6.
+# Mamba-2 in float32, y and state, relative Frobenius distance: scan against token after token,
+# which rounds the state at every token; the largest seen over all ISAs is 3e-6.
 SCAN = 1e-5
 
 # Attention in float32 against NumPy's, likewise: the order of sums over up to 600 positions.
