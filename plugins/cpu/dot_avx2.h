@@ -27,7 +27,6 @@ inline __m256i broadcast4(const int8_t* q) {
   return _mm256_set1_epi32(bytes);
 }
 
-
 // Ends one use of `weight` before the next: left alone, GCC computes all products first and keeps
 // them in memory.
 inline void keepOrder(__m256i& sum, __m256i& weight) { asm("" : "+x"(sum), "+x"(weight)); }

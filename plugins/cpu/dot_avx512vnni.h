@@ -11,7 +11,7 @@
 namespace ec::EC_ISA {
 
 constexpr int kTileTokens = 8;
-constexpr int kPrefetchBlocks = 4;
+constexpr int kPrefetchBlocks = 8;
 constexpr int kPrefetchGroups = 4;
 
 inline __m512i load64(const uint8_t* p) { return _mm512_loadu_si512(p); }
@@ -26,10 +26,16 @@ inline __m512 loadScales(const uint8_t* scales) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(scales)));
 }
 
-// Weights come once per token: fetch them ahead of the hardware prefetcher, which stops at page
-// borders.
-inline void prefetchLine(const uint8_t* p) {
-  _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0);
+// Weights: ahead of the hardware prefetcher, which stops at page borders. Into the L2 cache: asked
+// into L1, 8 tokens run at 296 instead of 328 GFLOPS from memory.
+inline void prefetchWeights(const uint8_t* p) {
+  _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1);
+}
+
+// Activations of a tile: eight streams of one line per group are too many for the hardware; without
+// the hint 64 tokens run 8 % slower.
+inline void prefetchActs(const int8_t* q) {
+  _mm_prefetch(reinterpret_cast<const char*>(q), _MM_HINT_T0);
 }
 
 // Two registers of 16 rows each per token.
@@ -73,7 +79,7 @@ struct Rows {
     }
   }
   void prefetch(int64_t g) const {
-    for (int m = 0; m < M; ++m) prefetchLine(reinterpret_cast<const uint8_t*>(q[m]) + g * kGroup);
+    for (int m = 0; m < M; ++m) prefetchActs(q[m] + g * kGroup);
   }
 };
 
@@ -87,13 +93,13 @@ void dotU4(const uint8_t* block, int64_t groups, const Acts& acts, const int32_t
     const uint8_t* ahead = block + kPrefetchBlocks * kU4BlockBytes;
     DotSums<M> dot;
     for (int m = 0; m < M; ++m) dot.lower[m] = dot.upper[m] = _mm512_set1_epi32(x.correction[m][g]);
-    prefetchLine(ahead + 1024);
+    prefetchWeights(ahead + 1024);
     if (M > 1) x.prefetch(g + kPrefetchGroups);
 #pragma GCC unroll 8
     for (int octet = 0; octet < 8; ++octet) {
       const __m512i w0 = load64(block + octet * 128), w1 = load64(block + octet * 128 + 64);
-      prefetchLine(ahead + octet * 128);
-      prefetchLine(ahead + octet * 128 + 64);
+      prefetchWeights(ahead + octet * 128);
+      prefetchWeights(ahead + octet * 128 + 64);
       const __m512i low0 = _mm512_and_si512(w0, low4), low1 = _mm512_and_si512(w1, low4);
       const __m512i high0 = _mm512_and_si512(_mm512_srli_epi16(w0, 4), low4);
       const __m512i high1 = _mm512_and_si512(_mm512_srli_epi16(w1, 4), low4);
@@ -125,14 +131,14 @@ void dotI8(const uint8_t* block, int64_t groups, const Acts& acts, const int32_t
     DotSums<M> dot;
     for (int m = 0; m < M; ++m)
       dot.lower[m] = dot.upper[m] = _mm512_set1_epi32(16 * x.correction[m][g]);
-    prefetchLine(ahead + 2048);
+    prefetchWeights(ahead + 2048);
     if (M > 1) x.prefetch(g + kPrefetchGroups);
 #pragma GCC unroll 16
     for (int quad = 0; quad < 16; ++quad) {
       const __m512i w0 = _mm512_xor_si512(load64(block + quad * 128), flip);
       const __m512i w1 = _mm512_xor_si512(load64(block + quad * 128 + 64), flip);
-      prefetchLine(ahead + quad * 128);
-      prefetchLine(ahead + quad * 128 + 64);
+      prefetchWeights(ahead + quad * 128);
+      prefetchWeights(ahead + quad * 128 + 64);
 #pragma GCC unroll 8
       for (int m = 0; m < M; ++m) {
         const __m512i xq = broadcast4(x.q[m] + g * kGroup + quad * 4);

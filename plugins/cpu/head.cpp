@@ -2,10 +2,12 @@
 //
 // logits[i] = W norm(x[out_row[i]]), -inf where the mask's bit is clear
 //
-//   x [n_tok][d] float32, W [vocab][d] any type, mask [n_out][(vocab + 31) / 32], logits [n_out][vocab] float32
+//   x [n_tok][d] float32, W [vocab][d] any type, mask [n_out][(vocab + 31) / 32], logits
+//   [n_out][vocab] float32
 //
-// Bound: memory, one read of W. Outputs whose row belongs to a sequence that does not count are left as they are.
-// Reference: edgecascade/backends/reference.py  Test: tests/test_linear_kernels.py
+// Bound: memory, one read of W. Outputs whose row belongs to a sequence that does not count are
+// left as they are. Reference: edgecascade/backends/reference.py  Test:
+// tests/test_linear_kernels.py
 #include <limits>
 
 #include "kernels.h"
@@ -37,7 +39,8 @@ ec_status checkShape(const ec_step& step, const ec_head& args) {
 ec_status checkRows(const ec_step& step) {
   for (int32_t i = 0; i < step.n_out; ++i) {
     if (step.out_row[i] < 0 || step.out_row[i] >= step.n_tok) {
-      return fail(EC_INVALID, "head: out_row[%d] is %d, outside 0..n_tok-1 = %d", i, step.out_row[i], step.n_tok - 1);
+      return fail(EC_INVALID, "head: out_row[%d] is %d, outside 0..n_tok-1 = %d", i,
+                  step.out_row[i], step.n_tok - 1);
     }
   }
   return EC_OK;

@@ -2,11 +2,12 @@
 //
 // y = act(W norm(x)) + residual
 //
-//   x [n_tok][k] float32, W [n][k] float32, float16, U4_64 or I8_64, residual and y [n_tok][n] float32
+//   x [n_tok][k] float32, W [n][k] float32, float16, U4_64 or I8_64, residual and y [n_tok][n]
+//   float32
 //
-// Blocks multiply int8 activations (acts.h), float weights float32 ones. Bound: memory for a few tokens, one read of W;
-// the integer dot product for many.
-// Reference: edgecascade/backends/reference.py  Test: tests/test_linear_kernels.py
+// Blocks multiply int8 activations (acts.h), float weights float32 ones. Bound: memory for a few
+// tokens, one read of W; the integer dot product for many. Reference:
+// edgecascade/backends/reference.py  Test: tests/test_linear_kernels.py
 #include "kernels.h"
 #include "matmul.h"
 

@@ -3,15 +3,18 @@
 // Mixture of experts, from the norm to the residual.
 //
 //   h = norm(x),  score = sigmoid(router h),  choice = score + bias
-//   y = x + sum over the chosen e, ascending, of weight_e down_e relu2(up_e h) + shared_down relu2(shared_up h)
+//   y = x + sum over the chosen e, ascending, of weight_e down_e relu2(up_e h) + shared_down
+//   relu2(shared_up h)
 //
-//   x, y [n_tok][d] float32, router [experts][d] float32, up [experts][ff][d] and down [experts][d][ff] of any type
+//   x, y [n_tok][d] float32, router [experts][d] float32, up [experts][ff][d] and down
+//   [experts][d][ff] of any type
 //
-// Tokens are sorted by expert, so that each expert's weights are read once, in three regions: scores; up, whose units
-// of 64 rows turn their results into one int8 group at once; down, whose units own 32 outputs of every token and add
-// the experts in ascending order. So a token's result does not depend on the rest of the batch.
-// Bound: memory up to a few tokens per expert, then the integer dot product.
-// Reference: edgecascade/backends/reference.py  Test: tests/test_moe_kernels.py
+// Tokens are sorted by expert, so that each expert's weights are read once, in three regions:
+// scores; up, whose units of 64 rows turn their results into one int8 group at once; down, whose
+// units own 32 outputs of every token and add the experts in ascending order. So a token's result
+// does not depend on the rest of the batch. Bound: memory up to a few tokens per expert, then the
+// integer dot product. Reference: edgecascade/backends/reference.py  Test:
+// tests/test_moe_kernels.py
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -26,21 +29,22 @@ namespace {
 constexpr int kRouterTokens = 16;   // per unit of work, when there are many
 constexpr int kRouterExperts = 4;   // per unit of work, when there are few
 constexpr int kStagedTokens = 256;  // x 64 hidden values per thread
+constexpr int kDownUnits = 12;      // per thread at least, for an even end
 static_assert(kStagedTokens * kGroup * sizeof(float) <= Pool::kScratchBytes);
 
 struct Scratch {
-  int64_t slots;     // (token, choice) pairs
-  float* scores;     // [n_tok][experts]
-  float* choices;    // [n_tok][experts]
-  int32_t* start;    // [experts + 1] first slot of each expert, slots sorted by expert, then by token
-  int32_t* active;   // [experts] those with a token
-  int32_t* tokens;   // [slots]
-  float* weights;    // [slots]
-  int32_t* iota;     // [max(slots, n_tok)] 0, 1, 2, ..
-  ActsBuffer x;      // [n_tok][d]
+  int64_t slots;   // (token, choice) pairs
+  float* scores;   // [n_tok][experts]
+  float* choices;  // [n_tok][experts]
+  int32_t* start;  // [experts + 1] first slot of each expert, slots sorted by expert, then by token
+  int32_t* active;    // [experts] those with a token
+  int32_t* tokens;    // [slots]
+  float* weights;     // [slots]
+  int32_t* iota;      // [max(slots, n_tok)] 0, 1, 2, ..
+  ActsBuffer x;       // [n_tok][d]
   ActsBuffer routed;  // [slots][ff]
   ActsBuffer shared;  // [n_tok][shared_ff]
-  float* sums;       // [blocks of 32 outputs][n_tok][32]
+  float* sums;        // [blocks of 32 outputs][n_tok][32]
 
   static ActsBuffer acts(Arena& arena, int64_t rows, const ec_weight& w) {
     return ActsBuffer(arena, rows, w.k, !isBlockType(w.type), isBlockType(w.type));
@@ -64,12 +68,14 @@ struct Scratch {
         sums(arena.take<float>(roundUp<int64_t>(args.down.n, kBlockRows) * step.n_tok)) {}
 };
 
-ec_status checkPair(const char* upName, const ec_weight& up, const char* downName, const ec_weight& down) {
+ec_status checkPair(const char* upName, const ec_weight& up, const char* downName,
+                    const ec_weight& down) {
   EC_TRY(checkWeight("moe", upName, up));
   EC_TRY(checkWeight("moe", downName, down));
   if (up.n == down.k && up.k == down.n) return EC_OK;
-  return fail(EC_INVALID, "moe: %s is [%d][%d] and %s is [%d][%d]; one must be the other's transpose", upName, up.n,
-              up.k, downName, down.n, down.k);
+  return fail(EC_INVALID,
+              "moe: %s is [%d][%d] and %s is [%d][%d]; one must be the other's transpose", upName,
+              up.n, up.k, downName, down.n, down.k);
 }
 
 ec_status checkChoice(const ec_step& step, const ec_moe& args) {
@@ -82,17 +88,20 @@ ec_status checkChoice(const ec_step& step, const ec_moe& args) {
     return fail(EC_INVALID, "moe: top_k is %d, outside 1..%d experts", args.top_k, experts);
   }
   if (args.n_group < 1 || experts % args.n_group != 0) {
-    return fail(EC_INVALID, "moe: n_group is %d, which does not divide %d experts", args.n_group, experts);
+    return fail(EC_INVALID, "moe: n_group is %d, which does not divide %d experts", args.n_group,
+                experts);
   }
   if (args.topk_group < 1 || args.topk_group > args.n_group) {
-    return fail(EC_INVALID, "moe: topk_group is %d, outside 1..n_group = %d", args.topk_group, args.n_group);
+    return fail(EC_INVALID, "moe: topk_group is %d, outside 1..n_group = %d", args.topk_group,
+                args.n_group);
   }
   if (args.top_k > args.topk_group * (experts / args.n_group)) {
-    return fail(EC_INVALID, "moe: top_k is %d, but %d groups of %d experts hold fewer", args.top_k, args.topk_group,
-                experts / args.n_group);
+    return fail(EC_INVALID, "moe: top_k is %d, but %d groups of %d experts hold fewer", args.top_k,
+                args.topk_group, experts / args.n_group);
   }
   if (int64_t{step.n_tok} * args.top_k > std::numeric_limits<int32_t>::max()) {
-    return fail(EC_INVALID, "moe: %d tokens x top_k %d is too many for one step", step.n_tok, args.top_k);
+    return fail(EC_INVALID, "moe: %d tokens x top_k %d is too many for one step", step.n_tok,
+                args.top_k);
   }
   return EC_OK;
 }
@@ -108,22 +117,24 @@ ec_status checkShape(const ec_step& step, const ec_moe& args) {
   if (!args.shared_up.data) return EC_OK;
   EC_TRY(checkPair("shared_up", args.shared_up, "shared_down", args.shared_down));
   if (args.shared_up.k == args.up.k) return EC_OK;
-  return fail(EC_INVALID, "moe: shared_up.k is %d, up.k is %d; they must be equal", args.shared_up.k, args.up.k);
+  return fail(EC_INVALID, "moe: shared_up.k is %d, up.k is %d; they must be equal",
+              args.shared_up.k, args.up.k);
 }
 
 ec_status checkForcedIds(const ec_moe& args, int64_t slots) {
   for (int64_t i = 0; i < slots; ++i) {
     if (args.ids[i] < 0 || args.ids[i] >= args.up.experts) {
-      return fail(EC_INVALID, "moe: forced ids[%d][%d] is %d, outside 0..%d", static_cast<int>(i / args.top_k),
-                  static_cast<int>(i % args.top_k), args.ids[i], args.up.experts - 1);
+      return fail(EC_INVALID, "moe: forced ids[%d][%d] is %d, outside 0..%d",
+                  static_cast<int>(i / args.top_k), static_cast<int>(i % args.top_k), args.ids[i],
+                  args.up.experts - 1);
     }
   }
   return EC_OK;
 }
 
 // scores[t][e] = sigmoid(router[e] . h[t]) for some tokens and some experts.
-void scoreTile(const ec_moe& args, const Scratch& s, int64_t firstToken, int64_t lastToken, int64_t firstExpert,
-               int64_t lastExpert) {
+void scoreTile(const ec_moe& args, const Scratch& s, int64_t firstToken, int64_t lastToken,
+               int64_t firstExpert, int64_t lastExpert) {
   const int64_t d = args.up.k, experts = args.up.experts;
   alignas(64) float out[kFloatTileTokens * kBlockRows];
   const auto tile = [&](auto width, int64_t token, int64_t expert, int count) {
@@ -133,7 +144,8 @@ void scoreTile(const ec_moe& args, const Scratch& s, int64_t firstToken, int64_t
     floatTile<M>(args.router + expert * d, count, d, x, out);
     for (int m = 0; m < M; ++m) {
       for (int r = 0; r < count; ++r) {
-        s.scores[(token + m) * experts + expert + r] = 1.f / (1.f + std::exp(-out[m * kBlockRows + r]));
+        s.scores[(token + m) * experts + expert + r] =
+            1.f / (1.f + std::exp(-out[m * kBlockRows + r]));
       }
     }
   };
@@ -198,7 +210,8 @@ void chooseExperts(const ec_moe& args, const Scratch& s, int64_t t) {
   float* choices = s.choices + t * experts;
   for (int64_t e = 0; e < experts; ++e) {
     const float choice = scores[e] + args.bias[e];
-    choices[e] = std::isnan(choice) ? -std::numeric_limits<float>::infinity() : choice;  // chosen last
+    choices[e] =
+        std::isnan(choice) ? -std::numeric_limits<float>::infinity() : choice;  // chosen last
   }
   if (args.topk_group < args.n_group) dropGroups(args, choices);
   int32_t* ids = args.ids + t * args.top_k;
@@ -233,21 +246,23 @@ int64_t sortByExpert(const ec_moe& args, const Scratch& s, int64_t tokens) {
     s.tokens[slot] = static_cast<int32_t>(i / args.top_k);
     s.weights[slot] = args.weights[i];
   }
-  for (int64_t e = experts; e > 0; --e) s.start[e] = s.start[e - 1];  // each start had moved to the next one's
+  for (int64_t e = experts; e > 0; --e)
+    s.start[e] = s.start[e - 1];  // each start had moved to the next one's
   s.start[0] = 0;
   return active;
 }
 
 // 64 hidden values of m tokens: relu2(up h), as one group of the activations of down.
-void upGroup(const Matrix& up, int64_t group, const Acts& x, const int32_t* rows, int64_t m, const ActsBuffer& hidden,
-             int64_t firstRow, float* staged) {
+void upGroup(const Matrix& up, int64_t group, const Acts& x, const int32_t* rows, int64_t m,
+             const ActsBuffer& hidden, int64_t firstRow, float* staged) {
   for (int64_t first = 0; first < m; first += kStagedTokens) {
     const int64_t count = std::min<int64_t>(kStagedTokens, m - first);
     for (int half = 0; half < 2; ++half) {
       const int64_t b = 2 * group + half;
       const int valid = b < up.blockRows() ? up.rowsIn(b) : 0;
       if (valid < kBlockRows) {
-        for (int64_t i = 0; i < count; ++i) std::fill_n(staged + i * kGroup + half * kBlockRows, kBlockRows, 0.f);
+        for (int64_t i = 0; i < count; ++i)
+          std::fill_n(staged + i * kGroup + half * kBlockRows, kBlockRows, 0.f);
       }
       if (valid == 0) continue;
       multiply(up, b, x, rows + first, count, [&](int64_t at, int tile, const float* out) {
@@ -262,7 +277,8 @@ void upGroup(const Matrix& up, int64_t group, const Acts& x, const int32_t* rows
       const int64_t row = firstRow + first + i, at = row * hidden.groups + group;
       if (hidden.f) std::copy_n(staged + i * kGroup, width, hidden.f + row * hidden.k + column);
       if (hidden.q) {
-        quantizeGroup(staged + i * kGroup, hidden.q + at * kGroup, hidden.scale + at, hidden.correction + at);
+        quantizeGroup(staged + i * kGroup, hidden.q + at * kGroup, hidden.scale + at,
+                      hidden.correction + at);
       }
     }
   }
@@ -279,37 +295,54 @@ void up(Pool& pool, const ec_moe& args, const Scratch& s, int64_t tokens, int64_
     }
     unit -= sharedGroups;
     const int32_t expert = s.active[unit / groups], first = s.start[expert];
-    upGroup(Matrix(args.up, expert), unit % groups, x, s.tokens + first, s.start[expert + 1] - first, s.routed, first,
-            staged);
+    upGroup(Matrix(args.up, expert), unit % groups, x, s.tokens + first,
+            s.start[expert + 1] - first, s.routed, first, staged);
   });
 }
 
+// Adds one expert's weighted results to sums[token][32] of block row b.
+void addExpert(const ec_moe& args, const Scratch& s, const Acts& hidden, int32_t expert, int64_t b,
+               float* sums) {
+  const int32_t first = s.start[expert], count = s.start[expert + 1] - first;
+  const auto add = [&](int64_t at, int tile, const float* out) {
+    for (int m = 0; m < tile; ++m, out += kBlockRows) {
+      const int64_t slot = first + at + m;
+      float* sum = sums + s.tokens[slot] * kBlockRows;
+      for (int r = 0; r < kBlockRows; ++r) sum[r] += s.weights[slot] * out[r];
+    }
+  };
+  multiply(Matrix(args.down, expert), b, hidden, s.iota + first, count, add);
+}
+
+void addShared(const ec_moe& args, const Scratch& s, int64_t tokens, int64_t b, float* sums) {
+  const auto add = [&](int64_t at, int tile, const float* out) {
+    for (int i = 0; i < tile * kBlockRows; ++i) sums[at * kBlockRows + i] += out[i];
+  };
+  multiply(Matrix(args.shared_down), b, s.shared.acts(), s.iota, tokens, add);
+}
+
 void down(Pool& pool, const ec_moe& args, const Scratch& s, int64_t tokens, int64_t active) {
-  const int64_t d = args.down.n;
-  const Acts routed = s.routed.acts(), shared = s.shared.acts();
-  forBlockRows(pool, Matrix(args.down).blockRows(), kTileTokens + 1, [&](int64_t b) {
-    float* sums = s.sums + b * tokens * kBlockRows;
-    std::fill_n(sums, tokens * kBlockRows, 0.f);
+  const int64_t d = args.down.n, blockRows = Matrix(args.down).blockRows();
+  // Neighbouring block rows of an expert are one stretch of memory and share its activations.
+  const int64_t run = std::clamp<int64_t>(blockRows / (kDownUnits * pool.threads()), 1, 4);
+  pool.parallelFor((blockRows + run - 1) / run, [&](int64_t unit, int) {
+    const int64_t firstRow = unit * run, lastRow = std::min(blockRows, firstRow + run);
+    const auto sumsOf = [&](int64_t b) { return s.sums + b * tokens * kBlockRows; };
+    std::fill(sumsOf(firstRow), sumsOf(lastRow), 0.f);
     for (int64_t i = 0; i < active; ++i) {
-      const int32_t expert = s.active[i], first = s.start[expert];
-      multiply(Matrix(args.down, expert), b, routed, s.iota + first, s.start[expert + 1] - first,
-               [&](int64_t at, int tile, const float* out) {
-                 for (int m = 0; m < tile; ++m, out += kBlockRows) {
-                   const int64_t slot = first + at + m;
-                   float* sum = sums + s.tokens[slot] * kBlockRows;
-                   for (int r = 0; r < kBlockRows; ++r) sum[r] += s.weights[slot] * out[r];
-                 }
-               });
+      if (i + 1 < active) prefetchStart(Matrix(args.down, s.active[i + 1]), firstRow);
+      for (int64_t b = firstRow; b < lastRow; ++b) {
+        addExpert(args, s, s.routed.acts(), s.active[i], b, sumsOf(b));
+      }
     }
-    if (args.shared_down.data) {
-      multiply(Matrix(args.shared_down), b, shared, s.iota, tokens, [&](int64_t at, int tile, const float* out) {
-        for (int i = 0; i < tile * kBlockRows; ++i) sums[at * kBlockRows + i] += out[i];
-      });
-    }
-    const int valid = Matrix(args.down).rowsIn(b);
-    for (int64_t t = 0; t < tokens; ++t) {
-      const int64_t at = t * d + b * kBlockRows;
-      for (int r = 0; r < valid; ++r) args.y[at + r] = args.x[at + r] + sums[t * kBlockRows + r];
+    for (int64_t b = firstRow; b < lastRow; ++b) {
+      if (args.shared_down.data) addShared(args, s, tokens, b, sumsOf(b));
+      const int valid = Matrix(args.down).rowsIn(b);
+      for (int64_t t = 0; t < tokens; ++t) {
+        const int64_t at = t * d + b * kBlockRows;
+        const float* sum = sumsOf(b) + t * kBlockRows;
+        for (int r = 0; r < valid; ++r) args.y[at + r] = args.x[at + r] + sum[r];
+      }
     }
   });
 }

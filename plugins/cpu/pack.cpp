@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Rows of floats to blocks of 32 rows x 64 columns. Every value is float32, every operation rounds once (no fused
-// multiply-add), and rint rounds to nearest even, so that build_engine/quantize.py repeats it bit by bit.
+// Rows of floats to blocks of 32 rows x 64 columns. Every value is float32, every operation rounds
+// once (no fused multiply-add), and rint rounds to nearest even, so that build_engine/quantize.py
+// repeats it bit by bit.
 //
 //   U4_64, per row and group of 64 columns (columns beyond k count as 0):
 //     m = the first w of the group whose |w| is largest
@@ -9,13 +10,15 @@
 //       s = fp16(m / D),  inverse = s == 0 ? 0 : 1 / s
 //       q[i] = min(max(rint(w[i] * inverse), -8), 7)
 //       error = sum of (w[i] - q[i] * s)^2, i ascending, starting from 0
-//     The smallest error wins, the first D among equals. Stored: code q + 8, scale s (+0 when s is -0).
-//   I8_64: s = fp16(max|w| / 127), inverse as above, q[i] = min(max(rint(w[i] * inverse), -127), 127).
+//     The smallest error wins, the first D among equals. Stored: code q + 8, scale s (+0 when s is
+//     -0).
+//   I8_64: s = fp16(max|w| / 127), inverse as above, q[i] = min(max(rint(w[i] * inverse), -127),
+//   127).
 //
-// Rows beyond n have code 8 (0 in I8_64) and scale 0. |m| > 8 * 65504 or max|w| > 127 * 65504, and values that are not
-// finite, are refused: no fp16 scale holds them.
-// Bound: some 60 vector operations per 16 weights for the search.
-// Reference: build_engine/quantize.py  Test: tests/test_linear_kernels.py
+// Rows beyond n have code 8 (0 in I8_64) and scale 0. |m| > 8 * 65504 or max|w| > 127 * 65504, and
+// values that are not finite, are refused: no fp16 scale holds them. Bound: some 60 vector
+// operations per 16 weights for the search. Reference: build_engine/quantize.py  Test:
+// tests/test_linear_kernels.py
 #include <algorithm>
 #include <atomic>
 #include <limits>
@@ -28,11 +31,11 @@ namespace ec::EC_ISA {
 
 namespace {
 
-// Negative: the largest value takes a code on the side that reaches -8. Beyond 8 it is clipped, for a finer step. The
-// positive ones keep groups exact that were quantized before with codes up to 7. On Gaussian rows: 9.03 % error, and
-// 9.00 % with all divisors from 5 to 10 in steps of 0.1.
-constexpr float kDivisors[] = {-8.f, -8.25f, -8.5f, -8.75f, -9.f, -9.5f, -10.f, -7.75f,
-                               -7.5f, -7.25f, -7.f, -6.5f, 7.f, 7.5f, 8.f, 8.5f};
+// Negative: the largest value takes a code on the side that reaches -8. Beyond 8 it is clipped, for
+// a finer step. The positive ones keep groups exact that were quantized before with codes up to 7.
+// On Gaussian rows: 9.03 % error, and 9.00 % with all divisors from 5 to 10 in steps of 0.1.
+constexpr float kDivisors[] = {-8.f,  -8.25f, -8.5f, -8.75f, -9.f, -9.5f, -10.f, -7.75f,
+                               -7.5f, -7.25f, -7.f,  -6.5f,  7.f,  7.5f,  8.f,   8.5f};
 constexpr float kLargestHalf = 65504.f;
 constexpr int64_t kNone = std::numeric_limits<int64_t>::max();
 
@@ -59,8 +62,8 @@ void loadRow(const void* src, int32_t type, int64_t at, int64_t count, float* to
   }
 }
 
-// The part of src that the block covers; zeros beyond it. Returns the first column, if any, of the lowest row whose
-// value is refused, as row * k + column, else kNone.
+// The part of src that the block covers; zeros beyond it. Returns the first column, if any, of the
+// lowest row whose value is refused, as row * k + column, else kNone.
 int64_t loadBlock(const ec_pack& args, int64_t blockRow, int64_t group, Block& block) {
   const float limit = args.dst_type == EC_U4_64 ? 8.f * kLargestHalf : 127.f * kLargestHalf;
   const int64_t column = group * kGroup, width = std::min<int64_t>(kGroup, args.k - column);
@@ -136,7 +139,8 @@ void quantizeBlock(Block& block) {
     for (int i = 0; i < kGroup; ++i) {
       float q[kWidth];
       store(q, quantize(load(block.w[i] + first), inverse));
-      for (int r = 0; r < kWidth; ++r) block.q[i][first + r] = static_cast<int8_t>(static_cast<int32_t>(q[r]));
+      for (int r = 0; r < kWidth; ++r)
+        block.q[i][first + r] = static_cast<int8_t>(static_cast<int32_t>(q[r]));
     }
   }
 }
@@ -208,21 +212,22 @@ ec_status pack(Pool& pool, const ec_pack& args) {
   const int64_t groups = (args.k + kGroup - 1) / kGroup;
   const int64_t blockBytes = args.dst_type == EC_U4_64 ? kU4BlockBytes : kI8BlockBytes;
   std::atomic<int64_t> refused{kNone};
-  pool.parallelFor((int64_t{args.n} + kBlockRows - 1) / kBlockRows, [&](int64_t blockRow, int thread) {
-    Block& block = *reinterpret_cast<Block*>(pool.scratch(thread));
-    uint8_t* dst = static_cast<uint8_t*>(args.dst) + blockRow * groups * blockBytes;
-    for (int64_t g = 0; g < groups; ++g, dst += blockBytes) {
-      const int64_t bad = loadBlock(args, blockRow, g, block);
-      if (bad != kNone) {
-        for (int64_t seen = refused; bad < seen && !refused.compare_exchange_weak(seen, bad);) {
+  pool.parallelFor(
+      (int64_t{args.n} + kBlockRows - 1) / kBlockRows, [&](int64_t blockRow, int thread) {
+        Block& block = *reinterpret_cast<Block*>(pool.scratch(thread));
+        uint8_t* dst = static_cast<uint8_t*>(args.dst) + blockRow * groups * blockBytes;
+        for (int64_t g = 0; g < groups; ++g, dst += blockBytes) {
+          const int64_t bad = loadBlock(args, blockRow, g, block);
+          if (bad != kNone) {
+            for (int64_t seen = refused; bad < seen && !refused.compare_exchange_weak(seen, bad);) {
+            }
+          } else if (args.dst_type == EC_U4_64) {
+            packU4(block, dst);
+          } else {
+            packI8(block, dst);
+          }
         }
-      } else if (args.dst_type == EC_U4_64) {
-        packU4(block, dst);
-      } else {
-        packI8(block, dst);
-      }
-    }
-  });
+      });
   return refused == kNone ? EC_OK : refuse(args, refused);
 }
 

@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// One block row times 16 or more rows of int8 activations with AMX tiles. Contract and results: dot_portable.h, bit by
-// bit; the tiles make the exact integer dots of one group, the scales are applied in float32 as everywhere.
+// One block row times 16 or more rows of int8 activations with AMX tiles. Contract and results:
+// dot_portable.h, bit by bit; the tiles make the exact integer dots of one group, the scales are
+// applied in float32 as everywhere.
 //
-// Per group: A = 16 rows of activations x 64 bytes, B = 16 quads of columns x 16 weight rows x 4 bytes, C = 16 x 16
-// int32. A U4 block is two B tiles once its nibbles are spread, an I8 block is two B tiles as it is.
+// Per group: A = 16 rows of activations x 64 bytes, B = 16 quads of columns x 16 weight rows x 4
+// bytes, C = 16 x 16 int32. A U4 block is two B tiles once its nibbles are spread, an I8 block is
+// two B tiles as it is.
 #ifndef EC_CPU_SLAB_AMX_H
 #define EC_CPU_SLAB_AMX_H
 
@@ -72,7 +74,8 @@ struct Tiles {
   Tiles(const Tiles&) = delete;
   Tiles& operator=(const Tiles&) = delete;
 
-  // GCC's intrinsics paste the register's number into the text, so that a template parameter cannot name it.
+  // GCC's intrinsics paste the register's number into the text, so that a template parameter cannot
+  // name it.
   template <int T>
   void clear() {
     asm volatile("tilezero %%tmm%c0" ::"i"(T));
@@ -129,8 +132,8 @@ struct TokenTile {
 };
 
 // out[i] += float(dots[i] + correction) * scales, for 16 tokens and 16 weight rows.
-inline void addScaled(const int32_t* dots, __m512 scaleW, bool corrected, const Acts& x, const int32_t* rows, int64_t g,
-                      float* out) {
+inline void addScaled(const int32_t* dots, __m512 scaleW, bool corrected, const Acts& x,
+                      const int32_t* rows, int64_t g, float* out) {
   for (int i = 0; i < kTileRows; ++i) {
     const int64_t at = rows[i] * x.groups + g;
     const __m512i correction = _mm512_set1_epi32(corrected ? x.correction[at] : 0);
@@ -142,10 +145,11 @@ inline void addScaled(const int32_t* dots, __m512 scaleW, bool corrected, const 
 }
 
 template <bool kSignedB>
-void slabGroup(Tiles& tiles, const Acts& x, const int32_t* rows, const bool* contiguous, int tileCount, int64_t g,
-               const uint8_t* scales, float* out) {
-  const __m512 scaleW[2] = {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(scales))),
-                            _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(scales + 32)))};
+void slabGroup(Tiles& tiles, const Acts& x, const int32_t* rows, const bool* contiguous,
+               int tileCount, int64_t g, const uint8_t* scales, float* out) {
+  const __m512 scaleW[2] = {
+      _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(scales))),
+      _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(scales + 32)))};
   alignas(64) int32_t dots[4][kTileRows * 16];
   TokenTile a, b;
   for (int t = 0; t < tileCount; t += 2) {
@@ -174,16 +178,18 @@ void slabGroup(Tiles& tiles, const Acts& x, const int32_t* rows, const bool* con
   }
 }
 
-// out[count][32] for count <= kSlabTokens tokens. The last tile is filled up with copies of the last token.
-inline void dotSlab(int32_t type, const uint8_t* block, int64_t groups, const Acts& x, const int32_t* tokens, int count,
-                    float* out) {
+// out[count][32] for count <= kSlabTokens tokens. The last tile is filled up with copies of the
+// last token.
+inline void dotSlab(int32_t type, const uint8_t* block, int64_t groups, const Acts& x,
+                    const int32_t* tokens, int count, float* out) {
   const int tileCount = (count + kTileRows - 1) / kTileRows;
   int32_t rows[kSlabTokens];
   for (int i = 0; i < tileCount * kTileRows; ++i) rows[i] = tokens[i < count ? i : count - 1];
   bool contiguous[kSlabTokens / kTileRows];
   for (int t = 0; t < tileCount; ++t) {
     contiguous[t] = true;
-    for (int i = 0; i < kTileRows; ++i) contiguous[t] &= rows[t * kTileRows + i] == rows[t * kTileRows] + i;
+    for (int i = 0; i < kTileRows; ++i)
+      contiguous[t] &= rows[t * kTileRows + i] == rows[t * kTileRows] + i;
   }
   std::memset(out, 0, static_cast<size_t>(tileCount) * kTileRows * kBlockRows * sizeof(float));
   alignas(64) uint8_t spread[2048];
