@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 
 from edgecascade.backends._lib import cpu_library
+from edgecascade.device.facts import facts
+from edgecascade.doctor import package_version, processor_name
 from edgecascade.errors import ContextExceeded
 from edgecascade.inspect import describe
 from edgecascade.llm import LLM
@@ -27,20 +29,20 @@ SEED = 20
 def bench(
     path: str | Path,
     *,
-    backend: str = "auto",
-    threads: int | None = None,
     prompt_tokens: int = 512,
     decode_tokens: int = 64,
     repeats: int = 3,
+    **options: Any,
 ) -> dict[str, Any]:
-    """Measure a bundle; rates are medians of `repeats` runs on random tokens.
+    """Measure a bundle; rates are medians of `repeats` runs on random tokens. `options` are those
+    of LLM.load.
 
     Raises:
         ContextExceeded: when the bundle's context is too short for the tokens asked for.
     """
-    bandwidth = _read_bytes_per_s(backend)
+    bandwidth = _read_bytes_per_s(options.get("backend", "auto"))
     start = perf_counter()
-    with LLM.load(path, backend, threads=threads) as llm:
+    with LLM.load(path, **options) as llm:
         load_s = perf_counter() - start
         needed = max(prompt_tokens + 1, START_TOKENS + decode_tokens)
         if needed > llm.max_context:
@@ -52,17 +54,17 @@ def bench(
         load_to_first_s = perf_counter() - start
         prefill = [_prefill_rate(llm, prompt_tokens) for _ in range(repeats)]
         decode = [_decode_rate(llm, decode_tokens) for _ in range(repeats)]
-        facts = describe(llm.bundle)
-        facts |= {"backend": llm.backend, "threads": llm.threads}
-    token_bytes = facts["read_bytes_per_token"] + 2 * facts["state_bytes_per_session"]
+        content = describe(llm.bundle)
+        content |= {"backend": llm.backend, "threads": llm.threads}
+    token_bytes = content["read_bytes_per_token"] + 2 * content["state_bytes_per_session"]
     rate = statistics.median(decode)
     return {
-        "bundle_id": facts["id"],
-        "precision": facts["precision"],
-        "parameters": facts["parameters"],
-        "weight_bytes": facts["weight_bytes"],
-        "backend": facts["backend"],
-        "threads": facts["threads"],
+        "bundle_id": content["id"],
+        "precision": content["precision"],
+        "parameters": content["parameters"],
+        "weight_bytes": content["weight_bytes"],
+        "backend": content["backend"],
+        "threads": content["threads"],
         "load_s": load_s,
         "first_token_s": first.timings.first_token_s,
         "load_to_first_token_s": load_to_first_s,
@@ -100,14 +102,14 @@ def _read_bytes_per_s(backend: str) -> float:
 
 
 def _circumstances() -> dict[str, Any]:
-    from edgecascade.doctor import package_version, processor_name
-
+    device = facts()
     return {
         "processor": processor_name(),
         "cores": len(os.sched_getaffinity(0)),
         "platform": f"{platform.system()} {platform.machine()}",
         "version": package_version(),
         "commit": _commit(),
+        "device": {**device.description(), **device.telemetry()},
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
     }
 

@@ -18,6 +18,8 @@ from edgecascade.errors import EdgeCascadeError, InvalidRequest
 if TYPE_CHECKING:
     from edgecascade.completion import Completion, Piece
     from edgecascade.llm import LLM
+    from edgecascade.sampling import SamplingParams
+    from edgecascade.session import Session
 
 DEBUG = "EDGECASCADE_DEBUG"
 INTERRUPTED, PIPE_CLOSED = 128 + signal.SIGINT, 128 + signal.SIGPIPE
@@ -130,6 +132,7 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
 def _add_backend(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", default="auto", help="auto, cpu or reference")
     parser.add_argument("--threads", type=int, help="as many as the memory can feed by default")
+    parser.add_argument("--max-context", type=int, help="tokens of a prompt and its answer")
 
 
 def _build(args: argparse.Namespace) -> int:
@@ -152,7 +155,7 @@ def _build(args: argparse.Namespace) -> int:
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task("packing", total=None)
         report = build(
             args.checkpoint,
@@ -217,6 +220,10 @@ def _generate(args: argparse.Namespace) -> int:
 
 def _chat(args: argparse.Namespace) -> int:
     params = _params(args)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        # Bytes that are not UTF-8 become an error of that turn, not of the program.
+        sys.stdin.reconfigure(errors="surrogateescape")
+    status = 0
     with _load(args) as llm:
         session = llm.session(args.system)
         print("Ctrl-C stops an answer, Ctrl-D ends the chat.", file=sys.stderr)
@@ -224,15 +231,25 @@ def _chat(args: argparse.Namespace) -> int:
             try:
                 text = input("> " if sys.stdin.isatty() else "")
             except EOFError:
-                return 0
-            if not text.strip():
-                continue
-            stream = session.stream(text, params=params)
-            try:
-                _show(stream)
-            except KeyboardInterrupt:
-                stream.close()
-                print("\n(stopped; this turn is forgotten)", file=sys.stderr)
+                return status
+            if text.strip():
+                status = _turn(session, text, params) or status
+
+
+def _turn(session: Session, text: str, params: SamplingParams) -> int:
+    """One turn of a chat. What is wrong with it does not end the conversation."""
+    try:
+        stream = session.stream(text, params=params)
+        try:
+            _show(stream)
+        finally:
+            stream.close()
+    except KeyboardInterrupt:
+        print("\n(stopped; this turn is forgotten)", file=sys.stderr)
+    except InvalidRequest as error:
+        print(f"error [{error.code}]: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 def _bench(args: argparse.Namespace) -> int:
@@ -242,6 +259,7 @@ def _bench(args: argparse.Namespace) -> int:
         _synthetic(args) if args.synthetic else args.bundle,
         backend=args.backend,
         threads=args.threads,
+        max_context=args.max_context,
         prompt_tokens=args.prompt_tokens,
         decode_tokens=args.decode_tokens,
         repeats=args.repeats,
@@ -309,7 +327,10 @@ def _doctor(args: argparse.Namespace) -> int:
             f"{library['read_bytes_per_s'] / 1e9:.1f} GB/s"
         )
     facts |= {"gpu": found["gpu"], "tensorrt": found["tensorrt"]}
-    facts["jetson"] = ", ".join(found["jetson"].values()) or "this is not a Jetson"
+    device = found["device"]
+    known = ((name, device.get(name)) for name in ("model", "module", "l4t", "jetpack"))
+    words = ", ".join(f"{name} {value}" for name, value in known if value)
+    facts["jetson"] = words or "this is not a Jetson"
     _print_facts(facts)
     return 1 if "problem" in library else 0
 
@@ -317,10 +338,10 @@ def _doctor(args: argparse.Namespace) -> int:
 def _load(args: argparse.Namespace) -> LLM:
     from edgecascade.llm import LLM
 
-    return LLM.load(args.bundle, args.backend, threads=args.threads)
+    return LLM.load(args.bundle, args.backend, threads=args.threads, max_context=args.max_context)
 
 
-def _params(args: argparse.Namespace) -> Any:
+def _params(args: argparse.Namespace) -> SamplingParams:
     from edgecascade.sampling import SamplingParams
 
     return SamplingParams(

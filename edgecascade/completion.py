@@ -75,6 +75,7 @@ class Piece:
     reasoning: str
     token_ids: tuple[int, ...]
     tool_calls: tuple[ToolCall, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] | None = None
     finish_reason: FinishReason | None = None
     completion: Completion | None = None
 

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from edgecascade.backends._lib import ABI_VERSION, cpu_isas, cpu_library, library_path
+from edgecascade.device.facts import facts
 from edgecascade.device.memory import memory_bytes
 from edgecascade.errors import EdgeCascadeError
 
 GPU_NODES = ("/dev/nvidia0", "/dev/nvhost-gpu", "/dev/nvgpu/igpu0")
-JETSON_FILES = {"model": "/proc/device-tree/model", "release": "/etc/nv_tegra_release"}
 
 
 def examine() -> dict[str, Any]:
@@ -32,7 +32,7 @@ def examine() -> dict[str, Any]:
         "library": _library(),
         "gpu": _gpu(),
         "tensorrt": _tensorrt(),
-        "jetson": _jetson(),
+        "device": facts().description(),
     }
 
 
@@ -88,14 +88,3 @@ def _tensorrt() -> str:
         return f"TensorRT {version('tensorrt')}"
     except PackageNotFoundError:
         return "TensorRT of unknown version"
-
-
-def _jetson() -> dict[str, str]:
-    found = {}
-    for name, file in JETSON_FILES.items():
-        try:
-            found[name] = Path(file).read_text(errors="replace").strip("\0\n ").splitlines()[0]
-        except (OSError, IndexError):
-            continue
-    # A PC or a phone may have a device tree too; only a Tegra is a Jetson.
-    return found if "release" in found else {}

@@ -286,7 +286,7 @@ class LLM:
         self._check_fits(len(prompt.tokens))
         vocab = self._backend.vocab
         check_tokens(prompt.tokens, vocab)
-        for token in params.stop_token_ids:
+        for token in params.stop_ids:
             if token >= vocab:
                 raise InvalidRequest(f"stop_token_ids holds {token}; the vocabulary has {vocab}")
         if params.stop and self.prompter.tokenizer is None:
@@ -298,7 +298,7 @@ class LLM:
             params=params,
             sampling=params.sampling(self._recommended),
             room=min(params.max_tokens or room, room),
-            stop_ids=frozenset(params.stop_token_ids) | eos,
+            stop_ids=frozenset(params.stop_ids) | eos,
             text=self._text_stream(prompt, params),
             budget=self._budget(prompt, params),
             bundle_id=self.bundle.id,
@@ -313,6 +313,8 @@ class LLM:
         if unknown:
             known = ", ".join(SamplingParams.names())
             raise InvalidRequest(f"unknown parameter {unknown[0]!r}; SamplingParams has {known}")
+        if params is not None and not isinstance(params, SamplingParams):
+            raise InvalidRequest(f"params is {type(params).__name__}; it must be SamplingParams")
         return replace(params or SamplingParams(), **overrides)
 
     def _text_stream(self, prompt: Prompt, params: SamplingParams) -> TextStream | None:

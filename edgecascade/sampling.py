@@ -77,8 +77,8 @@ class SamplingParams:
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     seed: int | None = None
-    stop: str | Iterable[str] = ()
-    stop_token_ids: Iterable[int] = ()
+    stop: str | Iterable[str] | None = ()
+    stop_token_ids: Iterable[int] | None = ()
     logprobs: int | None = None
     ignore_eos: bool = False
     thinking: bool | None = None
@@ -117,6 +117,11 @@ class SamplingParams:
     def stops(self) -> tuple[str, ...]:
         """The stop strings."""
         return _stops(self.stop)
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """The stop tokens, beside the bundle's own."""
+        return _token_ids(self.stop_token_ids)
 
     @classmethod
     def names(cls) -> tuple[str, ...]:
@@ -159,8 +164,16 @@ class SamplingParams:
         object.__setattr__(self, name, int(value))
 
 
-def _stops(stop: str | Iterable[str]) -> tuple[str, ...]:
-    stops = (stop,) if isinstance(stop, str) else tuple(stop)
+def _items(name: str, value: Any) -> tuple[Any, ...]:
+    if value is None:
+        return ()
+    if isinstance(value, Mapping) or not isinstance(value, Iterable):
+        raise InvalidRequest(f"{name} is {value!r}; it must be a list")
+    return tuple(value)
+
+
+def _stops(stop: Any) -> tuple[str, ...]:
+    stops = (stop,) if isinstance(stop, str) else _items("stop", stop)
     if len(stops) > MAX_STOPS:
         raise InvalidRequest(f"stop has {len(stops)} strings; at most {MAX_STOPS} are allowed")
     for text in stops:
@@ -174,8 +187,8 @@ def _stops(stop: str | Iterable[str]) -> tuple[str, ...]:
     return stops
 
 
-def _token_ids(ids: Iterable[int]) -> tuple[int, ...]:
-    ids = tuple(ids)
+def _token_ids(ids: Any) -> tuple[int, ...]:
+    ids = _items("stop_token_ids", ids)
     for token in ids:
         if isinstance(token, bool) or not isinstance(token, Integral) or token < 0:
             raise InvalidRequest(f"stop_token_ids holds {token!r}; each must be an integer >= 0")

@@ -108,6 +108,7 @@ class Running:
             reasoning=delta.reasoning,
             token_ids=(token,),
             tool_calls=delta.tool_calls,
+            logprobs=None if self.params.logprobs is None else tuple(self._logprobs[-1:]),
             finish_reason=self.finish_reason,
             completion=self._completion(self.finish_reason) if self.finish_reason else None,
         )

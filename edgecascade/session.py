@@ -80,7 +80,9 @@ class Session:
         """As generate(), token by token. A turn that is closed early leaves no trace."""
         params = self._llm.merged(params, overrides)
         messages = self._messages + _new_messages(content)
-        prompt = self._llm.prompter.from_messages(messages, self._tools, thinking=params.thinking)
+        prompt = self._llm.prompter.from_messages(
+            messages, self._tools, thinking=params.thinking, history=True
+        )
         fits = [saved for saved in self._saved if _begins(prompt.tokens, saved.tokens)]
         resume = max(fits, key=lambda saved: len(saved.tokens), default=None)
         sequence = self._llm.sequence(prompt, params, resume=resume, saves=True)

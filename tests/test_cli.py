@@ -158,6 +158,14 @@ def test_chat_answers_line_by_line_and_ends_with_its_input(bundle: str) -> None:
     assert stdout.strip()
 
 
+def test_a_wrong_turn_does_not_end_a_chat(bundle: str) -> None:
+    chat = process("chat", bundle, *SAMPLING, stdin=subprocess.PIPE)
+    _, stderr = chat.communicate(b"a\xff\nGo.\n", timeout=60)
+    assert chat.returncode == 1
+    assert b"error [invalid-request]: messages[0].content is not valid Unicode" in stderr
+    assert stderr.count(b"12 tokens made") == 1
+
+
 def test_a_closed_pipe_ends_the_command_quietly(bundle: str) -> None:
     ask = ("generate", bundle, "--prompt", "Go.", "--no-thinking", "--temperature", "3")
     with process(*ask) as talk:

@@ -82,7 +82,7 @@ def test_answers_of_different_lengths_share_the_slots(load: Load) -> None:
 
 
 def test_streaming_adds_up_to_the_answer(llm: LLM) -> None:
-    options: dict[str, Any] = {"seed": 3, "max_tokens": 60, "thinking_budget": 10}
+    options: dict[str, Any] = {"seed": 3, "max_tokens": 60, "thinking_budget": 10, "logprobs": 1}
     pieces = list(llm.stream(GO, **options))
     answer = pieces[-1].completion
     assert answer is not None
@@ -90,6 +90,9 @@ def test_streaming_adds_up_to_the_answer(llm: LLM) -> None:
     assert "".join(piece.text for piece in pieces) == answer.text != ""
     assert "".join(piece.reasoning for piece in pieces) == answer.reasoning != ""
     assert sum((piece.token_ids for piece in pieces), ()) == answer.token_ids
+    assert [piece.logprobs[0].token_id for piece in pieces if piece.logprobs] == list(
+        answer.token_ids
+    )
     assert [piece.finish_reason for piece in pieces[:-1]] == [None] * (len(pieces) - 1)
     assert all(piece.completion is None for piece in pieces[:-1])
 
@@ -241,6 +244,7 @@ def test_a_prompt_beyond_the_context_is_refused_with_both_numbers(load: Load) ->
         ("a", {"stop": ["x"] * 17}, "stop has 17 strings"),
         ("a", {"stop_token_ids": [512]}, "stop_token_ids holds 512; the vocabulary has 512"),
         ("a", {"temprature": 1}, "unknown parameter 'temprature'"),
+        ("a", {"params": {"seed": 1}}, "params is dict; it must be SamplingParams"),
         ("a", {"tools": [{}]}, r"tools\[0\] has no function"),
     ],
 )

@@ -67,6 +67,8 @@ def distribution(values: NDArray[np.float32], steps: int = 4000, **params: Any) 
         ("stop", "", "stop holds ''"),
         ("stop", ["x" * 257], "stop holds 257 characters"),
         ("stop", [1], "stop holds 1"),
+        ("stop", 5, "stop is 5; it must be a list"),
+        ("stop_token_ids", {"a": 1}, "stop_token_ids is {'a': 1}; it must be a list"),
         ("stop_token_ids", [-1], "stop_token_ids holds -1"),
         ("stop_token_ids", ["a"], "stop_token_ids holds 'a'"),
     ],
@@ -88,6 +90,11 @@ def test_the_caller_comes_before_the_bundle_and_the_bundle_before_neutral() -> N
     resolved = SamplingParams(temperature=0, top_k=7).sampling(recommended)
     assert resolved == Sampling(temperature=0, top_p=0.95, top_k=7)
     assert SamplingParams().sampling({}) == Sampling()
+
+
+def test_no_stops_may_be_written_as_none() -> None:
+    params = SamplingParams(stop=None, stop_token_ids=None)
+    assert (params.stops, params.stop_ids) == ((), ())
 
 
 def test_numpy_numbers_are_numbers() -> None:

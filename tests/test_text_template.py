@@ -180,7 +180,8 @@ def prompter(template: str | None, tokenizer: Path | None = TOKENIZER_FILE) -> P
 
 def test_a_prompt_knows_whether_it_opens_reasoning_and_where_the_history_ends() -> None:
     ours = prompter(OWN)
-    prompt = ours.from_text("Go.", None, raw=False, thinking=None)
+    prompt = ours.from_messages([USER], None, thinking=None, history=True)
+    assert prompt.tokens == ours.from_text("Go.", None, raw=False, thinking=None).tokens
     assert prompt.reasoning
     assert prompt.chat
     tokenizer = Tokenizer(TOKENIZER_FILE)

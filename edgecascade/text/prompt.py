@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,9 @@ TAIL_TOKENS = 8  # of a prompt given as ids, enough to see whether it opens the 
 class Prompt:
     """Token ids; whether the answer begins as reasoning; the tools it may call.
 
-    `chat` says that it went through the chat template, and `history` how many of its tokens come
-    before the assistant's turn is opened: later prompts of the same chat begin with them.
+    `chat` says that it went through the chat template, and `history`, where it was asked for, how
+    many of its tokens come before the assistant's turn is opened: later prompts of the same chat
+    begin with them.
     """
 
     tokens: tuple[int, ...]
@@ -65,17 +66,21 @@ class Prompter:
         ids = self.needed_tokenizer().encode(text, add_special_tokens=True)
         return Prompt(tuple(ids), opens_reasoning(text), tuple(checked_tools(tools)))
 
-    def from_messages(self, messages: Any, tools: Any, *, thinking: bool | None) -> Prompt:
-        """A conversation through the chat template."""
+    def from_messages(
+        self, messages: Any, tools: Any, *, thinking: bool | None, history: bool = False
+    ) -> Prompt:
+        """A conversation through the chat template; `history` says to find where it ends."""
         tokenizer = self.needed_tokenizer()
         messages, tools = checked_messages(messages), checked_tools(tools)
         template = self._chat_template()
         text = template.render(messages, tools=tools, thinking=thinking)
         ids = tokenizer.encode(text)
+        prompt = Prompt(tuple(ids), opens_reasoning(text), tuple(tools), chat=True)
+        if not history:
+            return prompt
         before = template.render(messages, tools=tools, thinking=thinking, answer=False)
-        history = tokenizer.encode(before) if text.startswith(before) else []
-        shared = len(history) if ids[: len(history)] == history else 0
-        return Prompt(tuple(ids), opens_reasoning(text), tuple(tools), True, shared)
+        start = tokenizer.encode(before)
+        return replace(prompt, history=len(start)) if ids[: len(start)] == start else prompt
 
     def needed_tokenizer(self) -> Tokenizer:
         """The tokenizer.
