@@ -195,7 +195,7 @@ def test_where_prompts_part_is_worth_keeping():
 @given(st.data())
 def test_a_reused_state_gives_the_bits_of_a_cold_run(build, data):
     with Bundle.open(build("tiny", "speed")) as bundle:
-        backend = open_backend("reference", bundle, slots=1)
+        backend = open_backend("cpu", bundle, slots=1)
         cache = PrefixCache(64 * MEGABYTE, RULE)
         lengths = st.lists(st.integers(2, 90), min_size=1, max_size=4)
         history = prompt(*data.draw(lengths), seed=data.draw(st.integers(0, 99)))
