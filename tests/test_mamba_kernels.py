@@ -213,7 +213,7 @@ def test_a_huge_dt_forgets_and_does_not_overflow(isa: str) -> None:
         ({"state": -1}, "state is -1"),
         ({"chunk": 0}, "chunk is 0"),
         ({"ssm": None}, "ssm is NULL"),
-        ({"heads": 2**20, "head_dim": 2**20}, "a row would have"),
+        ({"heads": 2**20, "head_dim": 2**20}, "rows would have"),
     ],
 )
 def test_bad_arguments_are_named(change: dict[str, Any], sentence: str) -> None:

@@ -73,7 +73,9 @@ ec_status checkShape(const char* op, const ec_step& step, const ec_attention& ar
     return fail(EC_INVALID, "%s: kv_type is %d, must be EC_F32 or EC_F16", op, args.kv_type);
   }
   if (!std::isfinite(args.scale)) return fail(EC_INVALID, "%s: scale is %g", op, args.scale);
-  return EC_OK;
+  const double splits = step.max_context / static_cast<double>(kSplit) + 1;
+  return checkValues(op, "partial results",
+                     splits * step.n_tok * args.heads * (args.head_dim + 16.0));
 }
 
 // The pages of every live sequence exist for all positions up to its last new token.

@@ -16,6 +16,7 @@
 #include <cmath>
 
 #include "kernels.h"
+#include "sequences.h"
 #include "simd.h"
 
 namespace ec::EC_ISA {
@@ -58,7 +59,8 @@ struct Scratch {
 
 ec_status checkShape(const ec_step& step, const ec_sample& args) {
   EC_TRY(checkPositive("sample", "vocab", args.vocab));
-  return checkPositive("sample", "step.n_out", step.n_out);
+  EC_TRY(checkPositive("sample", "step.n_out", step.n_out));
+  return checkValues("sample", "logits", static_cast<double>(step.n_out) * args.vocab);
 }
 
 ec_status checkRow(const ec_sample& args, int32_t row) {

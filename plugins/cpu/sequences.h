@@ -1,12 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Checks of the per-sequence arrays that the ops with state share.
+// Checks of the step that several ops share.
 #ifndef EC_CPU_SEQUENCES_H
 #define EC_CPU_SEQUENCES_H
 
 #include "common.h"
 
 namespace ec::EC_ISA {
+
+// Sizes are computed in 64 bits: no product of the arguments may come near 2^63.
+inline ec_status checkValues(const char* op, const char* what, double values) {
+  if (values <= 1e12) return EC_OK;
+  return fail(EC_INVALID, "%s: the step's %s would have %.3g values", op, what, values);
+}
 
 // Slots and past lengths of the live sequences are usable, and no slot is written by two of them.
 inline ec_status checkSequences(const char* op, const ec_step& step) {
