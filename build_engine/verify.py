@@ -1,18 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs a few tokens through the checkpoint's own weights and through the packed ones, layer by
-layer.
+"""Runs a few tokens through the checkpoint's own weights and through the packed ones.
 
-Both runs are the NumPy reference; weights are widened one matrix at a time, experts only where a
-token goes, so that a 30B model is verified in less than 3 GB. Then the kernel library, where it is
-built, runs the packed weights for real.
+    float     the reference with the checkpoint's weights: residual stream and logits
+    layers    each layer with packed weights on the float run's input, so that one layer's error
+              does not move the routers of the next
+    packed    the reference with packed weights and int8 activations, from token to logits
+    kernels   the kernel library on the same bytes, which must agree with `packed`
+
+Weights are widened one matrix at a time, experts only where a token goes: a 30B model is verified
+in less than 1 GB.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,6 +27,7 @@ from edgecascade.backends.reference import Evaluator, rms_norm
 from edgecascade.blocks import dequantize
 from edgecascade.bundle import Bundle
 from edgecascade.errors import BackendUnavailable, BuildError
+from edgecascade.ops import Op
 from edgecascade.tensors import BLOCK_ROWS, KvState, Role, Tensor, matrix_bytes
 
 log = logging.getLogger(__name__)
@@ -39,7 +45,10 @@ KERNEL_LIMIT = 0.5
 
 @dataclass(frozen=True)
 class LayerError:
-    """Residual stream behind one layer: relative Frobenius norm, and the worst token's."""
+    """What packing changes in what one layer adds to the residual stream.
+
+    Relative Frobenius norm over all tokens, and the worst token's.
+    """
 
     layer: int
     relative: float
@@ -62,6 +71,14 @@ class Checks:
     def to_json(self) -> dict[str, Any]:
         """For report.json."""
         return asdict(self)
+
+
+class Outcome(NamedTuple):
+    """A run: the embedded tokens, the residual stream behind each layer, and the logits."""
+
+    embedded: Array
+    residuals: list[Array]
+    logits: Array
 
 
 class Weight:
@@ -116,12 +133,24 @@ class PackedWeight(Weight):
 
 
 class Run(Evaluator):
-    """The reference with `Weight`s, the embedding and the head in pieces."""
+    """The reference with `Weight`s, the embedding and the head in pieces.
+
+    `forced`: what each layer is followed by, whatever it computed.
+    """
+
+    forced: Sequence[Array] = ()
+
+    def call(self, op: Op, layer: int, fields: Mapping[str, Any]) -> Array:
+        """See Ops."""
+        before = len(self.residuals)
+        y = super().call(op, layer, fields)
+        ends_layer = len(self.residuals) > before
+        return self.forced[before] if ends_layer and self.forced else y
 
     def _embed(self, f: Mapping[str, Any]) -> Array:
-        return np.concatenate(
-            [f["table"].rows(0, int(token), int(token) + 1) for token in self.tokens]
-        )
+        rows = [f["table"].rows(0, int(token), int(token) + 1) for token in self.tokens]
+        self.embedded = np.concatenate(rows)
+        return self.embedded
 
     def _head(self, f: Mapping[str, Any]) -> Array:
         x, weight = rms_norm(f["x"], f["norm"]), f["w"]
@@ -150,34 +179,41 @@ def compare(model: Model, bundle: Bundle) -> Checks:
     Raises:
         BuildError: when the packed weights give no numbers, or the kernels compute something else.
     """
-    vocab = model.config.vocab
     count = min(TOKENS, model.config.max_context)
-    tokens = np.random.default_rng(SEED).integers(0, vocab, count, dtype=np.int32)
-    expected, layers = _run(
-        model, tokens, {t.name: CheckpointWeight(model, t) for t in model.tensors}
-    )
-    packed = {t.name: PackedWeight(bundle, t) for t in model.tensors}
-    found, packed_layers = _run(model, tokens, packed)
-    if not np.isfinite(found).all():
-        raise BuildError(
-            f"logits of the packed weights are not finite for tokens {tokens.tolist()}"
-        )
-    name, relative = _kernels(model, bundle, tokens, packed)
+    tokens = np.random.default_rng(SEED).integers(0, model.config.vocab, count, dtype=np.int32)
+    source = _run(model, tokens, {t.name: CheckpointWeight(model, t) for t in model.tensors})
+    weights = {t.name: PackedWeight(bundle, t) for t in model.tensors}
+    layers = _run(model, tokens, weights, forced=source.residuals)
+    packed = _run(model, tokens, weights, int8_activations=True)
+    for what, run in (("checkpoint's own", source), ("packed", layers), ("packed", packed)):
+        _check_finite(what, run)
+    name, relative = _kernels(bundle, tokens, weights, packed.logits)
     return Checks(
         tokens=tokens.tolist(),
-        layers=[
-            LayerError(
-                i,
-                relative_error(b, a),
-                max(relative_error(q, p) for p, q in zip(a, b, strict=True)),
-            )
-            for i, (a, b) in enumerate(zip(layers, packed_layers, strict=True))
-        ],
-        logits_relative=relative_error(found, expected),
-        same_greedy_tokens=int((found.argmax(axis=1) == expected.argmax(axis=1)).sum()),
+        layers=_layer_errors(source, layers),
+        logits_relative=relative_error(packed.logits, source.logits),
+        same_greedy_tokens=int((packed.logits.argmax(1) == source.logits.argmax(1)).sum()),
         kernels=name,
         kernels_relative=relative,
     )
+
+
+def _layer_errors(source: Outcome, layers: Outcome) -> list[LayerError]:
+    made = []
+    inputs = [source.embedded, *source.residuals]
+    for i, (x, expected) in enumerate(pairwise(inputs)):
+        found, added = layers.residuals[i] - x, expected - x
+        tokens = [relative_error(a, b) for a, b in zip(found, added, strict=True)]
+        made.append(LayerError(i, relative_error(found, added), max(tokens)))
+    return made
+
+
+def _check_finite(what: str, run: Outcome) -> None:
+    for i, residual in enumerate(run.residuals):
+        if not np.isfinite(residual).all():
+            raise BuildError(f"layer {i} with the {what} weights gives values that are no numbers")
+    if not np.isfinite(run.logits).all():
+        raise BuildError(f"logits of the {what} weights are not finite")
 
 
 def relative_error(found: Array, expected: Array) -> float:
@@ -187,18 +223,23 @@ def relative_error(found: Array, expected: Array) -> float:
 
 
 def _run(
-    model: Model, tokens: Array, weights: Mapping[str, Weight], *, int8_activations: bool = False
-) -> tuple[Array, list[Array]]:
-    """Logits and the residual stream behind every layer."""
+    model: Model,
+    tokens: Array,
+    weights: Mapping[str, Weight],
+    *,
+    forced: Sequence[Array] = (),
+    int8_activations: bool = False,
+) -> Outcome:
     ops = Run(tokens, _empty_states(model), int8_activations)
+    ops.forced = forced
     # Vectors and the router are arrays to the ops, everything else is a weight.
     small = {
         name: weight.dense().reshape(weight.tensor.shape)
         for name, weight in weights.items()
         if weight.tensor.role in (Role.VECTOR, Role.ROUTER)
     }
-    logits: Array = model.module.forward(ops, model.config, {**weights, **small})
-    return logits, ops.residuals
+    logits = model.module.forward(ops, model.config, {**weights, **small})
+    return Outcome(ops.embedded, ops.residuals, logits)
 
 
 def _empty_states(model: Model) -> dict[int, dict[str, Array]]:
@@ -214,7 +255,7 @@ def _empty_states(model: Model) -> dict[int, dict[str, Array]]:
 
 
 def _kernels(
-    model: Model, bundle: Bundle, tokens: Array, packed: Mapping[str, Weight]
+    bundle: Bundle, tokens: Array, weights: Mapping[str, Weight], expected: Array
 ) -> tuple[str, float | None]:
     """Which kernels ran the packed weights, and how far their logits are from the reference's."""
     try:
@@ -226,14 +267,12 @@ def _kernels(
         found = backend.logits(tokens)
     finally:
         backend.close()
-    expected, _ = _run(model, tokens, packed, int8_activations=True)
     best = min(relative_error(a, b) for a, b in zip(found, expected, strict=True))
-    limit = KERNEL_LIMIT if any(weight.is_block for weight in packed.values()) else FLOAT_LIMIT
+    limit = KERNEL_LIMIT if any(weight.is_block for weight in weights.values()) else FLOAT_LIMIT
     if not best <= limit:
         raise BuildError(
-            "the kernel library and the reference disagree on the packed weights: relative error "
-            f"{best:.3g} on the "
-            f"best of {len(tokens)} tokens, at most {limit} is expected; report this with "
-            "the checkpoint's name"
+            f"the kernel library and the reference disagree on the packed weights: relative error "
+            f"{best:.3g} on the best of {len(tokens)} tokens, at most {limit} is expected; "
+            "report this with the checkpoint's name"
         )
     return str(getattr(backend, "isa", "cpu")), relative_error(found, expected)
