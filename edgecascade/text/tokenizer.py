@@ -20,8 +20,7 @@ class Tokenizer:
         from tokenizers import Tokenizer as Fast
 
         try:
-            document = json.loads(path.read_bytes())
-            self._fast = Fast.from_str(json.dumps(document))
+            self._fast = Fast.from_file(str(path))
         except Exception as error:  # tokenizers raises nothing narrower
             raise BundleError(
                 f"{path} is not a tokenizer that the tokenizers library reads ({error}); "
@@ -31,7 +30,8 @@ class Tokenizer:
         self._fast.no_padding()
         added = self._fast.get_added_tokens_decoder()
         self.special = frozenset(token for token, info in added.items() if info.special)
-        self._byte_level = _uses_byte_level(document.get("decoder"))
+        decoder = self._fast.decoder
+        self._byte_level = _uses_byte_level(json.loads(decoder.__getstate__()) if decoder else None)
         self._bytes = lru_cache(maxsize=1 << 16)(self._token_bytes)
 
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
