@@ -38,3 +38,17 @@ ATTENTION = 3e-6
 
 # Log probabilities, absolute: the op sums exp in float32 runs of 512, the definition in float64.
 LOGPROB = 1e-5
+
+# Blocks times int8 activations against the same in float64, relative Frobenius distance: dots are
+# exact integers, one float32 rounding per group of 64.
+BLOCK_PRODUCT = 5e-7
+
+# Float weights against float64, likewise: float32 sums of up to 300 products in vector order.
+FLOAT_PRODUCT = 1e-6
+
+# The same after a norm or an expert's up projection: one rounding apart, an activation takes the
+# neighbouring int8 code, half a percent of its group's largest.
+ROUNDED_ACTIVATIONS = 2e-3
+
+# Router weights against NumPy's, relative: a float32 dot, exp and a division.
+ROUTER_WEIGHTS = 1e-5

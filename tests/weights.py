@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Random matrices of any codec, as the kernel library takes them and as float64."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from kernels import Kernels
+from numpy.typing import NDArray
+
+from edgecascade.backends._lib import Weight, address
+from edgecascade.backends.reference import round_to_int8
+from edgecascade.tensors import ALIGNMENT, Codec, matrix_bytes, round_up
+
+Floats = NDArray[np.float32]
+Doubles = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Matrices:
+    """`experts` matrices [n, k]. `data` owns the memory that `weight` points to."""
+
+    codec: Codec
+    data: NDArray[np.uint8]
+    weight: Weight
+    dense: Doubles  # [experts, n, k]
+
+    def product(self, x: Floats | Doubles, expert: int = 0) -> Doubles:
+        """What the kernels promise: int8 activations for blocks, exact sums."""
+        rounded = round_to_int8(x.astype(np.float32)) if self.codec.is_block else x
+        result: Doubles = rounded.astype(np.float64) @ self.dense[expert].T
+        return result
+
+
+def matrices(
+    kernels: Kernels, codec: Codec, n: int, k: int, *, experts: int = 1, seed: int = 0
+) -> Matrices:
+    """Gaussian matrices of the codec, about 1 / sqrt(k) large."""
+    random = np.random.default_rng([seed, n, k, experts])
+    size = matrix_bytes(codec, n, k)
+    stride = round_up(size, ALIGNMENT) if experts > 1 else size
+    data = np.zeros(stride * experts, np.uint8)
+    weight = Weight(address(data), stride, n, k, codec.ec_type, experts)
+    dense = np.empty((experts, n, k), np.float64)
+    for expert in range(experts):
+        values = (random.standard_normal((n, k)) / np.sqrt(k)).astype(np.float32)
+        part = data[expert * stride : expert * stride + size]
+        if codec.is_block:
+            kernels.library.pack(kernels.stream, values, "f32", codec, part)
+        else:
+            part[:] = values.astype(codec.value.replace("f", "float")).view(np.uint8).reshape(-1)
+        dense[expert] = kernels.library.unpack(weight, expert)
+    return Matrices(codec, data, weight, dense)
