@@ -250,11 +250,13 @@ class LLM:
             return
         slot, sequence.holds_slot = sequence.slot, False
         with self._using() as backend:
-            if sequence.saves and sequence.finish_reason:
-                held = (*sequence.prompt.tokens, *sequence.tokens)[: backend.tokens(slot)]
-                sequence.saved.append(Saved(held, backend.save(slot)))
-            backend.reset(slot)
-        self._slots.give(slot)
+            try:
+                if sequence.saves and sequence.finish_reason:
+                    held = (*sequence.prompt.tokens, *sequence.tokens)[: backend.tokens(slot)]
+                    sequence.saved.append(Saved(held, backend.save(slot)))
+            finally:
+                backend.reset(slot)
+                self._slots.give(slot)
 
     @contextmanager
     def _using(self) -> Iterator[Backend]:

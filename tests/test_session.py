@@ -10,7 +10,8 @@ import pytest
 from golden import Build
 
 from edgecascade import LLM, Completion
-from edgecascade.errors import ContextExceeded, InvalidRequest
+from edgecascade.backends.base import Snapshot
+from edgecascade.errors import ContextExceeded, InvalidRequest, OutOfMemory
 
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 12}
 
@@ -103,6 +104,27 @@ def test_a_turn_that_is_closed_early_leaves_no_trace(llm: LLM) -> None:
     stream.close()
     assert session.messages == []
     assert session.generate("Go.", **GREEDY).token_ids == want.token_ids
+
+
+@pytest.mark.parametrize("failing", [1, 2])
+def test_a_snapshot_that_fails_costs_the_turn_but_no_slot(
+    build: Build, monkeypatch: pytest.MonkeyPatch, failing: int
+) -> None:
+    with LLM.load(build("tiny", "exact"), slots=1) as llm:
+        save, calls = llm._backend.save, [0]
+
+        def fail_once(slot: int) -> Snapshot:
+            calls[0] += 1
+            if calls[0] == failing:
+                raise OutOfMemory("no room for a snapshot")
+            return save(slot)
+
+        monkeypatch.setattr(llm._backend, "save", fail_once)
+        session = llm.session()
+        with pytest.raises(OutOfMemory):
+            session.generate("Go.", **GREEDY)
+        assert session.messages == []
+        assert session.generate("Go.", **GREEDY).token_ids
 
 
 def test_a_turn_that_does_not_fit_leaves_the_conversation_as_it_was(build: Build) -> None:
