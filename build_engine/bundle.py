@@ -89,12 +89,14 @@ class BundleWriter:
         self._todo = iter([(file, tensor) for file in self._files for tensor in file.tensors])
         self._current: StoredTensor | None = None
         self._left = 0
+        self._finished = False
         self._sink: _Sink | None = None
         self._done: dict[str, StoredFile] = {}
         self._pool = ThreadPoolExecutor(1)
         self._pending: Future[None] | None = None
         _check_target(self.path, overwrite=overwrite)
         with _os_errors(self.path):
+            self._made_parents = _missing_parents(self.path)
             self.path.parent.mkdir(parents=True, exist_ok=True)
             _remove_leftovers(self.path)
             _check_space(
@@ -120,6 +122,8 @@ class BundleWriter:
             self._sink.close()
         shutil.rmtree(self.folder, ignore_errors=True)
         os.close(self._lock)
+        if not self._finished:
+            _remove_empty(self._made_parents)
 
     @property
     def total_bytes(self) -> int:
@@ -165,7 +169,9 @@ class BundleWriter:
                 self._done[name] = StoredFile(len(data), hashlib.sha256(data).hexdigest())
             write_file(self.folder / layout.MANIFEST, self._manifest().to_json())
             fsync_folder(self.folder)
+            _check_target(self.path, overwrite=self._overwrite)  # hours may have passed
             _put(self.folder, self.path, overwrite=self._overwrite)
+            self._finished = True
             fsync_folder(self.path.parent)
             for name, file in self._done.items():
                 verified.remember(self.path / name, verified.facts(self.path / name), file.sha256)
@@ -310,6 +316,19 @@ def _check_target(path: Path, *, overwrite: bool) -> None:
         raise BuildError(
             f"{path} exists and is no bundle; remove it yourself, or choose another folder"
         )
+
+
+def _missing_parents(path: Path) -> list[Path]:
+    """Folders above `path` that the build will make, innermost first."""
+    return [folder for folder in path.parents if not folder.exists()]
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    for folder in folders:
+        try:
+            folder.rmdir()
+        except OSError:
+            return  # somebody else uses it by now
 
 
 def _check_space(path: Path, weight_bytes: int) -> None:

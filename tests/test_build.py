@@ -194,6 +194,29 @@ def test_existing_target_is_kept_unless_overwritten(checkpoint: Path, tmp_path: 
     assert left_over(tmp_path) == ["bundle"]
 
 
+def test_failed_build_leaves_no_parent_folders(tmp_path: Path) -> None:
+    tensors = checkpoints.arrays()
+    tensors["lm_head.weight"][1][5, 5] = np.nan
+    checkpoint = checkpoints.write(tmp_path / "checkpoint", tensors)
+    with pytest.raises(CheckpointError):
+        build(checkpoint, tmp_path / "new" / "deep" / "bundle")
+    assert left_over(tmp_path) == []
+
+
+def test_target_that_appears_during_the_build_is_kept(checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "bundle"
+
+    def appear(done: int, total: int) -> None:
+        out.mkdir(exist_ok=True)
+        (out / "mine.txt").write_text("mine")
+
+    for overwrite in (False, True):
+        with pytest.raises(BuildError, match="exists"):
+            build(checkpoint, out, verify=False, overwrite=overwrite, progress=appear)
+        assert [path.name for path in out.iterdir()] == ["mine.txt"]
+        shutil.rmtree(out)
+
+
 def test_failed_overwrite_keeps_the_old_bundle(checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "bundle"
     build(checkpoint, out, verify=False)
