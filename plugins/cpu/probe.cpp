@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// How many CPUs the process may use, and how many of them the memory can feed.
+// How many CPUs the process may use, and how many of them are worth using.
 #include <sched.h>
 #include <sys/mman.h>
 
@@ -24,6 +24,8 @@ constexpr size_t kProbeBytes = size_t{96} << 20;  // beyond the last-level cache
 constexpr size_t kSliceBytes = size_t{1} << 20;
 constexpr auto kProbeTime = std::chrono::milliseconds(12);
 constexpr double kGoodEnough = 0.95;
+// Prefill is bound by arithmetic: so few threads are worth having even where fewer feed the memory.
+constexpr int kLeastThreads = 4;
 
 int affinityCpus() {
   cpu_set_t set;
@@ -107,7 +109,9 @@ Probe probe() {
   double best = 0;
   for (const Probe& p : tried) best = std::max(best, p.rate);
   for (const Probe& p : tried) {
-    if (p.rate >= kGoodEnough * best) return {p.threads, best};
+    if (p.rate >= kGoodEnough * best) {
+      return {std::max(p.threads, std::min(cpus, kLeastThreads)), best};
+    }
   }
   return {cpus, best};
 }
