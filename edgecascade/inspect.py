@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -62,7 +63,7 @@ class Fit:
     usable_bytes: int
     measured: bool  # the module's memory was read on a device
     fits: bool
-    sessions: dict[int, int]
+    sessions: dict[int, int | None]  # None: longer than the model's context
     tokens_per_s_limit: float  # memory bandwidth over bytes read per token: no runtime is faster
 
 
@@ -75,6 +76,8 @@ def describe(bundle: Bundle) -> dict[str, Any]:
     fixed, per_token = _state_bytes(states, bundle.kv_type)
     read = sum(share.read_bytes for share in shares)
     needed = bundle.weight_bytes
+    lengths = {tokens: tokens <= bundle.max_context for tokens in SESSION_TOKENS}
+    fits = [_fit(module, needed, fixed, per_token, read, lengths) for module in MODULES]
     return {
         "path": str(bundle.path),
         "id": bundle.id,
@@ -89,7 +92,7 @@ def describe(bundle: Bundle) -> dict[str, Any]:
         "read_bytes_per_token": read,
         "state_bytes_per_session": fixed,
         "state_bytes_per_token": per_token,
-        "modules": [asdict(_fit(module, needed, fixed, per_token, read)) for module in MODULES],
+        "modules": [asdict(fit) for fit in fits],
         "tokenizer": bundle.tokenizer_file is not None,
         "chat_template": bundle.chat_template is not None,
     }
@@ -127,18 +130,23 @@ def _state_bytes(states: list[State], kv_type: str) -> tuple[int, int]:
     return fixed, sum(2 * s.kv_heads * s.head_dim * item for s in states if isinstance(s, KvState))
 
 
-def _fit(module: Module, needed: int, fixed: int, per_token: int, read: int) -> Fit:
+def _fit(
+    module: Module,
+    needed: int,
+    fixed: int,
+    per_token: int,
+    read: int,
+    lengths: Mapping[int, bool],
+) -> Fit:
     usable = module.memory_bytes - RESERVED_BYTES
-    left = usable - needed
+    left = max(0, usable - needed)
     sessions = {
-        tokens: max(0, left) // (fixed + per_token * round_up(tokens, PAGE_TOKENS))
-        if fixed + per_token
-        else 0
-        for tokens in SESSION_TOKENS
+        tokens: left // max(1, fixed + per_token * round_up(tokens, PAGE_TOKENS)) if fits else None
+        for tokens, fits in lengths.items()
     }
     # Recurrent state is read and written once per token.
     limit = module.read_bytes_per_s / (read + 2 * fixed)
-    return Fit(module.name, usable, module.measured, left >= 0, sessions, round(limit, 1))
+    return Fit(module.name, usable, module.measured, usable >= needed, sessions, round(limit, 1))
 
 
 def tables(description: dict[str, Any]) -> list[Table]:
@@ -167,7 +175,10 @@ def tables(description: dict[str, Any]) -> list[Table]:
     for tokens in SESSION_TOKENS:
         modules.add_column(f"sessions of {tokens // 1024}k")
     for fit in description["modules"]:
-        counts = [f"{count:,}" if fit["fits"] else "-" for count in fit["sessions"].values()]
+        counts = [
+            f"{count:,}" if fit["fits"] and count is not None else "-"
+            for count in fit["sessions"].values()
+        ]
         modules.add_row(
             fit["module"],
             f"{'' if fit['measured'] else '~'}{fit['usable_bytes'] / 1e9:.1f} GB",

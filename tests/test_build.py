@@ -447,12 +447,15 @@ def test_inspect_counts_what_one_token_reads_and_holds(checkpoint: Path, tmp_pat
         assert found["state_bytes_per_session"] == 4 * (4 * channels + 4 * 12 * 8)
         assert found["state_bytes_per_token"] == 2 * 1 * 20 * 4
         assert json.loads(json.dumps(found))["id"] == bundle.id
+        counts = found["modules"][0]["sessions"]
+        assert counts == {2048: None, 8192: None, 32768: None}  # the context is 512 tokens
         assert len(tables(found)) == 2
 
 
 def test_inspect_says_which_modules_are_too_small(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    checkpoint = checkpoints.write(tmp_path / "checkpoint", max_position_embeddings=32_768)
     build(checkpoint, tmp_path / "bundle", verify=False)
     monkeypatch.setattr(Bundle, "weight_bytes", property(lambda self: 17_300_000_000))
     with Bundle.open(tmp_path / "bundle") as bundle:
