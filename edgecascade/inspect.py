@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +55,17 @@ class Share:
 
 
 @dataclass(frozen=True)
+class Cost:
+    """What a bundle asks of a machine, in bytes."""
+
+    weights: int
+    read: int  # of weights, per decoded token
+    session: int  # state that a sequence holds whatever its length
+    token: int  # state for each token of its context
+    max_context: int
+
+
+@dataclass(frozen=True)
 class Fit:
     """Whether a module holds the bundle, and how many sessions of each length beside it."""
 
@@ -73,11 +83,9 @@ def describe(bundle: Bundle) -> dict[str, Any]:
     config = model.read_config(bundle.config)
     states: list[State] = model.states(config)
     shares = _shares(bundle, config.top_k)
-    fixed, per_token = _state_bytes(states, bundle.kv_type)
+    session, token = _state_bytes(states, bundle.kv_type)
     read = sum(share.read_bytes for share in shares)
-    needed = bundle.weight_bytes
-    lengths = {tokens: tokens <= bundle.max_context for tokens in SESSION_TOKENS}
-    fits = [_fit(module, needed, fixed, per_token, read, lengths) for module in MODULES]
+    cost = Cost(bundle.weight_bytes, read, session, token, bundle.max_context)
     return {
         "path": str(bundle.path),
         "id": bundle.id,
@@ -87,12 +95,12 @@ def describe(bundle: Bundle) -> dict[str, Any]:
         "max_context": bundle.max_context,
         "kv_type": bundle.kv_type,
         "parameters": sum(share.parameters for share in shares),
-        "weight_bytes": needed,
+        "weight_bytes": cost.weights,
         "shares": [asdict(share) for share in shares],
-        "read_bytes_per_token": read,
-        "state_bytes_per_session": fixed,
-        "state_bytes_per_token": per_token,
-        "modules": [asdict(fit) for fit in fits],
+        "read_bytes_per_token": cost.read,
+        "state_bytes_per_session": cost.session,
+        "state_bytes_per_token": cost.token,
+        "modules": [asdict(_fit(module, cost)) for module in MODULES],
         "tokenizer": bundle.tokenizer_file is not None,
         "chat_template": bundle.chat_template is not None,
     }
@@ -130,23 +138,25 @@ def _state_bytes(states: list[State], kv_type: str) -> tuple[int, int]:
     return fixed, sum(2 * s.kv_heads * s.head_dim * item for s in states if isinstance(s, KvState))
 
 
-def _fit(
-    module: Module,
-    needed: int,
-    fixed: int,
-    per_token: int,
-    read: int,
-    lengths: Mapping[int, bool],
-) -> Fit:
+def _fit(module: Module, cost: Cost) -> Fit:
     usable = module.memory_bytes - RESERVED_BYTES
-    left = max(0, usable - needed)
-    sessions = {
-        tokens: left // max(1, fixed + per_token * round_up(tokens, PAGE_TOKENS)) if fits else None
-        for tokens, fits in lengths.items()
-    }
     # Recurrent state is read and written once per token.
-    limit = module.read_bytes_per_s / (read + 2 * fixed)
-    return Fit(module.name, usable, module.measured, usable >= needed, sessions, round(limit, 1))
+    limit = module.read_bytes_per_s / (cost.read + 2 * cost.session)
+    return Fit(
+        module=module.name,
+        usable_bytes=usable,
+        measured=module.measured,
+        fits=usable >= cost.weights,
+        sessions={tokens: _sessions(tokens, usable, cost) for tokens in SESSION_TOKENS},
+        tokens_per_s_limit=round(limit, 1),
+    )
+
+
+def _sessions(tokens: int, usable: int, cost: Cost) -> int | None:
+    if tokens > cost.max_context:
+        return None
+    each = cost.session + cost.token * round_up(tokens, PAGE_TOKENS)
+    return max(0, usable - cost.weights) // max(1, each)
 
 
 def tables(description: dict[str, Any]) -> list[Table]:
