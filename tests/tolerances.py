@@ -30,10 +30,10 @@ U4_GAUSSIAN = 9.1e-2
 I8_GAUSSIAN = 6.5e-3
 
 # Mamba-2 in float32, y and state, relative Frobenius distance: scan against token after token,
-# which rounds the state at every token; the largest seen over all ISAs is 3e-6.
+# which rounds the state at every token. Seen: 4e-7; the rest is margin.
 SCAN = 1e-5
 
-# Attention in float32 against NumPy's, likewise: the order of sums over up to 600 positions.
+# Attention in float32 against NumPy's, likewise: the order of sums over 500 positions. Seen: 9e-7.
 ATTENTION = 3e-6
 
 # Log probabilities, absolute: the op sums exp in float32 runs of 512, the definition in float64.
