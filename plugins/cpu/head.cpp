@@ -82,7 +82,7 @@ ec_status head(Pool& pool, const ec_step& step, const ec_head& args) {
   const Matrix w(args.w);
   const Acts x = scratch.x.acts();
   const int64_t words = w.blockRows();
-  forBlockRows(pool, count > 0 ? words : 0, count, [&](int64_t b) {
+  pool.parallelFor(count > 0 ? words : 0, [&](int64_t b, int) {
     const int rows = w.rowsIn(b);
     multiply(w, b, x, scratch.rows, count, [&](int64_t first, int m, const float* out) {
       for (int i = 0; i < m; ++i, out += kBlockRows) {

@@ -61,7 +61,7 @@ ec_status linear(Pool& pool, const ec_step& step, const ec_linear& args) {
   });
   const Matrix w(args.w);
   const Acts x = scratch.x.acts();
-  forBlockRows(pool, tokens > 0 ? w.blockRows() : 0, tokens, [&](int64_t b) {
+  pool.parallelFor(tokens > 0 ? w.blockRows() : 0, [&](int64_t b, int) {
     const int count = w.rowsIn(b);
     multiply(w, b, x, scratch.rows, tokens, [&](int64_t first, int m, const float* out) {
       for (int i = 0; i < m; ++i, out += kBlockRows) {

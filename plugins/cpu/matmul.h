@@ -199,25 +199,6 @@ inline float activate(int32_t act, float v) {
   return r * r;
 }
 
-// Block rows in one unit of work. Few tokens: runs of block rows, so that a thread reads memory in
-// one stream, as long as every thread still gets some 16 units. Many tokens: one block row is work
-// enough.
-inline int64_t blockRowsPerUnit(int64_t blockRows, int64_t tokens, int threads) {
-  if (tokens > kTileTokens) return 1;
-  const int64_t share = blockRows / (16 * static_cast<int64_t>(threads));
-  return share < 1 ? 1 : share > 8 ? 8 : share;
-}
-
-// body(block row, thread) for each block row.
-template <class F>
-void forBlockRows(Pool& pool, int64_t blockRows, int64_t tokens, F&& body) {
-  const int64_t run = blockRowsPerUnit(blockRows, tokens, pool.threads());
-  pool.parallelFor((blockRows + run - 1) / run, [&](int64_t unit, int) {
-    const int64_t last = (unit + 1) * run < blockRows ? (unit + 1) * run : blockRows;
-    for (int64_t b = unit * run; b < last; ++b) body(b);
-  });
-}
-
 }  // namespace ec::EC_ISA
 
 #endif  // EC_CPU_MATMUL_H

@@ -3,6 +3,7 @@
 
 #include <unistd.h>
 
+#include <algorithm>
 #include <chrono>
 
 namespace ec {
@@ -13,6 +14,9 @@ namespace {
 // beyond that the caller is idle and the core belongs to others.
 constexpr auto kSpin = std::chrono::microseconds(200);
 constexpr int kPausesPerClockRead = 64;
+// A thread takes a run of neighbouring units, so that it reads memory in one stream: this share of
+// what is left for each thread, so that the last runs are single units and all end together.
+constexpr int kRunsLeft = 2;
 constexpr size_t kAlign = 64;
 
 // The pool whose region this thread is in, and its number there.
@@ -99,11 +103,12 @@ void Pool::drain(uint32_t generation, int thread) {
   const int64_t units = units_.load();
   uint64_t ticket = ticket_.load();
   while (static_cast<uint32_t>(ticket >> 32) == generation) {
-    const int64_t unit = static_cast<uint32_t>(ticket);
-    if (unit >= units) break;
-    if (!ticket_.compare_exchange_weak(ticket, ticket + 1)) continue;
-    call(context, unit, thread);
-    ++finished;
+    const int64_t first = static_cast<uint32_t>(ticket);
+    if (first >= units) break;
+    const int64_t count = std::max<int64_t>(1, (units - first) / (kRunsLeft * threads_));
+    if (!ticket_.compare_exchange_weak(ticket, ticket + count)) continue;
+    for (int64_t unit = first; unit < first + count; ++unit) call(context, unit, thread);
+    finished += count;
     ticket = ticket_.load();
   }
   if (finished > 0) done_.fetch_add(finished);

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The thread pool behind ec_stream. Units are handed out one at a time by an atomic counter and the
-// caller works too, so that a worker that wakes late, or that the system has paused, delays nothing
-// but the unit it holds.
+// The thread pool behind ec_stream. Runs of neighbouring units, ever shorter, are handed out by an
+// atomic counter, and the caller works too: a worker that wakes late, or that the system has
+// paused, delays nothing but the run it holds.
 #ifndef EC_CPU_POOL_H
 #define EC_CPU_POOL_H
 
@@ -61,7 +61,7 @@ class Pool {
   std::vector<std::thread> workers_;
   std::mutex region_;
 
-  // The current region. A thread takes a unit by advancing (generation, next unit) in ticket_; it
+  // The current region. A thread takes units by advancing (generation, next unit) in ticket_; it
   // reads call_, context_ and units_ before, and they are only valid if the generation was still
   // the same then.
   alignas(64) std::atomic<uint64_t> ticket_{0};
