@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from make_goldens import PROMPT_TOKENS, Case, goldens, random_model, store
 from tolerances import EXACT_LOGITS
+from transformers.utils import logging
 
 from build_engine.pipeline import build
 from edgecascade.backends import Backend, open_backend
@@ -110,6 +111,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--models", type=int, default=10)
     args = parser.parse_args()
+    logging.disable_progress_bar()
     with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
         for seed in range(args.seed, args.seed + args.models):
             compare(random_case(seed, Path(folder)), seed)
