@@ -5,9 +5,8 @@ ours.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,13 +19,11 @@ from edgecascade.errors import CheckpointError
 from edgecascade.models import family
 from edgecascade.tensors import BLOCK_ROWS, Tensor, Transform, round_up
 
-log = logging.getLogger(__name__)
-
 PIECE_BYTES = 32 << 20  # of source values held at once
 
-# Present in some checkpoints although the config ties it to the embeddings, which are what counts
-# then.
-TIED_HEAD = "lm_head.weight"
+# transformers ties no weights in this family, whatever the config says: a stored head counts. One
+# that was tied when it was saved equals the embeddings; they replace one that was not saved.
+HEAD = "lm_head.weight"
 
 
 @dataclass(frozen=True)
@@ -146,6 +143,8 @@ def read(folder: str | Path) -> Model:
     model_type = checkpoint.config.get("model_type")
     module = family(model_type)
     config = module.read_config(checkpoint.config)
+    if HEAD in checkpoint.tensors:
+        config = replace(config, tied=False)
     model = Model(checkpoint, module, str(model_type), config, module.tensors(config))
     _check(model)
     return model
@@ -171,9 +170,6 @@ def _check(model: Model) -> None:
             elif source.dtype not in DTYPES:
                 problems.append(f"{source.name} is {source.dtype}; BF16, F16 and F32 are read")
     unknown = found.keys() - used
-    if TIED_HEAD in unknown and getattr(model.config, "tied", False):
-        log.info("left out %s: the config ties it to the embeddings", TIED_HEAD)
-        unknown = unknown - {TIED_HEAD}
     problems += [f"{found[name].name} is unknown" for name in unknown]
     if problems:
         raise CheckpointError(
