@@ -55,7 +55,10 @@ PROTOCOLS = {"5": paho.MQTTv5, "3.1.1": paho.MQTTv311}
 
 @dataclass(frozen=True)
 class LinkOptions:
-    """Who connects, what it listens to, and what others hear if it vanishes."""
+    """Who connects, what it listens to, and what others hear if it vanishes.
+
+    `forget` ends the broker's session at stop(), for a name that will not come back.
+    """
 
     address: BrokerAddress
     client_id: str
@@ -64,7 +67,7 @@ class LinkOptions:
     session_expiry_s: int = 300
     receive_maximum: int = 64
     max_packet_bytes: int = 1 << 20
-    clean_start: bool = False
+    forget: bool = False
 
 
 @dataclass
@@ -270,7 +273,7 @@ class Link:
         client = paho.Client(
             CallbackAPIVersion.VERSION2,
             client_id=options.client_id,
-            clean_session=None if five else options.clean_start,
+            clean_session=None if five else options.forget,
             protocol=PROTOCOLS[self._version],
             reconnect_on_failure=False,
         )
@@ -302,7 +305,7 @@ class Link:
             address.host,
             address.port,
             address.keepalive_s,
-            clean_start=options.clean_start,
+            clean_start=False,
             properties=properties,
         )
 
@@ -394,8 +397,7 @@ class Link:
         while (sock := client.socket()) is not None:
             self._beat = now = time.monotonic()
             if self._stopping.is_set():
-                client.disconnect()
-                client.loop_write()
+                self._leave(client)
                 return
             if not connection.acknowledged and now - connection.opened_at > ANSWER_S:
                 self.reason = f"no answer within {ANSWER_S:g} s"
@@ -409,6 +411,14 @@ class Link:
                 return
             if client.loop_misc():
                 return
+
+    def _leave(self, client: paho.Client) -> None:
+        properties = None
+        if self._options.forget and self._version == "5":
+            properties = _properties(PacketTypes.DISCONNECT)
+            properties.SessionExpiryInterval = 0
+        client.disconnect(properties=properties)
+        client.loop_write()
 
     def _wait(self, sock: Any, *, writing: bool) -> bool:
         if isinstance(sock, ssl.SSLSocket) and sock.pending():

@@ -27,7 +27,7 @@ STATES = ("online", "draining", "updating", "offline")
 
 @dataclass(frozen=True)
 class Outgoing:
-    """A message to publish."""
+    """A message to publish; `tag` stays with the sender."""
 
     topic: str
     payload: bytes
@@ -37,6 +37,7 @@ class Outgoing:
     content_type: str | None = None
     response_topic: str | None = None
     expiry_s: int | None = None
+    tag: str = ""
 
 
 @dataclass(frozen=True)
@@ -66,25 +67,26 @@ def queued(request_id: str, reply: ReplyTo, position: int) -> Outgoing:
 
 @dataclass(frozen=True)
 class Head:
-    """What the first chunk says on top."""
+    """What the first chunk says on top. `run` is on all: a request may have to run again."""
 
     id: str
     model: str
     created: int
+    run: int = 0
 
 
 def chunk(
     reply: ReplyTo,
+    head: Head,
     seq: int,
     text: str,
     reasoning: str,
     calls: Sequence[ToolCall] = (),
     *,
     first_call: int = 0,
-    head: Head | None = None,
 ) -> Outgoing:
     """A batch of tokens. Only the first carries the correlation data: each costs 40 us."""
-    delta: dict[str, Any] = {"role": "assistant"} if head else {}
+    delta: dict[str, Any] = {"role": "assistant"} if seq == 0 else {}
     if reasoning:
         delta["reasoning_content"] = reasoning
     if text:
@@ -93,11 +95,12 @@ def chunk(
         delta["tool_calls"] = [
             {"index": first_call + i, **_call(first_call + i, call)} for i, call in enumerate(calls)
         ]
-    body: dict[str, Any] = {"seq": seq, "choices": [{"index": 0, "delta": delta}]}
-    if head:
+    choices = [{"index": 0, "delta": delta}]
+    body: dict[str, Any] = {"seq": seq, "run": head.run, "choices": choices}
+    if seq == 0:
         body |= {"id": head.id, "object": "chat.completion.chunk"}
         body |= {"created": head.created, "model": head.model}
-    correlation = reply.correlation if head else None
+    correlation = reply.correlation if seq == 0 else None
     return Outgoing(reply.topic, wire.encode(body), qos=0, correlation=correlation)
 
 
@@ -207,11 +210,12 @@ class Queued:
 
 @dataclass(frozen=True)
 class Chunk:
-    """A batch of tokens; contiguous from seq 0 unless some were lost."""
+    """A batch of tokens; contiguous from seq 0 in each run unless some were lost."""
 
     seq: int
     text: str
     reasoning: str
+    run: int = 0
 
 
 @dataclass(frozen=True)
@@ -275,7 +279,7 @@ def _reply(body: dict[str, Any]) -> Reply | None:
         return Part(part, parts, str(body["text"]))
     delta = body["choices"][0]["delta"]
     text, reasoning = delta.get("content") or "", delta.get("reasoning_content") or ""
-    return Chunk(int(body["seq"]), str(text), str(reasoning))
+    return Chunk(int(body["seq"]), str(text), str(reasoning), int(body.get("run", 0)))
 
 
 def _message(choice: Mapping[str, Any]) -> None:

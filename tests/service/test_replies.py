@@ -18,7 +18,7 @@ from edgecascade.service.protocol import ReplyTo
 from edgecascade.text.tools import ToolCall
 
 REPLY = ReplyTo("edgecascade/v1/c/robot/r/dev-1/request-1", b"mark")
-HEAD = replies.Head("request-1", "tiny", 1_800_000_000)
+HEAD = replies.Head("request-1", "tiny", 1_800_000_000, run=4)
 TEXT = st.text(st.characters(exclude_categories=["Cs"]))
 
 
@@ -44,11 +44,13 @@ def body(answer: Completion, **extra: Any) -> dict[str, Any]:
 
 
 def test_a_chunk_is_small_and_only_the_first_is_marked() -> None:
-    first = replies.chunk(REPLY, 0, "go", "", head=HEAD)
-    later = replies.chunk(REPLY, 1, " token", "")
+    first = replies.chunk(REPLY, HEAD, 0, "go", "")
+    later = replies.chunk(REPLY, HEAD, 1, " token", "")
     assert (first.correlation, later.correlation) == (b"mark", None)
     assert (first.qos, later.qos) == (0, 0)
-    assert later.payload == b'{"seq":1,"choices":[{"index":0,"delta":{"content":" token"}}]}'
+    assert (
+        later.payload == b'{"seq":1,"run":4,"choices":[{"index":0,"delta":{"content":" token"}}]}'
+    )
     assert json.loads(first.payload)["model"] == "tiny"
     assert json.loads(first.payload)["choices"][0]["delta"]["role"] == "assistant"
 
@@ -56,13 +58,13 @@ def test_a_chunk_is_small_and_only_the_first_is_marked() -> None:
 @settings(deadline=None)
 @given(TEXT, TEXT, st.integers(0, 10**6))
 def test_a_chunk_is_read_as_it_was_sent(text: str, reasoning: str, seq: int) -> None:
-    sent = replies.chunk(REPLY, seq, text, reasoning)
-    assert replies.read_reply(sent.payload) == replies.Chunk(seq, text, reasoning)
+    sent = replies.chunk(REPLY, HEAD, seq, text, reasoning)
+    assert replies.read_reply(sent.payload) == replies.Chunk(seq, text, reasoning, 4)
 
 
 def test_tool_calls_have_openai_s_shape() -> None:
     call = ToolCall("drive", {"metres": 2, "to": "dock"})
-    delta = json.loads(replies.chunk(REPLY, 0, "", "", [call], first_call=1).payload)
+    delta = json.loads(replies.chunk(REPLY, HEAD, 0, "", "", [call], first_call=1).payload)
     told = delta["choices"][0]["delta"]["tool_calls"][0]
     assert (told["index"], told["id"], told["function"]["name"]) == (1, "call_1", "drive")
     assert json.loads(told["function"]["arguments"]) == {"metres": 2, "to": "dock"}

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Finished answers, kept so that a retry gets the same final and nothing runs twice."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass, replace
+
+from edgecascade.service.protocol import ReplyTo
+from edgecascade.service.replies import Outgoing
+
+MAX_ANSWERS = 4096
+MAX_BYTES = 32 << 20
+
+Key = tuple[str, str]  # client, request
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What was sent at the end of a request."""
+
+    fingerprint: bytes
+    messages: tuple[Outgoing, ...]
+    until: float
+
+    @property
+    def size(self) -> int:
+        """Bytes it takes."""
+        return sum(len(message.payload) for message in self.messages)
+
+    def again(self, reply: ReplyTo) -> list[Outgoing]:
+        """The same for whoever asks now."""
+        return [
+            replace(message, topic=reply.topic, correlation=reply.correlation)
+            for message in self.messages
+        ]
+
+
+class Answers:
+    """Bounded in number and bytes; the oldest goes first."""
+
+    def __init__(self) -> None:
+        self._answers: OrderedDict[Key, Answer] = OrderedDict()
+        self._bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._answers)
+
+    def get(self, key: Key, now: float) -> Answer | None:
+        """The answer of a finished request, unless its time is over."""
+        self._forget(now)
+        return self._answers.get(key)
+
+    def put(self, key: Key, answer: Answer, now: float) -> None:
+        """Keep an answer."""
+        self._drop(key)
+        self._answers[key] = answer
+        self._bytes += answer.size
+        self._forget(now)
+        while len(self._answers) > MAX_ANSWERS or self._bytes > MAX_BYTES:
+            self._drop(next(iter(self._answers)))
+
+    def _forget(self, now: float) -> None:
+        # In order of arrival: one with a long deadline may keep later ones a little longer.
+        while self._answers and (oldest := next(iter(self._answers.items())))[1].until < now:
+            self._drop(oldest[0])
+
+    def _drop(self, key: Key) -> None:
+        if (answer := self._answers.pop(key, None)) is not None:
+            self._bytes -= answer.size
