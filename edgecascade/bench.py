@@ -24,6 +24,7 @@ from edgecascade.llm import LLM
 
 START_TOKENS = 16  # of the prompt before decoding
 SEED = 20
+COLD: dict[str, Any] = {"ignore_eos": True, "reuse": False}
 
 
 def bench(
@@ -50,7 +51,7 @@ def bench(
                 f"the bench needs {needed} tokens, the context holds {llm.max_context}; "
                 "lower --prompt-tokens or --decode-tokens"
             )
-        first = llm.generate(_tokens(llm, START_TOKENS), max_tokens=1, ignore_eos=True)
+        first = llm.generate(_tokens(llm, START_TOKENS), max_tokens=1, **COLD)
         load_to_first_s = perf_counter() - start
         prefill = [_prefill_rate(llm, prompt_tokens) for _ in range(repeats)]
         decode = [_decode_rate(llm, decode_tokens) for _ in range(repeats)]
@@ -76,18 +77,18 @@ def bench(
         "read_bytes_per_s": bandwidth,
         "share_of_roofline": rate * token_bytes / bandwidth if bandwidth else None,
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        **_circumstances(),
+        **circumstances(),
     }
 
 
 def _prefill_rate(llm: LLM, tokens: int) -> float:
-    answer = llm.generate(_tokens(llm, tokens), max_tokens=1, ignore_eos=True, seed=SEED)
+    answer = llm.generate(_tokens(llm, tokens), max_tokens=1, seed=SEED, **COLD)
     return tokens / answer.timings.prefill_s
 
 
 def _decode_rate(llm: LLM, tokens: int) -> float:
     prompt = _tokens(llm, START_TOKENS)
-    answer = llm.generate(prompt, max_tokens=tokens, ignore_eos=True, seed=SEED)
+    answer = llm.generate(prompt, max_tokens=tokens, seed=SEED, **COLD)
     return answer.timings.decode_tokens_per_s
 
 
@@ -101,7 +102,8 @@ def _read_bytes_per_s(backend: str) -> float:
     return 0.0 if backend == "reference" else float(cpu_library().query().read_bytes_per_s)
 
 
-def _circumstances() -> dict[str, Any]:
+def circumstances() -> dict[str, Any]:
+    """Where and when something was measured."""
     device = facts()
     return {
         "processor": processor_name(),

@@ -26,6 +26,7 @@ from edgecascade.errors import (
 )
 from edgecascade.sampling import SampleRow
 from edgecascade.scheduler import (
+    BACKGROUND,
     Arrangement,
     Decode,
     End,
@@ -36,9 +37,11 @@ from edgecascade.scheduler import (
     Request,
     Scheduler,
 )
-from edgecascade.snapshots import CacheStats, PrefixCache
+from edgecascade.snapshots import CacheStats, Entry, PrefixCache
 
 log = logging.getLogger(__name__)
+
+CLOSED = "the LLM is closed; load the bundle again"
 
 
 class Job(Protocol):
@@ -49,7 +52,7 @@ class Job(Protocol):
     prompt: Array  # int32
     max_tokens: int  # 0: only prefill
 
-    def accepted(self, ahead: int) -> None:
+    def accepted(self, id: int, ahead: int) -> None:
         """It is queued, and `ahead` others are before it; nothing else is told earlier."""
 
     def placed(self, cached_tokens: int) -> None:
@@ -65,40 +68,25 @@ class Job(Protocol):
         """Take a token; the one to continue with, or None when the answer is complete."""
 
     def ended(self, reason: str, error: EdgeCascadeError | None) -> None:
-        """It is over without a complete answer: "cancelled", "deadline", "failed" with an error,
-        or "done" where no answer was asked for.
+        """It is over and its slot free: "done", "cancelled", "deadline", or "failed" with an
+        error.
         """
 
 
-class Call:
-    """Something else to do with the backend between two steps, with room for some tokens."""
+class _Silent:
+    """A job that makes no tokens."""
 
     max_tokens = 0
 
-    def __init__(self, do: Callable[[Backend], Any], tokens: int) -> None:
-        self.prompt = np.zeros(tokens, np.int32)
-        self._do = do
-        self._over = threading.Event()
-        self._value: Any = None
-        self._error: BaseException | None = None
+    def __init__(self, prompt: Array) -> None:
+        self.prompt = prompt
+        self.id = 0
+        self.over = threading.Event()
+        self.error: BaseException | None = None
 
-    def perform(self, backend: Backend) -> None:
-        """Do it."""
-        try:
-            self._value = self._do(backend)
-        except Exception as error:  # noqa: BLE001  it belongs to the caller, who waits in `result`
-            self._error = error
-        self._over.set()
-
-    def result(self) -> Any:
-        """Wait for what it returned, or raise what it raised."""
-        self._over.wait()
-        if self._error is not None:
-            raise self._error
-        return self._value
-
-    def accepted(self, ahead: int) -> None:
-        """Nobody is told."""
+    def accepted(self, id: int, ahead: int) -> None:
+        """See Job."""
+        self.id = id
 
     def placed(self, cached_tokens: int) -> None:
         """Nobody is told."""
@@ -107,17 +95,45 @@ class Call:
         """Nobody is told."""
 
     def row(self) -> SampleRow:
-        """Never asked: it makes no tokens."""
-        raise BackendError("a call makes no tokens")
+        """Never asked."""
+        raise BackendError("this job makes no tokens")
 
     def accept(self, token: int, logprob: float, logits: Array) -> int | None:
-        """Never asked: it makes no tokens."""
-        raise BackendError("a call makes no tokens")
+        """Never told."""
+        raise BackendError("this job makes no tokens")
 
     def ended(self, reason: str, error: EdgeCascadeError | None) -> None:
-        """It was never done."""
-        self._error = error or BackendError(f"the call was {reason}")
-        self._over.set()
+        """See Job."""
+        self.error = error
+        self.over.set()
+
+
+class Preparation(_Silent):
+    """A prompt that is read so that its state is kept."""
+
+
+class Call(_Silent):
+    """Something else to do with the backend between two steps, with room for some tokens."""
+
+    def __init__(self, do: Callable[[Backend], Any], tokens: int) -> None:
+        super().__init__(np.zeros(tokens, np.int32))
+        self._do = do
+        self._value: Any = None
+
+    def perform(self, backend: Backend) -> None:
+        """Do it."""
+        try:
+            self._value = self._do(backend)
+        except Exception as error:  # noqa: BLE001  it belongs to the caller, who waits in `result`
+            self.error = error
+        self.over.set()
+
+    def result(self) -> Any:
+        """Wait for what it returned, or raise what it raised."""
+        self.over.wait()
+        if self.error is not None:
+            raise self.error
+        return self._value
 
 
 @dataclass(frozen=True)
@@ -140,6 +156,7 @@ class _Task:
     job: Job
     cuts: tuple[int, ...]
     end: int  # of what is to be read of the prompt
+    reuse: bool
     keep: frozenset[int] = frozenset()  # cuts at which to keep the state
     parked: Snapshot | None = None
     token: int = 0  # to be fed next
@@ -171,9 +188,12 @@ class Engine:
         priority: int = 1,
         client: str = "",
         deadline_s: float | None = None,
+        reuse: bool = True,
         wait: bool = False,
     ) -> int:
         """Queue a job; its id. `deadline_s` counts from now; `wait` rather than be refused.
+
+        Without `reuse` it neither starts from a kept state nor leaves one.
 
         Raises:
             Overloaded: when the queue is full.
@@ -189,9 +209,9 @@ class Engine:
             id = next(self._ids)
             request = Request(id, pieces, job.max_tokens, priority, client, deadline)
             ahead = self._enqueue(request, wait=wait)
-            self._tasks[id] = _Task(job, cuts, pieces[-1])
+            self._tasks[id] = _Task(job, cuts, pieces[-1], reuse and not isinstance(job, Call))
             try:
-                job.accepted(ahead)
+                job.accepted(id, ahead)
             except BaseException:
                 self._scheduler.finished(id, time.monotonic())
                 del self._tasks[id]
@@ -215,6 +235,22 @@ class Engine:
         self.submit(call, wait=True)
         return call.result()
 
+    def prepare(self, tokens: Array, *, priority: int = BACKGROUND) -> Preparation:
+        """Read a prompt that is likely to be asked, by default while nothing else is to be done."""
+        job = Preparation(tokens)
+        self.submit(job, priority=priority, wait=priority < BACKGROUND)
+        return job
+
+    def kept(self, tokens: Array) -> Entry | None:
+        """The longest kept state along these tokens."""
+        cache = self._cache
+        entry: Entry | None = self.call(lambda _: cache.find(tokens, cache.rule.cuts(tokens)))
+        return entry
+
+    def keep(self, tokens: Array, snapshot: Snapshot) -> bool:
+        """Take over a state; False when there is no room for it."""
+        return bool(self.call(lambda _: self._cache.put(tokens, snapshot)))
+
     def stats(self) -> EngineStats:
         """Counters."""
         with self._wake:
@@ -232,7 +268,7 @@ class Engine:
             )
 
     def close(self) -> None:
-        """End every job as cancelled and stop the thread; the backend stays open."""
+        """Fail every job and stop the thread; the backend stays open."""
         with self._wake:
             self._closed = True
             self._wake.notify_all()
@@ -243,7 +279,7 @@ class Engine:
     def _enqueue(self, request: Request, *, wait: bool) -> int:
         while True:
             if self._closed:
-                raise BackendError("the LLM is closed; load the bundle again")
+                raise BackendError(CLOSED)
             now = time.monotonic()
             if request.deadline_s is not None and now >= request.deadline_s:
                 raise DeadlineExceeded("the time was up before the request was queued")
@@ -260,14 +296,14 @@ class Engine:
         try:
             while self._step():
                 pass
-            self._end_all("cancelled", None)
+            self._end_all(BackendError(CLOSED))
         except Exception as error:
             log.exception("the engine stopped")
             with self._wake:
                 self._closed = True
                 self._room.notify_all()
             failure = BackendError(f"the engine stopped: {error!r}; load the bundle again")
-            self._end_all("failed", failure)
+            self._end_all(failure)
 
     def _step(self) -> bool:
         """One step, or a wait for the next; False once closed."""
@@ -328,9 +364,7 @@ class Engine:
                 assert state is not None
                 self._backend.restore(place.slot, state)
                 return
-            reused = 0
-            if not isinstance(task.job, Call):
-                reused = self._reuse(place.slot, task)
+            reused = self._reuse(place.slot, task) if task.reuse else 0
             task.job.placed(reused)
         except Exception as error:  # noqa: BLE001  a failing device must not end the thread
             self._fail(place.id, error, place.slot)
@@ -382,9 +416,13 @@ class Engine:
             self._sample((piece.id,), (piece.slot,), logits[None])
 
     def _keep(self, tokens: Array, slot: int) -> None:
+        """Keep a slot's state for later prompts; a failure costs them time, this one nothing."""
         cache = self._cache
-        if not cache.has(tokens, cache.rule.cuts(tokens)):
-            cache.put(tokens, self._backend.save(slot))
+        try:
+            if not cache.has(tokens):
+                cache.put(tokens, self._backend.save(slot))
+        except Exception:
+            log.exception("a state could not be kept")
 
     def _do_decode(self, decode: Decode) -> None:
         tokens = [self._tasks[id].token for id in decode.ids]
@@ -443,7 +481,7 @@ class Engine:
             self._reset(slot)
             with self._wake:
                 self._scheduler.finished(id, time.monotonic())
-            if not task.job.max_tokens and not isinstance(task.job, Call):
+            if not isinstance(task.job, Call):
                 self._tell(task.job, "done", None)
 
     def _fail(self, id: int, error: Exception, slot: int | None) -> None:
@@ -470,11 +508,11 @@ class Engine:
         except Exception:
             log.exception("a job could not be told that it was %s", reason)
 
-    def _end_all(self, reason: str, error: EdgeCascadeError | None) -> None:
+    def _end_all(self, error: EdgeCascadeError) -> None:
         with self._wake:
             ids = self._scheduler.ids
             now = time.monotonic()
             for id in ids:
                 self._scheduler.finished(id, now)
         for id in ids:
-            self._tell(self._tasks.pop(id).job, reason, error)
+            self._tell(self._tasks.pop(id).job, "failed", error)

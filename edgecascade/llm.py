@@ -6,36 +6,51 @@
         for piece in llm.stream(messages=[...], temperature=0.6, max_tokens=200):
             print(piece.text, end="")
 
-How a token is made: `run` gives each sequence a slot and reads its prompt, then decodes all
-running sequences together; `_deliver` samples and hands each token to its sequence, which turns it
-into text (sequence.py) until it has a reason to finish.
+How a token is made: every request becomes a ticket. The engine (engine.py) gives it a slot, reads
+its prompt, decodes all running requests together and samples; the ticket hands each token to its
+sequence (sequence.py), which turns it into text until it has a reason to finish.
 """
 
 from __future__ import annotations
 
-import threading
-from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import fields, replace
 from pathlib import Path
+from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, overload
 
 import numpy as np
 
-from edgecascade.backends.base import AUTO, Array, Backend, check_tokens, open_backend
+from edgecascade.backends.base import (
+    AUTO,
+    Array,
+    Backend,
+    Snapshot,
+    check_tokens,
+    open_backend,
+)
 from edgecascade.bundle import Bundle
-from edgecascade.completion import Completion, Piece
-from edgecascade.errors import BackendError, BundleError, ContextExceeded, InvalidRequest
+from edgecascade.completion import Completion, Event, Failure, Piece
+from edgecascade.device.memory import memory_bytes
+from edgecascade.engine import Engine, EngineStats
+from edgecascade.errors import BundleError, ContextExceeded, InvalidRequest
 from edgecascade.sampling import Sampling, SamplingParams
-from edgecascade.sequence import Running, Saved
+from edgecascade.scheduler import Limits
+from edgecascade.sequence import Running
 from edgecascade.session import Session
-from edgecascade.slots import SlotPool
+from edgecascade.snapshots import CutRule, Entry, PrefixCache
 from edgecascade.text.budget import END, ThinkingBudget
-from edgecascade.text.prompt import Prompt, Prompter
+from edgecascade.text.prompt import TURN_MARKS, Prompt, Prompter
 from edgecascade.text.stream import TextStream
 from edgecascade.text.tokenizer import checked_text
+from edgecascade.ticket import Queueing, Ticket
+
+CHUNK_TOKENS = 256  # of a prompt that go between two steps of the running answers
+SNAPSHOT_SHARE = 0.1  # of the memory that is available when the bundle is opened
+MAX_SNAPSHOT_BYTES = 2 << 30
 
 Text = str | bytes
 Tokens = Sequence[int] | Array
@@ -45,16 +60,37 @@ Messages = Sequence[dict[str, Any]]
 class LLM:
     """A bundle on a backend. All methods may be called from any thread."""
 
-    def __init__(self, bundle: Bundle, backend: Backend, backend_reason: str) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        backend: Backend,
+        backend_reason: str,
+        *,
+        chunk_tokens: int = CHUNK_TOKENS,
+        snapshot_bytes: int | None = None,
+        max_queue: int = 256,
+    ) -> None:
         self.bundle = bundle
         self.backend_reason = backend_reason
         self._backend = backend
         self.prompter = Prompter(bundle.tokenizer_file, bundle.chat_template, bundle.generation)
         self._recommended, self._eos = _recommended(bundle), _stop_ids(bundle)
-        self._slots = SlotPool(backend.slots)
-        # Backends serve one caller at a time. Reentrant: the collector may close a forgotten stream
-        # while this very thread is inside a call.
-        self._lock = threading.RLock()
+        if not 1 <= chunk_tokens <= 1 << 20:
+            raise InvalidRequest(f"chunk_tokens is {chunk_tokens}; it must be at least 1")
+        if snapshot_bytes is not None and snapshot_bytes < 0:
+            raise InvalidRequest(f"snapshot_bytes is {snapshot_bytes}; 0 keeps none")
+        self.rule = CutRule(chunk_tokens, self._turn_ends())
+        self._engine = Engine(
+            backend,
+            PrefixCache(_snapshot_bytes() if snapshot_bytes is None else snapshot_bytes, self.rule),
+            Limits(
+                backend.slots,
+                backend.kv_tokens,
+                backend.max_context,
+                backend.page_tokens,
+                max_queue=max_queue,
+            ),
+        )
         self._closed = False
 
     @classmethod
@@ -68,8 +104,14 @@ class LLM:
         threads: int | None = None,
         isa: str | None = None,
         verify: bool | None = None,
+        chunk_tokens: int = CHUNK_TOKENS,
+        snapshot_bytes: int | None = None,
+        max_queue: int = 256,
     ) -> LLM:
         """Open a bundle. Weights are mapped, not read; `slots` sequences run at the same time.
+
+        Between two steps of the running answers `chunk_tokens` of a prompt are read at most.
+        `snapshot_bytes` bounds the states kept for later prompts; None: a share of the memory.
 
         Raises:
             BundleError: when the bundle is damaged.
@@ -80,7 +122,14 @@ class LLM:
         try:
             opened = open_backend(backend, bundle, **options)
             auto = f"the first of {', '.join(AUTO)} that this machine has"
-            return cls(bundle, opened, auto if backend == "auto" else "asked for")
+            return cls(
+                bundle,
+                opened,
+                auto if backend == "auto" else "asked for",
+                chunk_tokens=chunk_tokens,
+                snapshot_bytes=snapshot_bytes,
+                max_queue=max_queue,
+            )
         except BaseException:
             bundle.close()
             raise
@@ -101,22 +150,28 @@ class LLM:
         tools: Messages | None = None,
         params: SamplingParams | None = None,
         raw: bool = False,
-        **overrides: Any,
+        **options: Any,
     ) -> Completion | list[Completion]:
         """Answer a prompt, a conversation, or a list of prompts, which are decoded together.
 
         A text is a user's message where the bundle has a chat template; `raw` continues it as it
-        is. Token ids are used as they are. `overrides` are SamplingParams by name.
+        is. Token ids are used as they are. `options` are SamplingParams and Queueing by name.
 
         Raises:
             InvalidRequest: for a prompt or parameter that cannot be; ContextExceeded if too long.
         """
-        params = self.merged(params, overrides)
+        params, how = self._options(params, options)
         batch = prompt if messages is None and _is_batch(prompt) else [prompt]
         asked = [self._prompt(one, messages, tools, params, raw) for one in batch]
-        sequences = [self.sequence(one, params) for one in asked]
-        done = {id(sequence): piece.completion for sequence, piece in self.run(sequences)}
-        answers = [answer for s in sequences if (answer := done[id(s)]) is not None]
+        tickets = [self.ticket(one, params) for one in asked]
+        try:
+            for ticket in tickets:
+                ticket.submit(how, wait=True)
+            answers = [ticket.result() for ticket in tickets]
+        except BaseException:
+            for ticket in tickets:
+                ticket.cancel()
+            raise
         return answers if batch is prompt else answers[0]
 
     def stream(
@@ -127,23 +182,88 @@ class LLM:
         tools: Messages | None = None,
         params: SamplingParams | None = None,
         raw: bool = False,
-        **overrides: Any,
+        **options: Any,
     ) -> Generator[Piece, None, None]:
         """As generate() for one prompt, token by token; close the iterator to stop early."""
-        params = self.merged(params, overrides)
-        sequence = self.sequence(self._prompt(prompt, messages, tools, params, raw), params)
-        return (piece for _, piece in self.run([sequence]))
+        params, how = self._options(params, options)
+        return self.pieces(self._prompt(prompt, messages, tools, params, raw), params, how)
+
+    async def agenerate(
+        self,
+        prompt: Text | Tokens | None = None,
+        *,
+        messages: Messages | None = None,
+        tools: Messages | None = None,
+        params: SamplingParams | None = None,
+        raw: bool = False,
+        **options: Any,
+    ) -> Completion:
+        """As generate() for one prompt, without blocking the event loop."""
+        answer = None
+        pieces = self.astream(
+            prompt, messages=messages, tools=tools, params=params, raw=raw, **options
+        )
+        async for piece in pieces:
+            answer = piece.completion
+        assert answer is not None
+        return answer
+
+    def astream(
+        self,
+        prompt: Text | Tokens | None = None,
+        *,
+        messages: Messages | None = None,
+        tools: Messages | None = None,
+        params: SamplingParams | None = None,
+        raw: bool = False,
+        **options: Any,
+    ) -> AsyncGenerator[Piece, None]:
+        """As stream(), for `async for`."""
+        params, how = self._options(params, options)
+        return self._apieces(self._prompt(prompt, messages, tools, params, raw), params, how)
+
+    def submit(
+        self,
+        prompt: Text | Tokens | None = None,
+        *,
+        on_event: Callable[[Event], None],
+        messages: Messages | None = None,
+        tools: Messages | None = None,
+        params: SamplingParams | None = None,
+        raw: bool = False,
+        **options: Any,
+    ) -> Ticket:
+        """Queue a request and return at once.
+
+        `on_event` is told Accepted on this thread, then pieces and one Completion or Failure on
+        the engine's: it must not block.
+
+        Raises:
+            Overloaded: when the queue is full; `retry_after_s` says when to come back.
+        """
+        params, how = self._options(params, options)
+        asked = self._prompt(prompt, messages, tools, params, raw)
+        return self.ticket(asked, params, on_event).submit(how, wait=False)
 
     def logits(self, token_ids: Tokens) -> Array:
         """float32 [T, vocab]: row t is what the model says after token t, all tokens given."""
         ids = self._ids(token_ids)
-        with self._using() as backend:
-            self._check_fits(len(ids))
-            return backend.logits(ids)
+        self._check_fits(len(ids))
+        rows: Array = self._engine.call(lambda backend: backend.logits(ids), tokens=len(ids))
+        return rows
 
     def session(self, system: str | None = None, tools: Messages | None = None) -> Session:
         """A conversation that keeps its state between turns."""
         return Session(self, system, tools)
+
+    def load_session(self, path: str | Path) -> Session:
+        """Go on with a conversation that Session.save() wrote.
+
+        Raises:
+            SnapshotError: when the file is damaged.
+            BundleMismatch: when another bundle wrote it.
+        """
+        return Session.load(self, path)
 
     def tokenize(self, text: Text, *, add_special_tokens: bool = False) -> list[int]:
         """Token ids of a text."""
@@ -176,14 +296,22 @@ class LLM:
         """Tokens that a prompt and its answer may have together."""
         return self._backend.max_context
 
+    @property
+    def slots(self) -> int:
+        """Requests that run at the same time."""
+        return self._backend.slots
+
+    def stats(self) -> EngineStats:
+        """What is running and waiting, and what reuse was worth so far."""
+        return self._engine.stats()
+
     def close(self) -> None:
         """Free the backend and the bundle; running generations end with an error."""
-        self._slots.close()
-        with self._lock:
-            if not self._closed:
-                self._closed = True
-                self._backend.close()
-                self.bundle.close()
+        self._engine.close()
+        if not self._closed:
+            self._closed = True
+            self._backend.close()
+            self.bundle.close()
 
     def __enter__(self) -> LLM:
         return self
@@ -196,74 +324,43 @@ class LLM:
     ) -> None:
         self.close()
 
-    def run(self, sequences: Iterable[Running]) -> Iterator[tuple[Running, Piece]]:
-        """Generate: every token of every sequence as it is made."""
-        waiting, running = deque(sequences), list[Running]()
-        try:
-            while waiting or running:
-                while waiting and (slot := self._slots.take(wait=not running)) is not None:
-                    sequence = waiting.popleft()
-                    sequence.admit(slot)
-                    running.append(sequence)
-                    yield from self._deliver([sequence], self._prefill(sequence))
-                running = [sequence for sequence in running if sequence.holds_slot]
-                if running:
-                    yield from self._deliver(running, self._decode(running))
-        finally:
-            for sequence in running:
-                self._release(sequence)
+    def pieces(
+        self, prompt: Prompt, params: SamplingParams, how: Queueing
+    ) -> Generator[Piece, None, None]:
+        """Generate, token by token. What cannot be is refused now, the rest starts when asked."""
+        events: SimpleQueue[Event] = SimpleQueue()
+        return _received(self.ticket(prompt, params, events.put), how, events)
 
-    def _prefill(self, sequence: Running) -> Array:
-        """Read the prompt, from where a snapshot ends; logits [1, vocab]."""
-        tokens = np.array(sequence.prompt.tokens, np.int32)
-        slot, done, history = sequence.slot, 0, sequence.prompt.history
-        with self._using() as backend:
-            if sequence.resume:
-                backend.restore(slot, sequence.resume.state)
-                done = len(sequence.resume.tokens)
-            if sequence.saves and done < history < len(tokens):
-                backend.prefill(slot, tokens[done:history])
-                sequence.saved.append(Saved(sequence.prompt.tokens[:history], backend.save(slot)))
-                done = history
-            logits = backend.prefill(slot, tokens[done:])
-        sequence.prefilled()
-        return logits[None]
+    def _apieces(
+        self, prompt: Prompt, params: SamplingParams, how: Queueing
+    ) -> AsyncGenerator[Piece, None]:
+        return _areceived(lambda tell: self.ticket(prompt, params, tell), how)
 
-    def _decode(self, running: list[Running]) -> Array:
-        """Append each sequence's last token to its slot; logits [len(running), vocab]."""
-        with self._using() as backend:
-            return backend.decode([s.slot for s in running], [s.tokens[-1] for s in running])
+    def prepare(self, tokens: Sequence[int]) -> int | None:
+        """Read the beginning of a prompt while nothing else is to be done; its id, to give up."""
+        ids = np.array(tokens, np.int32)
+        if len(self.rule.cuts(ids)) == 1 or len(ids) > self.max_context:
+            return None
+        return self._engine.prepare(ids).id
 
-    def _deliver(self, running: list[Running], logits: Array) -> Iterator[tuple[Running, Piece]]:
-        """Sample a token from each row and hand it to its sequence."""
-        with self._using() as backend:
-            sampled = backend.sample(logits, [sequence.row() for sequence in running])
-        for sequence, row, (token, logprob) in zip(running, logits, sampled, strict=True):
-            piece = sequence.accept(token, logprob, row)
-            if piece.finish_reason:
-                self._release(sequence)
-            yield sequence, piece
+    def give_up(self, preparation: int) -> None:
+        """Stop reading a prompt in advance; what was kept so far stays."""
+        self._engine.cancel(preparation)
 
-    def _release(self, sequence: Running) -> None:
-        """Give a slot back, its state kept if a session wants it."""
-        if not sequence.holds_slot or self._closed:
-            return
-        slot, sequence.holds_slot = sequence.slot, False
-        with self._using() as backend:
-            try:
-                if sequence.saves and sequence.finish_reason:
-                    held = (*sequence.prompt.tokens, *sequence.tokens)[: backend.tokens(slot)]
-                    sequence.saved.append(Saved(held, backend.save(slot)))
-            finally:
-                backend.reset(slot)
-                self._slots.give(slot)
+    def kept(self, tokens: Sequence[int]) -> Entry | None:
+        """The longest state along these tokens, computed now if need be."""
+        ids = np.array(tokens, np.int32)
+        if len(self.rule.cuts(ids)) == 1 or len(ids) > self.max_context:
+            return None
+        job = self._engine.prepare(ids, priority=Queueing().priority)
+        job.over.wait()
+        if job.error is not None:
+            raise job.error
+        return self._engine.kept(ids)
 
-    @contextmanager
-    def _using(self) -> Iterator[Backend]:
-        with self._lock:
-            if self._closed:
-                raise BackendError("the LLM is closed; load the bundle again")
-            yield self._backend
+    def keep(self, tokens: Array, state: Snapshot) -> bool:
+        """Keep a state that was saved; False when there is no room for it."""
+        return self._engine.keep(check_tokens(tokens, self._backend.vocab), state)
 
     def _prompt(
         self, prompt: Any, messages: Any, tools: Any, params: SamplingParams, raw: bool
@@ -276,15 +373,16 @@ class LLM:
             return self.prompter.from_messages(messages, tools, thinking=params.thinking)
         return self.prompter.from_tokens(self._ids(prompt).tolist(), tools)
 
-    def sequence(
+    def ticket(
         self,
         prompt: Prompt,
         params: SamplingParams,
-        *,
-        resume: Saved | None = None,
-        saves: bool = False,
-    ) -> Running:
-        """A request, checked and ready to run."""
+        on_event: Callable[[Event], None] | None = None,
+    ) -> Ticket:
+        """A request, checked and ready to be submitted."""
+        return Ticket(self._engine, self._running(prompt, params), on_event)
+
+    def _running(self, prompt: Prompt, params: SamplingParams) -> Running:
         self._check_fits(len(prompt.tokens))
         vocab = self._backend.vocab
         check_tokens(prompt.tokens, vocab)
@@ -304,9 +402,15 @@ class LLM:
             text=self._text_stream(prompt, params),
             budget=self._budget(prompt, params),
             bundle_id=self.bundle.id,
-            resume=resume,
-            saves=saves,
         )
+
+    def _options(
+        self, params: SamplingParams | None, options: Mapping[str, Any]
+    ) -> tuple[SamplingParams, Queueing]:
+        """Keywords, taken apart."""
+        how = {name: value for name, value in options.items() if name in Queueing.names()}
+        rest = {name: value for name, value in options.items() if name not in how}
+        return self.merged(params, rest), Queueing(**how)
 
     @staticmethod
     def merged(params: SamplingParams | None, overrides: Mapping[str, Any]) -> SamplingParams:
@@ -337,6 +441,12 @@ class LLM:
         end = self.prompter.needed_tokenizer().encode(END)
         return ThinkingBudget(params.thinking_budget, end)
 
+    def _turn_ends(self) -> frozenset[int]:
+        """Tokens that end a message: there prompts part, and states are kept."""
+        tokenizer = self.prompter.tokenizer
+        end = None if tokenizer is None else tokenizer.token_id(TURN_MARKS[1])
+        return self._eos if end is None else self._eos | {end}
+
     def _ids(self, tokens: Any) -> Array:
         if isinstance(tokens, Mapping) or not isinstance(tokens, Iterable):
             raise InvalidRequest(f"prompt is {type(tokens).__name__}; give a text or token ids")
@@ -354,6 +464,47 @@ class LLM:
                 f"the prompt has {tokens} tokens, the context holds {self.max_context}; "
                 "shorten it, or load with a larger max_context if the model allows"
             )
+
+
+def _received(
+    ticket: Ticket, how: Queueing, events: SimpleQueue[Event]
+) -> Generator[Piece, None, None]:
+    ticket.submit(how, wait=True)
+    try:
+        while not isinstance(event := events.get(), Completion):
+            if isinstance(event, Failure):
+                raise event.error
+            if isinstance(event, Piece):
+                yield event
+    finally:
+        ticket.cancel()
+
+
+async def _areceived(
+    make: Callable[[Callable[[Event], None]], Ticket], how: Queueing
+) -> AsyncGenerator[Piece, None]:
+    loop = asyncio.get_running_loop()
+    events: asyncio.Queue[Event] = asyncio.Queue()
+
+    def tell(event: Event) -> None:
+        with suppress(RuntimeError):  # the loop was closed: nobody listens any more
+            loop.call_soon_threadsafe(events.put_nowait, event)
+
+    ticket = make(tell)
+    try:
+        await asyncio.to_thread(ticket.submit, how, wait=True)
+        while not isinstance(event := await events.get(), Completion):
+            if isinstance(event, Failure):
+                raise event.error
+            if isinstance(event, Piece):
+                yield event
+    finally:
+        ticket.cancel()
+
+
+def _snapshot_bytes() -> int:
+    available = memory_bytes()
+    return min(int((available or 0) * SNAPSHOT_SHARE), MAX_SNAPSHOT_BYTES)
 
 
 def _is_batch(prompt: Any) -> bool:

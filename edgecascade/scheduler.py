@@ -316,7 +316,8 @@ class Scheduler:
                 f"{request.prompt_tokens} tokens of prompt and {request.max_tokens} of answer "
                 f"exceed the context of {limits.max_context}"
             )
-        waiting = list(self._queued())
+        background = request.priority >= BACKGROUND  # it has a queue of its own
+        waiting = [s for s in self._queued() if s.background == background]
         own = sum(1 for s in waiting if s.request.client == request.client)
         if len(waiting) < limits.max_queue and own < limits.max_queue_per_client:
             return

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -23,17 +22,6 @@ from edgecascade.text.budget import ThinkingBudget
 from edgecascade.text.prompt import Prompt
 from edgecascade.text.stream import TextDelta, TextStream
 
-if TYPE_CHECKING:
-    from edgecascade.backends.base import Snapshot
-
-
-@dataclass(frozen=True)
-class Saved:
-    """A slot's state after these tokens."""
-
-    tokens: tuple[int, ...]
-    state: Snapshot
-
 
 @dataclass
 class Running:
@@ -47,11 +35,7 @@ class Running:
     text: TextStream | None  # None: the bundle has no tokenizer
     budget: ThinkingBudget | None
     bundle_id: str
-    resume: Saved | None = None
-    saves: bool = False  # its states are wanted after the prompt and after the answer
-    slot: int = 0
-    holds_slot: bool = False
-    saved: list[Saved] = field(default_factory=list)
+    cached: int = 0  # tokens of the prompt that needed no reading
     tokens: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
 
@@ -64,9 +48,9 @@ class Running:
         # Token -> occurrences in the answer; only kept where a penalty reads it.
         self._seen = dict.fromkeys(self.prompt.tokens, 0) if self.sampling.penalises else {}
 
-    def admit(self, slot: int) -> None:
-        """It got a slot."""
-        self.slot, self.holds_slot, self._admitted = slot, True, perf_counter()
+    def admit(self, cached_tokens: int) -> None:
+        """It got a slot, with so much of its prompt in it."""
+        self.cached, self._admitted = cached_tokens, perf_counter()
 
     def prefilled(self) -> None:
         """Its prompt was read."""
@@ -113,6 +97,20 @@ class Running:
             completion=self._completion(self.finish_reason) if self.finish_reason else None,
         )
 
+    def stop(self, reason: FinishReason) -> Piece:
+        """End it before its time: what was held back, and the completion of what there is."""
+        self.finish_reason = reason
+        delta = self.text.finish() if self.text else TextDelta()
+        self._deltas.append(delta)
+        return Piece(
+            text=delta.text,
+            reasoning=delta.reasoning,
+            token_ids=(),
+            tool_calls=delta.tool_calls,
+            finish_reason=reason,
+            completion=self._completion(reason),
+        )
+
     @property
     def _in_reasoning(self) -> bool:
         return self.text is not None and self.text.reasoning
@@ -131,6 +129,9 @@ class Running:
 
     def _completion(self, reason: FinishReason) -> Completion:
         now = perf_counter()
+        if not self.tokens:  # it was stopped early
+            self._first = now
+            self._prefilled = max(self._prefilled, self._admitted)
         decoding = now - self._first
         return Completion(
             text="".join(part.text for part in self._deltas),
@@ -142,7 +143,7 @@ class Running:
             logprobs=tuple(self._logprobs) if self.params.logprobs is not None else None,
             usage=Usage(
                 prompt_tokens=len(self.prompt.tokens),
-                cached_tokens=len(self.resume.tokens) if self.resume else 0,
+                cached_tokens=self.cached,
                 completion_tokens=len(self.tokens),
                 reasoning_tokens=self._reasoning_tokens,
             ),

@@ -1,26 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A conversation that keeps the model's state between turns.
+"""A conversation whose turns start where the model's kept states end.
 
-After each turn two snapshots remain: before the assistant's turn was opened, and after its answer.
-The next prompt is rendered from the messages as always; the longest snapshot whose tokens it
-begins with is restored, and only the rest is read. So a chat template that drops old reasoning
-costs one reading of the last answer, and a snapshot that does not fit is never used.
+The next prompt is rendered from the messages as always. What of it was read before is found by the
+engine, token by token. After an answer the conversation is read as later prompts will show it,
+while nothing else is to be done: a template that drops old reasoning costs the next turn nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
+from edgecascade.backends.base import Array, Snapshot
+from edgecascade.bundle import Bundle
 from edgecascade.completion import Completion, Piece
-from edgecascade.errors import InvalidRequest
+from edgecascade.errors import EdgeCascadeError, InvalidRequest, SnapshotError
 from edgecascade.sampling import SamplingParams
-from edgecascade.sequence import Running, Saved
+from edgecascade.snapshots import CutRule, Entry
+from edgecascade.statefile import SavedState, read_state, write_state
 from edgecascade.text.prompt import Prompt, Prompter
 from edgecascade.text.template import checked_messages
 from edgecascade.text.tools import checked_tools
-
-MAX_SAVED = 2  # snapshots between turns: each holds all Mamba states and the KV cache
+from edgecascade.ticket import Queueing
 
 Content = str | bytes | dict[str, Any] | Sequence[dict[str, Any]]
 
@@ -28,23 +33,29 @@ Content = str | bytes | dict[str, Any] | Sequence[dict[str, Any]]
 class Host(Protocol):
     """What a session needs of an LLM."""
 
+    bundle: Bundle
     prompter: Prompter
+    rule: CutRule
 
     def merged(self, params: SamplingParams | None, overrides: Mapping[str, Any]) -> SamplingParams:
         """Parameters with some of them replaced."""
 
-    def sequence(
-        self,
-        prompt: Prompt,
-        params: SamplingParams,
-        *,
-        resume: Saved | None = None,
-        saves: bool = False,
-    ) -> Running:
-        """A request, ready to run."""
-
-    def run(self, sequences: Iterable[Running]) -> Iterator[tuple[Running, Piece]]:
+    def pieces(
+        self, prompt: Prompt, params: SamplingParams, how: Queueing
+    ) -> Generator[Piece, None, None]:
         """Generate."""
+
+    def prepare(self, tokens: Sequence[int]) -> int | None:
+        """Read the beginning of a later prompt."""
+
+    def give_up(self, preparation: int) -> None:
+        """Stop reading it."""
+
+    def kept(self, tokens: Sequence[int]) -> Entry | None:
+        """The longest state along these tokens."""
+
+    def keep(self, tokens: Array, state: Snapshot) -> bool:
+        """Keep a state."""
 
 
 class Session:
@@ -57,8 +68,23 @@ class Session:
         self._llm = llm
         self._tools = checked_tools(tools)
         self._messages = [] if system is None else checked_messages([_message("system", system)])
-        self._saved: list[Saved] = []
         self._busy = False
+        self._preparation: int | None = None
+
+    @classmethod
+    def load(cls, llm: Host, path: str | Path) -> Session:
+        """The conversation that `save` wrote, with its state, so that it needs no prefill."""
+        saved = read_state(path, bundle_id=llm.bundle.id, family=llm.bundle.family)
+        session = cls(llm, None, None)
+        try:
+            session._messages = _checked_history(saved.extra.get("messages"))
+            session._tools = checked_tools(saved.extra.get("tools"))
+        except InvalidRequest as error:
+            raise SnapshotError(f"{path}: {error}; save the session again") from error
+        # A state from pieces of another size is right, but not to the last bit: it is read anew.
+        if len(saved.tokens) and saved.extra.get("chunk_tokens") == llm.rule.chunk_tokens:
+            llm.keep(saved.tokens, saved.snapshot)
+        return session
 
     @property
     def messages(self) -> list[dict[str, Any]]:
@@ -66,43 +92,87 @@ class Session:
         return list(self._messages)
 
     def generate(
-        self, content: Content, *, params: SamplingParams | None = None, **overrides: Any
+        self,
+        content: Content,
+        *,
+        params: SamplingParams | None = None,
+        priority: int = 1,
+        deadline_s: float | None = None,
+        **overrides: Any,
     ) -> Completion:
         """Answer a user's text, or messages such as a tool's results."""
-        for piece in self.stream(content, params=params, **overrides):
+        how: dict[str, Any] = {"priority": priority, "deadline_s": deadline_s}
+        for piece in self.stream(content, params=params, **how, **overrides):
             answer = piece.completion
         assert answer is not None
         return answer
 
     def stream(
-        self, content: Content, *, params: SamplingParams | None = None, **overrides: Any
+        self,
+        content: Content,
+        *,
+        params: SamplingParams | None = None,
+        priority: int = 1,
+        deadline_s: float | None = None,
+        **overrides: Any,
     ) -> Generator[Piece, None, None]:
         """As generate(), token by token. A turn that is closed early leaves no trace."""
         params = self._llm.merged(params, overrides)
         messages = self._messages + _new_messages(content)
-        prompt = self._llm.prompter.from_messages(
-            messages, self._tools, thinking=params.thinking, history=True
+        prompt = self._llm.prompter.from_messages(messages, self._tools, thinking=params.thinking)
+        how = Queueing(priority=priority, deadline_s=deadline_s)
+        return self._turn(messages, self._llm.pieces(prompt, params, how))
+
+    def save(self, path: str | Path) -> None:
+        """Write the conversation and its state; LLM.load_session() goes on with it.
+
+        Raises:
+            InvalidRequest: when the file cannot be written, or the session is answering.
+        """
+        if self._busy:
+            raise InvalidRequest("this session is answering; finish or close its stream first")
+        entry = self._llm.kept(self._history()) if self._messages else None
+        state = SavedState(
+            bundle_id=self._llm.bundle.id,
+            family=self._llm.bundle.family,
+            tokens=np.zeros(0, np.int32) if entry is None else entry.tokens,
+            snapshot=Snapshot(0, {}) if entry is None else entry.snapshot,
+            extra={
+                "messages": self._messages,
+                "tools": self._tools,
+                "chunk_tokens": self._llm.rule.chunk_tokens,
+            },
         )
-        fits = [saved for saved in self._saved if _begins(prompt.tokens, saved.tokens)]
-        resume = max(fits, key=lambda saved: len(saved.tokens), default=None)
-        sequence = self._llm.sequence(prompt, params, resume=resume, saves=True)
-        return self._turn(messages, sequence)
+        write_state(path, state)
 
     def _turn(
-        self, messages: list[dict[str, Any]], sequence: Running
+        self,
+        messages: list[dict[str, Any]],
+        pieces: Generator[Piece, None, None],
     ) -> Generator[Piece, None, None]:
         if self._busy:
             raise InvalidRequest("this session is answering; finish or close its stream first")
         self._busy = True
+        if self._preparation is not None:
+            self._llm.give_up(self._preparation)
         try:
-            for _, piece in self._llm.run([sequence]):
+            for piece in pieces:
                 if piece.completion:
                     self._messages = [*messages, _answer(piece.completion)]
-                    kept = [sequence.resume] if sequence.resume else []
-                    self._saved = (kept + sequence.saved)[-MAX_SAVED:]
+                    with suppress(EdgeCascadeError):  # it would only have saved time
+                        self._preparation = self._llm.prepare(self._history())
                 yield piece
         finally:
+            pieces.close()
             self._busy = False
+
+    def _history(self) -> tuple[int, ...]:
+        """What the next prompt begins with, whatever is said."""
+        return self._llm.prompter.history(self._messages, self._tools)
+
+
+def _checked_history(messages: Any) -> list[dict[str, Any]]:
+    return [] if messages == [] else checked_messages(messages)
 
 
 def _message(role: str, content: Any) -> dict[str, Any]:
@@ -125,8 +195,3 @@ def _answer(completion: Completion) -> dict[str, Any]:
             for call in completion.tool_calls
         ]
     return message
-
-
-def _begins(tokens: tuple[int, ...], start: tuple[int, ...]) -> bool:
-    # At least one token must be left to read: its logits choose the first token of the answer.
-    return len(start) < len(tokens) and tokens[: len(start)] == start

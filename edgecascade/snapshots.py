@@ -120,12 +120,7 @@ class PrefixCache:
     @contextmanager
     def longest(self, tokens: Array, cuts: Sequence[int]) -> Iterator[Entry | None]:
         """The longest kept prefix that leaves at least one token to compute, leased meanwhile."""
-        entry = None
-        if self._entries:
-            keys = chain(tokens, cuts[:-1])
-            entry = next(
-                (self._entries[key] for key in reversed(keys) if key in self._entries), None
-            )
+        entry = self.find(tokens, cuts[:-1])
         self.stats.prompt_tokens += len(tokens)
         if entry is None:
             self.stats.misses += 1
@@ -139,6 +134,11 @@ class PrefixCache:
             yield entry
         finally:
             entry.leases -= 1
+
+    def find(self, tokens: Array, cuts: Sequence[int]) -> Entry | None:
+        """The state kept at the last possible of these cuts; nothing is counted."""
+        keys = chain(tokens, cuts) if self._entries else []
+        return next((self._entries[key] for key in reversed(keys) if key in self._entries), None)
 
     def worth_keeping(self, tokens: Array, cuts: Sequence[int]) -> frozenset[int]:
         """The cuts of a prompt at which its state should be captured.
@@ -159,9 +159,9 @@ class PrefixCache:
         self._remember(tokens)
         return frozenset(kept - {0})
 
-    def has(self, tokens: Array, cuts: Sequence[int]) -> bool:
-        """Whether the state after `tokens`, whose own cuts are given, is kept."""
-        return chain(tokens, cuts)[-1] in self._entries
+    def has(self, tokens: Array) -> bool:
+        """Whether the state after these tokens is kept."""
+        return chain(tokens, self.rule.cuts(tokens))[-1] in self._entries
 
     def put(self, tokens: Array, snapshot: Snapshot) -> bool:
         """Keep the state after `tokens`; False when it does not fit."""

@@ -41,7 +41,10 @@ AGAIN = "save the session again"
 
 @dataclass(frozen=True)
 class SavedState:
-    """A state, the tokens that led to it, the bundle that made it, and its owner's notes."""
+    """A state, the tokens that led to it, the bundle that made it, and its owner's notes.
+
+    Without tokens there is no state, and the notes are all.
+    """
 
     bundle_id: str
     family: str
@@ -107,8 +110,8 @@ def read_state(path: str | Path, *, bundle_id: str, family: str) -> SavedState:
         )
     arrays = _arrays(source, header, data, start)
     tokens = arrays.pop("tokens", np.zeros(0, np.int32))
-    if tokens.ndim != 1 or not len(tokens) or tokens.dtype != np.int32:
-        raise SnapshotError(f"{source} holds no tokens; {AGAIN}")
+    if tokens.ndim != 1 or tokens.dtype != np.int32:
+        raise SnapshotError(f"{source}: its tokens are no list of ids; {AGAIN}")
     parts = {_part_name(source, name): array for name, array in arrays.items()}
     extra = header.get("extra", {})
     return SavedState(bundle_id, family, tokens, Snapshot(len(tokens), parts), extra)

@@ -23,7 +23,7 @@ from edgecascade.errors import (
     Overloaded,
 )
 from edgecascade.sampling import Draws, SampleRow, Sampling
-from edgecascade.scheduler import BACKGROUND, Limits
+from edgecascade.scheduler import Limits
 from edgecascade.snapshots import CutRule, PrefixCache
 
 CONTEXT = 512
@@ -46,7 +46,7 @@ class Job:
         self._sampling = Sampling(temperature=temperature)
         self._on_token = on_token
 
-    def accepted(self, ahead):
+    def accepted(self, id, ahead):
         self.told.append("accepted")
 
     def placed(self, cached_tokens):
@@ -65,8 +65,6 @@ class Job:
             self._on_token(self)
         if len(self.tokens) < self.max_tokens:
             return token
-        self.told.append("complete")
-        self.over.set()
         return None
 
     def ended(self, reason, error):
@@ -182,8 +180,8 @@ def test_jobs_together_get_the_tokens_of_lone_runs(engine, alone):
     for job in jobs:
         running.submit(job)
     for n, job in enumerate(jobs):
-        assert job.wait() == "complete"
-        assert job.told == ["accepted", "placed", "prefilled", "complete"]
+        assert job.wait() == "done"
+        assert job.told == ["accepted", "placed", "prefilled", "done"]
         assert job.tokens == alone(job.prompt, job.max_tokens, n)
     stats = running.stats()
     assert (stats.running, stats.waiting, stats.parked) == (0, 0, 0)
@@ -196,8 +194,8 @@ def test_a_preempted_job_ends_with_the_same_tokens(engine, alone):
     high = Job(words(80, 1), 4, seed=1, on_token=lambda job: meanwhile.append(len(low.tokens)))
     low = Job(words(20), 40, on_token=at(10, lambda: running.submit(high, priority=0)))
     running.submit(low, priority=2)
-    assert high.wait() == "complete"
-    assert low.wait() == "complete"
+    assert high.wait() == "done"
+    assert low.wait() == "done"
     assert meanwhile == [10] * 4
     assert high.tokens == alone(high.prompt, 4, 1)
     assert low.tokens == alone(low.prompt, 40)
@@ -213,7 +211,7 @@ def test_answers_that_outgrow_the_memory_are_parked_and_come_out_right(engine, a
     for job in jobs:
         running.submit(job)
     for n, job in enumerate(jobs):
-        assert job.wait() == "complete"
+        assert job.wait() == "done"
         assert job.tokens == alone(job.prompt, 150, n)
     assert max(parked) > 0
 
@@ -224,7 +222,7 @@ def test_a_kept_prefix_is_restored_and_gives_the_same_tokens(engine, alone):
     first, second = Job([*history, 5, 6]), Job([*history, *words(30, 2)])
     for job, cached in ((first, 0), (second, 102)):
         running.submit(job)
-        assert job.wait() == "complete"
+        assert job.wait() == "done"
         assert job.cached == cached
         assert job.tokens == alone(job.prompt)
     stats = running.stats()
@@ -235,17 +233,14 @@ def test_a_kept_prefix_is_restored_and_gives_the_same_tokens(engine, alone):
 def test_a_prompt_can_be_prepared_in_advance(engine, alone):
     running = engine()
     history = [*words(60), 11, *words(40, 1), 11]
-    warm = Job([*history, 12], max_tokens=0)
-    running.submit(warm, priority=BACKGROUND)
-    assert warm.wait() == "done"
-    assert running.stats().prefilled_tokens == len(history)
-    again = Job([*history, 12], max_tokens=0)
-    running.submit(again, priority=BACKGROUND)
-    assert again.wait() == "done"
-    assert running.stats().prefilled_tokens == len(history)
+    for _ in range(2):
+        warm = running.prepare(np.array([*history, 12], np.int32))
+        assert warm.over.wait(60)
+        assert warm.error is None
+        assert running.stats().prefilled_tokens == len(history)
     asked = Job([*history, *words(9, 3)])
     running.submit(asked)
-    assert asked.wait() == "complete"
+    assert asked.wait() == "done"
     assert asked.cached == len(history)
     assert asked.tokens == alone(asked.prompt)
 
@@ -259,7 +254,7 @@ def test_a_job_is_cancelled_while_it_waits_and_while_it_runs(engine, alone):
         ids += [running.submit(job) for job in (first, waiting, last)]
         running.cancel(ids[1])
         running.cancel(ids[1])
-    assert [job.wait() for job in (first, waiting, last)] == ["cancelled", "cancelled", "complete"]
+    assert [job.wait() for job in (first, waiting, last)] == ["cancelled", "cancelled", "done"]
     assert first.tokens == alone(first.prompt, 5)
     assert waiting.told == ["accepted", "cancelled"]
     running.cancel(ids[0])
@@ -300,11 +295,11 @@ def test_a_failing_prompt_fails_alone(engine, alone, fault):
     assert bad.wait() == "failed"
     assert isinstance(bad.error, BackendError)
     assert str(fault) in str(bad.error)
-    assert good.wait() == "complete"
+    assert good.wait() == "done"
     assert good.tokens == alone(good.prompt, 30)
     after = Job(words(12))
     running.submit(after)
-    assert after.wait() == "complete"
+    assert after.wait() == "done"
 
 
 def test_a_failing_step_fails_those_in_it_and_the_next_ones_run(engine, alone):
@@ -338,7 +333,7 @@ def test_a_row_that_cannot_be_sampled_fails_alone(engine, alone):
         running.submit(good)
         running.submit(bad)
     assert bad.wait() == "failed"
-    assert good.wait() == "complete"
+    assert good.wait() == "done"
     assert good.tokens == alone(good.prompt, 12)
 
 
@@ -352,7 +347,7 @@ def test_a_job_that_raises_fails_alone(engine, alone):
     running.submit(bad)
     assert bad.wait() == "failed"
     assert "in the listener" in str(bad.error)
-    assert good.wait() == "complete"
+    assert good.wait() == "done"
 
 
 def test_a_kept_state_that_cannot_be_restored_costs_only_time(engine, alone):
@@ -361,7 +356,7 @@ def test_a_kept_state_that_cannot_be_restored_costs_only_time(engine, alone):
     for _ in range(2):
         job = Job(prompt)
         running.submit(job)
-        assert job.wait() == "complete"
+        assert job.wait() == "done"
         assert job.cached == 0
         assert job.tokens == alone(prompt)
 
@@ -371,7 +366,7 @@ def test_a_job_that_cannot_be_parked_fails_and_its_slot_is_used(engine):
     high = Job(words(10))
     low = Job(words(10), 400, on_token=at(3, lambda: running.submit(high, priority=0)))
     running.submit(low, priority=2)
-    assert high.wait() == "complete"
+    assert high.wait() == "done"
     assert low.wait() == "failed"
 
 
@@ -383,7 +378,7 @@ def test_calls_run_between_steps_and_their_errors_come_back(engine, bundle):
     assert logits.shape == (9, running._backend.vocab)
     with pytest.raises(ZeroDivisionError):
         running.call(lambda backend: 1 / 0)
-    assert long.wait() == "complete"
+    assert long.wait() == "done"
 
 
 def test_who_waits_for_room_gets_in_and_who_does_not_is_refused(engine):
@@ -399,7 +394,7 @@ def test_who_waits_for_room_gets_in_and_who_does_not_is_refused(engine):
     patient = [Job(words(5), 3) for _ in range(10)]
     for job in patient:
         running.submit(job, wait=True)
-    assert [job.wait() for job in first + patient] == ["complete"] * 12
+    assert [job.wait() for job in first + patient] == ["done"] * 12
 
 
 def test_who_waits_for_room_until_its_deadline_is_told(engine):
@@ -426,7 +421,8 @@ def test_close_ends_everything_and_refuses_more(engine):
     wait_until(lambda: jobs[0].tokens)
     running.close()
     running.close()
-    assert [job.wait() for job in jobs] == ["cancelled"] * 5
+    assert [job.wait() for job in jobs] == ["failed"] * 5
+    assert {str(job.error) for job in jobs} == {"the LLM is closed; load the bundle again"}
     assert threading.active_count() == before
     with pytest.raises(BackendError, match="closed"):
         running.submit(Job(words(5)))
@@ -468,9 +464,9 @@ def test_any_mixture_from_many_threads_gives_the_tokens_of_lone_runs(bundle, alo
         thread.join()
     for job, fate in jobs:
         end = job.wait()
-        assert end == "complete" or fate == {"cancelled": "cancel"}.get(end, end)
+        assert end == "done" or fate == {"cancelled": "cancel"}.get(end, end)
         whole = alone(job.prompt, job.max_tokens, int(job._draws.seed))
-        assert job.tokens == (whole if end == "complete" else whole[: len(job.tokens)])
+        assert job.tokens == (whole if end == "done" else whole[: len(job.tokens)])
         ends = [word for word in job.told if word not in ("accepted", "placed", "prefilled")]
         assert len(ends) == 1
     wait_until(lambda: running.stats().running == 0)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,9 @@ def llm(load: Load) -> LLM:
 
 
 def same(answer: Completion) -> tuple[Any, ...]:
-    """Everything but times."""
-    return (answer.token_ids, answer.text, answer.reasoning, answer.finish_reason, answer.usage)
+    """Everything but times and what was kept."""
+    usage = replace(answer.usage, cached_tokens=0)
+    return (answer.token_ids, answer.text, answer.reasoning, answer.finish_reason, usage)
 
 
 def test_greedy_answers_are_those_of_transformers(llm: LLM, tiny: Golden) -> None:
@@ -266,8 +268,7 @@ def test_streams_run_side_by_side_and_closing_one_frees_its_slot(load: Load) -> 
     first, second = llm.stream([5, 6], **options), llm.stream([5, 6], **options)
     both = [(next(first).token_ids, next(second).token_ids) for _ in range(4)]
     assert both == [(ids, ids) for ids in alone[:4]]
-    with pytest.raises(InvalidRequest, match="open streams of this thread hold all 2 slots"):
-        llm.generate([5])
+    assert llm.generate([5], max_tokens=1).token_ids
     first.close()
     assert llm.generate([5, 6], **options).token_ids == sum(alone, ())
     assert [piece.token_ids for piece in second] == alone[4:]
@@ -300,11 +301,11 @@ def test_threads_wait_for_slots_and_get_their_own_answers(load: Load) -> None:
 
 def test_a_closed_llm_says_so(load: Load) -> None:
     llm = load()
-    stream = llm.stream([5], max_tokens=10, ignore_eos=True)
+    stream = llm.stream([5], ignore_eos=True)
     next(stream)
     llm.close()
     llm.close()
-    for use in (lambda: llm.generate([5]), lambda: llm.logits([5]), lambda: next(stream)):
+    for use in (lambda: llm.generate([5]), lambda: llm.logits([5]), lambda: list(stream)):
         with pytest.raises(BackendError, match="closed"):
             use()
 

@@ -43,15 +43,15 @@ MAY_IMPORT = {
     "text": "errors",
     "inspect": "bundle device errors manifest models tensors",
     "completion": "errors text",
-    "slots": "errors",
     "sequence": "completion errors sampling text",
-    "session": "completion errors sampling sequence snapshots statefile text",
+    "ticket": "backends completion engine errors sampling sequence",
+    "session": "backends bundle completion errors sampling snapshots statefile text ticket",
     "scheduler": "errors",
     "snapshots": "backends errors",
-    "statefile": "backends errors files manifest snapshots",
-    "engine": "backends completion errors sampling scheduler sequence slots snapshots text",
-    "llm": "backends bundle completion engine errors sampling scheduler sequence session slots "
-    "snapshots statefile text",
+    "statefile": "backends errors files",
+    "engine": "backends errors sampling scheduler snapshots",
+    "llm": "backends bundle completion device engine errors sampling scheduler sequence session "
+    "snapshots text ticket",
     "service": "bundle completion device engine errors files llm sampling scheduler session text",
     "fleet": "bundle device errors files manifest verified",
     "build_engine": "backends blocks bundle device errors files inspect manifest models ops "

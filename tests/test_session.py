@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sessions: a warm turn answers like a cold one and reads less."""
+"""Sessions: a warm turn answers like a cold one and reads less; saved ones go on elsewhere."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,9 +14,18 @@ from golden import Build
 
 from edgecascade import LLM, Completion
 from edgecascade.backends.base import Snapshot
-from edgecascade.errors import ContextExceeded, InvalidRequest, OutOfMemory
+from edgecascade.errors import (
+    BundleMismatch,
+    ContextExceeded,
+    InvalidRequest,
+    OutOfMemory,
+    SnapshotError,
+)
+from edgecascade.snapshots import MIN_PIECE_TOKENS
+from edgecascade.statefile import read_state, write_state
 
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 12}
+ROBOT = "You are a robot in a warehouse. " * 4
 
 
 @pytest.fixture(params=["reference", "cpu"])
@@ -23,19 +35,31 @@ def llm(request: pytest.FixtureRequest, build: Build) -> Iterator[LLM]:
 
 
 def cold(llm: LLM, messages: list[dict[str, Any]], **options: Any) -> Completion:
-    return llm.generate(messages=messages, **options)
+    return llm.generate(messages=messages, reuse=False, **options)
+
+
+def settle(llm: LLM) -> None:
+    """Wait until nothing runs in the background."""
+    for _ in range(3000):
+        stats = llm.stats()
+        if not stats.running and not stats.waiting:
+            return
+        time.sleep(0.01)
+    raise AssertionError("still busy")
 
 
 @pytest.mark.parametrize("thinking", [True, False])
 def test_warm_turns_give_the_tokens_of_cold_ones(llm: LLM, thinking: bool) -> None:
-    session = llm.session("You are a robot.")
+    session = llm.session(ROBOT)
     for turn in range(4):
+        settle(llm)
         before = session.messages
         answer = session.generate(f"Go to dock {turn}.", thinking=thinking, **GREEDY)
         asked = [*before, {"role": "user", "content": f"Go to dock {turn}."}]
         alone = cold(llm, asked, thinking=thinking, **GREEDY)
         assert answer.token_ids == alone.token_ids
         assert answer.usage.prompt_tokens == alone.usage.prompt_tokens
+        assert answer.usage.cached_tokens < answer.usage.prompt_tokens
         assert (answer.usage.cached_tokens > 0) == (turn > 0)
         assert session.messages[-2:] == [
             asked[-1],
@@ -44,34 +68,24 @@ def test_warm_turns_give_the_tokens_of_cold_ones(llm: LLM, thinking: bool) -> No
         ]
 
 
-def test_a_turn_reads_only_what_the_last_snapshot_lacks(llm: LLM) -> None:
-    session = llm.session("You are a robot.")
-    first = session.generate("Go.", **GREEDY)
-    second = session.generate("Go on.", **GREEDY)
-    # What precedes the first answer is kept whole; "<|im_start|>assistant\n<think>\n" is not.
-    opening = len(llm.tokenize("<|im_start|>assistant\n<think>\n"))
-    assert second.usage.cached_tokens >= first.usage.prompt_tokens - opening
+@pytest.mark.parametrize("thinking", [True, False])
+def test_a_turn_reads_little_more_than_what_was_said_in_it(llm: LLM, thinking: bool) -> None:
+    session = llm.session(ROBOT)
+    for _ in range(3):
+        session.generate("Go to the dock.", thinking=thinking, **GREEDY)
+        settle(llm)
+    usage = session.generate("Stop.", thinking=thinking, **GREEDY).usage
+    turn = "<|im_start|>user\nStop.<|im_end|>\n<|im_start|>assistant\n<think>\n"
+    own = len(llm.tokenize(turn))
+    # A message that ends right behind a cut gets none of its own.
+    assert 0 <= usage.prompt_tokens - usage.cached_tokens - own <= MIN_PIECE_TOKENS
 
 
-def test_the_state_after_the_answer_is_reused_where_the_prompt_goes_on_from_it(llm: LLM) -> None:
-    session = llm.session()
-    messages = [{"role": "user", "content": "Go."}]
-    # An answer whose text becomes the very same tokens again.
-    for seed in range(200):
-        answer = cold(llm, messages, thinking=False, max_tokens=3, seed=seed)
-        again = tuple(llm.tokenize(answer.text))
-        if answer.text and "\ufffd" not in answer.text and again == answer.token_ids:
-            break
-    else:
-        raise AssertionError("no seed below 200 gives text that tokenizes back")
-    first = session.generate("Go.", thinking=False, max_tokens=3, seed=seed)
-    assert first.token_ids == answer.token_ids
-    second = session.generate("On.", thinking=False, **GREEDY)
-    # The last token of an answer is never read back.
-    held = first.usage.prompt_tokens + first.usage.completion_tokens - 1
-    assert second.usage.cached_tokens == held
-    turns = [*session.messages[:3]]
-    assert second.token_ids == cold(llm, turns, thinking=False, **GREEDY).token_ids
+def test_another_conversation_starts_behind_the_same_system_prompt(llm: LLM) -> None:
+    llm.session(ROBOT).generate("Go to the dock.", **GREEDY)
+    settle(llm)
+    other = llm.session(ROBOT).generate("What is in the box?", **GREEDY)
+    assert other.usage.cached_tokens >= len(llm.tokenize(ROBOT))
 
 
 def test_other_requests_do_not_disturb_a_session(llm: LLM) -> None:
@@ -106,25 +120,23 @@ def test_a_turn_that_is_closed_early_leaves_no_trace(llm: LLM) -> None:
     assert session.generate("Go.", **GREEDY).token_ids == want.token_ids
 
 
-@pytest.mark.parametrize("failing", [1, 2])
-def test_a_snapshot_that_fails_costs_the_turn_but_no_slot(
-    build: Build, monkeypatch: pytest.MonkeyPatch, failing: int
+def test_a_state_that_cannot_be_kept_costs_only_time(
+    build: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with LLM.load(build("tiny", "exact"), slots=1) as llm:
-        save, calls = llm._backend.save, [0]
 
-        def fail_once(slot: int) -> Snapshot:
-            calls[0] += 1
-            if calls[0] == failing:
-                raise OutOfMemory("no room for a snapshot")
-            return save(slot)
+        def fail(slot: int) -> Snapshot:
+            raise OutOfMemory("no room for a snapshot")
 
-        monkeypatch.setattr(llm._backend, "save", fail_once)
-        session = llm.session()
-        with pytest.raises(OutOfMemory):
-            session.generate("Go.", **GREEDY)
-        assert session.messages == []
-        assert session.generate("Go.", **GREEDY).token_ids
+        messages = [
+            {"role": "system", "content": ROBOT},
+            {"role": "user", "content": "Go."},
+        ]
+        want = cold(llm, messages, **GREEDY).token_ids
+        monkeypatch.setattr(llm._backend, "save", fail)
+        session = llm.session(ROBOT)
+        assert session.generate("Go.", **GREEDY).token_ids == want
+        assert session.generate("On.", **GREEDY).usage.cached_tokens == 0
 
 
 def test_a_turn_that_does_not_fit_leaves_the_conversation_as_it_was(build: Build) -> None:
@@ -152,3 +164,78 @@ def test_tool_results_are_messages_of_a_turn(llm: LLM) -> None:
     ]
     alone = llm.generate(messages=session.messages[:-1], tools=tools, **GREEDY)
     assert answer.token_ids == alone.token_ids
+
+
+def test_a_saved_session_goes_on_elsewhere_without_a_prefill(build: Build, tmp_path: Path) -> None:
+    path, bundle = tmp_path / "warm.state", build("tiny", "speed")
+    with LLM.load(bundle) as llm:
+        session = llm.session(ROBOT, [{"name": "stop"}])
+        for text in ("Go to the dock.", "And back."):
+            session.generate(text, **GREEDY)
+        session.save(path)
+        want = session.generate("Faster!", **GREEDY)
+        history = session.messages[:-2]
+    with LLM.load(bundle) as llm:
+        again = llm.load_session(path)
+        assert again.messages == history
+        answer = again.generate("Faster!", **GREEDY)
+        assert answer.token_ids == want.token_ids
+        assert answer.usage.cached_tokens == want.usage.cached_tokens > 0
+        assert again.messages == session.messages
+
+
+def test_a_session_can_be_saved_before_there_is_anything_to_keep(llm: LLM, tmp_path: Path) -> None:
+    for name, session in (("new", llm.session()), ("short", llm.session("Hi."))):
+        session.save(tmp_path / name)
+        again = llm.load_session(tmp_path / name)
+        assert again.messages == session.messages
+        want = session.generate("Go.", **GREEDY)
+        assert again.generate("Go.", **GREEDY).token_ids == want.token_ids
+
+
+def test_a_session_saved_with_other_pieces_is_read_anew_and_answers_the_same(
+    build: Build, tmp_path: Path
+) -> None:
+    path, bundle = tmp_path / "warm.state", build("tiny", "speed")
+    with LLM.load(bundle) as llm:
+        session = llm.session(ROBOT)
+        session.generate("Go.", **GREEDY)
+        session.save(path)
+    with LLM.load(bundle, chunk_tokens=64) as llm:
+        again = llm.load_session(path)
+        messages = [*again.messages, {"role": "user", "content": "On."}]
+        answer = again.generate("On.", **GREEDY)
+        assert answer.usage.cached_tokens == 0
+        assert answer.token_ids == cold(llm, messages, **GREEDY).token_ids
+
+
+def test_a_session_of_another_bundle_is_refused(build: Build, tmp_path: Path) -> None:
+    path = tmp_path / "warm.state"
+    with LLM.load(build("tiny", "speed")) as llm:
+        llm.session(ROBOT).save(path)
+    with (
+        LLM.load(build("tiny", "exact")) as llm,
+        pytest.raises(BundleMismatch, match="start a new session"),
+    ):
+        llm.load_session(path)
+
+
+@pytest.mark.parametrize("extra", [{}, {"messages": 5}, {"messages": [{"role": "x"}]}])
+def test_a_session_file_without_sound_messages_is_refused(
+    llm: LLM, tmp_path: Path, extra: dict[str, Any]
+) -> None:
+    path = tmp_path / "warm.state"
+    llm.session(ROBOT).save(path)
+    saved = read_state(path, bundle_id=llm.bundle.id, family=llm.bundle.family)
+    write_state(path, replace(saved, extra=extra))
+    with pytest.raises(SnapshotError, match="messages"):
+        llm.load_session(path)
+
+
+def test_a_session_that_is_answering_is_not_saved(llm: LLM, tmp_path: Path) -> None:
+    session = llm.session()
+    stream = session.stream("Go.", **GREEDY)
+    next(stream)
+    with pytest.raises(InvalidRequest, match="this session is answering"):
+        session.save(tmp_path / "warm.state")
+    stream.close()

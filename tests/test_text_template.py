@@ -178,17 +178,25 @@ def prompter(template: str | None, tokenizer: Path | None = TOKENIZER_FILE) -> P
     return Prompter(tokenizer, template, {"bos_token_id": 1, "eos_token_id": [2, 11]})
 
 
-def test_a_prompt_knows_whether_it_opens_reasoning_and_where_the_history_ends() -> None:
+def test_a_prompt_knows_whether_it_opens_reasoning() -> None:
     ours = prompter(OWN)
-    prompt = ours.from_messages([USER], None, thinking=None, history=True)
+    prompt = ours.from_messages([USER], None, thinking=None)
     assert prompt.tokens == ours.from_text("Go.", None, raw=False, thinking=None).tokens
     assert prompt.reasoning
     assert prompt.chat
-    tokenizer = Tokenizer(TOKENIZER_FILE)
-    end = "Go.<|im_end|>\n"
-    assert tokenizer.decode(prompt.tokens[: prompt.history], skip_special=False).endswith(end)
     assert not ours.from_text("Go.", None, raw=False, thinking=False).reasoning
     assert ours.from_tokens(prompt.tokens, None).reasoning
+
+
+def test_the_history_is_what_every_next_prompt_begins_with() -> None:
+    ours = prompter(OWN)
+    answered = [USER, {"role": "assistant", "content": "Gone.", "reasoning_content": "Hm."}]
+    history = ours.history(answered, None)
+    shown = Tokenizer(TOKENIZER_FILE).decode(history, skip_special=False)
+    assert shown.endswith("<think></think>Gone.<|im_end|>\n<|im_start|>user\n")
+    for text in ("On.", "Stop!", "Hm?", "7"):
+        after = ours.from_messages([*answered, {**USER, "content": text}], None, thinking=None)
+        assert after.tokens[: len(history)] == history
 
 
 def test_raw_text_stays_as_it_is() -> None:

@@ -52,6 +52,8 @@ class Backend(Protocol):
     vocab: int
     slots: int
     max_context: int  # tokens that one slot can hold
+    kv_tokens: int  # tokens that all slots can hold together, in pages of page_tokens
+    page_tokens: int
 
     def prefill(self, slot: int, tokens: Array) -> Array:
         """Append tokens to a slot; float32 logits [vocab] of the last one."""

@@ -41,6 +41,7 @@ class NativeBackend:
     """Runs a bundle on the CPU table of the kernel library. Weights stay in the mapped file."""
 
     name = "cpu"
+    page_tokens = PAGE_TOKENS
 
     def __init__(self, bundle: Bundle, options: Options) -> None:
         self._library = cpu_library(options.isa)
@@ -82,6 +83,7 @@ class NativeBackend:
                 )
             num_pages = max(1, min(num_pages, fitting))
         self.max_context = min(wanted, num_pages * PAGE_TOKENS)
+        self.kv_tokens = num_pages * PAGE_TOKENS
         max_pages = -(-self.max_context // PAGE_TOKENS)
         self._pages = PagePool(num_pages, slots, max_pages, PAGE_TOKENS)
         self._state = StatePool(

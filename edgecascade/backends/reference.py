@@ -215,6 +215,7 @@ class ReferenceBackend:
     """Evaluates the forward pass with NumPy, one sequence at a time: the measure of others."""
 
     name = "reference"
+    page_tokens = 1
 
     def __init__(self, bundle: Bundle, options: Options) -> None:
         model = family(bundle.family)
@@ -228,6 +229,7 @@ class ReferenceBackend:
         self.max_context = min(
             options.max_context or self._config.max_context, self._config.max_context
         )
+        self.kv_tokens = self.slots * self.max_context
         self._states = [self._empty() for _ in range(self.slots)]
         self._held = [0] * self.slots
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +22,13 @@ TAIL_TOKENS = 8  # of a prompt given as ids, enough to see whether it opens the 
 class Prompt:
     """Token ids; whether the answer begins as reasoning; the tools it may call.
 
-    `chat` says that it went through the chat template, and `history`, where it was asked for, how
-    many of its tokens come before the assistant's turn is opened: later prompts of the same chat
-    begin with them.
+    `chat` says that it went through the chat template.
     """
 
     tokens: tuple[int, ...]
     reasoning: bool = False
     tools: tuple[Mapping[str, Any], ...] = ()
     chat: bool = False
-    history: int = 0
 
 
 class Prompter:
@@ -66,21 +63,26 @@ class Prompter:
         ids = self.needed_tokenizer().encode(text, add_special_tokens=True)
         return Prompt(tuple(ids), opens_reasoning(text), tuple(checked_tools(tools)))
 
-    def from_messages(
-        self, messages: Any, tools: Any, *, thinking: bool | None, history: bool = False
-    ) -> Prompt:
-        """A conversation through the chat template; `history` says to find where it ends."""
+    def from_messages(self, messages: Any, tools: Any, *, thinking: bool | None) -> Prompt:
+        """A conversation through the chat template."""
         tokenizer = self.needed_tokenizer()
         messages, tools = checked_messages(messages), checked_tools(tools)
         template = self._chat_template()
         text = template.render(messages, tools=tools, thinking=thinking)
         ids = tokenizer.encode(text)
-        prompt = Prompt(tuple(ids), opens_reasoning(text), tuple(tools), chat=True)
-        if not history:
-            return prompt
-        before = template.render(messages, tools=tools, thinking=thinking, answer=False)
-        start = tokenizer.encode(before)
-        return replace(prompt, history=len(start)) if ids[: len(start)] == start else prompt
+        return Prompt(tuple(ids), opens_reasoning(text), tuple(tools), chat=True)
+
+    def history(self, messages: Any, tools: Any) -> tuple[int, ...]:
+        """What every prompt that goes on from these messages begins with, whatever is said next."""
+        tokenizer, template = self.needed_tokenizer(), self._chat_template()
+        messages, tools = checked_messages(messages), checked_tools(tools)
+        one, other = (
+            tokenizer.encode(template.render([*messages, said], tools=tools, answer=False))
+            for said in ({"role": "user", "content": text} for text in ("A", "0"))
+        )
+        pairs = enumerate(zip(one, other, strict=False))
+        differ = next((at for at, (a, b) in pairs if a != b), min(len(one), len(other)))
+        return tuple(one[:differ])
 
     def needed_tokenizer(self) -> Tokenizer:
         """The tokenizer.

@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A submitted request: a job of the engine on one side, its caller's handle on the other."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from edgecascade.backends.base import Array
+from edgecascade.completion import Accepted, Completion, Event, Failure
+from edgecascade.errors import (
+    BackendError,
+    DeadlineExceeded,
+    EdgeCascadeError,
+    InvalidRequest,
+)
+from edgecascade.sampling import SampleRow
+from edgecascade.sequence import Running
+
+if TYPE_CHECKING:
+    from edgecascade.engine import Engine
+
+
+@dataclass(frozen=True)
+class Queueing:
+    """How a request is queued.
+
+    `priority`: lower runs first, and may interrupt what is higher. `client`: those who ask take
+    turns. `deadline_s`: from now; what is not done by then ends as it is. `reuse` False: neither
+    start from a kept state nor leave one.
+    """
+
+    priority: int = 1
+    client: str = ""
+    deadline_s: float | None = None
+    reuse: bool = True
+
+    def __post_init__(self) -> None:
+        if isinstance(self.priority, bool) or not isinstance(self.priority, int):
+            raise InvalidRequest(f"priority is {self.priority!r}; it must be an integer")
+        if not isinstance(self.client, str):
+            raise InvalidRequest(f"client is {self.client!r}; it must be a string")
+        late = self.deadline_s
+        if late is not None and not (isinstance(late, int | float) and 0 < late < 1e9):
+            raise InvalidRequest(f"deadline_s is {late!r}; it must be seconds above 0")
+        if not isinstance(self.reuse, bool):
+            raise InvalidRequest(f"reuse is {self.reuse!r}; it must be True or False")
+
+    @classmethod
+    def names(cls) -> frozenset[str]:
+        """What a caller may give by keyword."""
+        return frozenset(field.name for field in fields(cls))
+
+
+class Ticket:
+    """A request under way. `on_event` is told Accepted, pieces, then a Completion or a Failure.
+
+    Accepted comes on the submitting thread, the rest on the engine's: it must not block.
+    """
+
+    def __init__(
+        self, engine: Engine, running: Running, on_event: Callable[[Event], None] | None = None
+    ) -> None:
+        self.prompt: Array = np.array(running.prompt.tokens, np.int32)
+        self.max_tokens = running.room
+        self._engine = engine
+        self._running = running
+        self._tell = on_event or _ignore
+        self._id: int | None = None
+        self._placed = False
+        self._over = threading.Event()
+        self._completion: Completion | None = None  # known, but not told yet
+        self._outcome: Completion | Failure | None = None
+
+    # ---- the caller's side -----------------------------------------------------------------------
+
+    def submit(self, how: Queueing, *, wait: bool) -> Ticket:
+        """Queue it; `wait` for room in the queue rather than be refused."""
+        self._engine.submit(
+            self,
+            priority=how.priority,
+            client=how.client,
+            deadline_s=how.deadline_s,
+            reuse=how.reuse,
+            wait=wait,
+        )
+        return self
+
+    def cancel(self) -> None:
+        """End it at the next token, with the text so far; nothing happens if it is over."""
+        if self._id is not None:
+            self._engine.cancel(self._id)
+
+    @property
+    def done(self) -> bool:
+        """Whether it has ended."""
+        return self._over.is_set()
+
+    def result(self, timeout_s: float | None = None) -> Completion:
+        """Wait for the completion, or raise what it failed with.
+
+        Raises:
+            TimeoutError: when it goes on after `timeout_s`.
+        """
+        if not self._over.wait(timeout_s):
+            raise TimeoutError(f"the request goes on after {timeout_s} s")
+        if isinstance(self._outcome, Completion):
+            return self._outcome
+        raise self._outcome.error if self._outcome else BackendError("the request has no outcome")
+
+    # ---- the engine's side -----------------------------------------------------------------------
+
+    def accepted(self, id: int, ahead: int) -> None:
+        """See Job."""
+        self._id = id
+        self._tell(Accepted(ahead))
+
+    def placed(self, cached_tokens: int) -> None:
+        """See Job."""
+        self._placed = True
+        self._running.admit(cached_tokens)
+
+    def prefilled(self) -> None:
+        """See Job."""
+        self._running.prefilled()
+
+    def row(self) -> SampleRow:
+        """See Job."""
+        return self._running.row()
+
+    def accept(self, token: int, logprob: float, logits: Array) -> int | None:
+        """See Job."""
+        piece = self._running.accept(token, logprob, logits)
+        self._tell(piece)
+        self._completion = piece.completion
+        return None if piece.completion else piece.token_ids[-1]
+
+    def ended(self, reason: str, error: EdgeCascadeError | None) -> None:
+        """See Job."""
+        if error is not None:
+            self._end(Failure(error))
+        elif self._completion is not None:
+            self._end(self._completion)
+        elif reason == "deadline" and not self._placed:
+            self._end(Failure(DeadlineExceeded("the time was up while the request was queued")))
+        else:
+            piece = self._running.stop("deadline" if reason == "deadline" else "cancelled")
+            assert piece.completion is not None
+            self._end(piece.completion, piece)
+
+    def _end(self, outcome: Completion | Failure, *before: Event) -> None:
+        self._outcome = outcome
+        self._over.set()  # first: a listener that fails must not keep others waiting
+        for event in (*before, outcome):
+            self._tell(event)
+
+
+def _ignore(event: Any) -> None:
+    pass
