@@ -91,6 +91,11 @@ class Bundle:
         """Bytes of all weight files."""
         return sum(tensor.bytes for tensor in self.tensors.values())
 
+    @property
+    def weight_files(self) -> list[Path]:
+        """The files that hold tensors, in order."""
+        return [self.path / name for name in sorted({t.file for t in self.tensors.values()})]
+
     def map(self, name: str) -> NDArray[np.uint8]:
         """The tensor's bytes, padding included: a read-only view of the mapped file, on a page
         boundary.

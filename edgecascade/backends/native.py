@@ -21,6 +21,7 @@ from edgecascade.backends._lib import (
     cpu_library,
 )
 from edgecascade.backends.base import Array, Options, Snapshot, check_tokens
+from edgecascade.backends.readahead import ReadAhead
 from edgecascade.backends.recorder import Handle, RecordedCall, Recorder, assign_buffers
 from edgecascade.bundle import Bundle
 from edgecascade.device.memory import memory_bytes
@@ -57,6 +58,7 @@ class NativeBackend:
         self._held = [0] * (self.slots + 1)
         self._bundle = bundle
         self._record(model, config, kv_dtype)
+        self._read_ahead = ReadAhead.of(bundle.weight_files)
 
     # ---- opening
     # ------------------------------------------------------------------------------------
@@ -318,6 +320,8 @@ class NativeBackend:
 
     def close(self) -> None:
         """See Backend."""
+        if self._read_ahead is not None:
+            self._read_ahead.stop()
         self._stream.close()
 
     def _clear(self, slot: int) -> None:
