@@ -53,13 +53,14 @@ MAY_IMPORT = {
     "llm": "backends bundle completion device engine errors sampling scheduler sequence session "
     "snapshots text ticket",
     "service": "bundle completion device engine errors files llm sampling scheduler session text",
+    "client": "errors service text",
     "fleet": "bundle device errors files manifest verified",
     "build_engine": "backends blocks bundle device errors files inspect manifest models ops "
     "sampling tensors verified",
     "doctor": "backends device errors",
     "bench": "backends bundle completion device doctor errors inspect llm sampling",
-    "cli": "backends bench bundle completion device doctor errors fleet inspect llm sampling "
-    "service session text verified",
+    "cli": "backends bench bundle client completion device doctor errors fleet inspect llm "
+    "sampling service session text verified",
     "__init__": "completion errors llm sampling session text",
     "__main__": "cli",
 }

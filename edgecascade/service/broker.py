@@ -256,6 +256,7 @@ class BrokerSetup:
     prefix: str = DEFAULT_PREFIX
     port: int = 8883
     folder: str = "/etc/mosquitto/edgecascade"
+    data: str = "/var/lib/mosquitto"
     certificates: bool = True
     operators: Sequence[str] = ("operator",)
     pools: Mapping[str, Sequence[str]] = field(default_factory=dict)
@@ -302,7 +303,7 @@ max_keepalive 3600
 persistent_client_expiration 7d
 
 persistence true
-persistence_location /var/lib/mosquitto/
+persistence_location {setup.data}/
 autosave_interval 60
 """
 

@@ -232,6 +232,9 @@ class Core:
         return Problem(429, "rate_limited", message, retry_after_ms=retry_ms, retryable=True)
 
     def _submit(self, chat: Chat, now: float) -> list[Outgoing]:
+        if chat.timeout_s <= 0:  # the broker delivered it in its last moment
+            problem = problem_of(DeadlineExceeded("the deadline passed on the way"))
+            return [self._refused(chat.id, chat.reply, problem)]
         self._runs += 1
         run = (self.identity.boot * 7919 + self._runs) % 65536  # a restart begins elsewhere
         head = Head(chat.id, self.identity.model, int(self._wall_clock()), run)

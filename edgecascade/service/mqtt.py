@@ -337,6 +337,7 @@ class Link:
                 if reason.is_failure:
                     log.error("the broker refuses the subscription to %s: %s", name, reason)
                     self.counters.denied += 1
+            self._subscribed(connection)
 
         def disconnected(_c: Any, _u: Any, _flags: Any, reason: Any, _p: Any) -> None:
             if connection.acknowledged:
@@ -365,6 +366,11 @@ class Link:
         # Always: the session may be gone with the broker's memory, whatever it says.
         if self._options.filters:
             connection.client.subscribe(self._subscriptions())
+        else:
+            self._subscribed(connection)
+
+    def _subscribed(self, connection: _Connection) -> None:
+        """From here on nothing that is sent to us is missed: say that we are there."""
         with self._lock:
             self._waiting.extendleft(reversed(list(self._births())))
         connection.acknowledged = True

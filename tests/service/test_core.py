@@ -310,6 +310,13 @@ def test_a_request_that_dies_is_answered_and_may_be_asked_again(
     assert len(desk.model.asked) == 2
 
 
+def test_a_request_that_comes_too_late_is_not_run(desk: Desk) -> None:
+    body = json.dumps({"id": "request-1", "messages": [{"role": "user", "content": "go"}]})
+    message = Incoming(TOPICS.chat("dev-1", "robot"), body.encode(), expiry_s=0)
+    assert code(told(desk.core.receive(message, desk.now))) == (408, "deadline_exceeded")
+    assert desk.model.asked == []
+
+
 def test_a_deadline_while_generating_is_a_final_with_the_text_so_far(desk: Desk) -> None:
     desk.ask()
     ((_, _, body),) = desk.happens(completion(text="for", finish_reason="deadline"))

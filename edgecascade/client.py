@@ -1,0 +1,435 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ask devices over MQTT.
+
+    with Client("mqtt://broker") as client:
+        print(client.chat("robot-7", "Where is the dock?").text)
+        for piece in client.stream(None, "Plan a route.", max_completion_tokens=200):
+            print(piece.text, end="")              # None: any device that accepts requests
+
+    async with Client("mqtt://broker") as client:
+        async for piece in client.astream("robot-7", "Plan a route."): ...
+
+A request is sent under one id until its final arrives or its deadline passes, through broker
+restarts and device restarts. Live text with a hole is completed from the final.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import queue
+import secrets
+import threading
+import time
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from random import choice
+from types import TracebackType
+from typing import Any
+
+from edgecascade.errors import InvalidRequest, NetworkError
+from edgecascade.service import wire
+from edgecascade.service.config import broker_address
+from edgecascade.service.exchange import GRACE_S, Exchange, Send, Shown
+from edgecascade.service.mqtt import Link, LinkOptions
+from edgecascade.service.protocol import Incoming
+from edgecascade.service.replies import (
+    MAX_MESSAGE_BYTES,
+    Outgoing,
+    Status,
+    read_reply,
+    read_status,
+)
+from edgecascade.service.topics import DEFAULT_PREFIX, Topics, is_name, is_request_id
+from edgecascade.text.tools import ToolCall
+
+CONNECT_S = 10.0
+STATUS_S = 0.3  # retained states arrive within this after the subscription
+TIMEOUT_S = 60.0
+
+Messages = str | Sequence[Mapping[str, Any]]
+Heard = Callable[[float], Shown | None]  # given the time, what to show of what was heard
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A finished request. `body` is the whole chat.completion object as it came."""
+
+    id: str
+    device: str
+    text: str
+    reasoning: str
+    tool_calls: tuple[ToolCall, ...]
+    finish_reason: str
+    usage: Mapping[str, int]
+    body: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """A request that waits; `put` takes what is heard, from any thread."""
+
+    id: str
+    exchange: Exchange
+    body: Mapping[str, Any]
+    pool: str | None
+    put: Callable[[Heard], None]
+
+
+class Stream:
+    """What is to be shown of an answer, piece by piece; `answer` is there at the end."""
+
+    def __init__(
+        self, pending: _Pending, pieces: Generator[Shown], forget: Callable[[_Pending], None]
+    ) -> None:
+        self._pending, self._pieces, self._forget = pending, pieces, forget
+
+    @property
+    def id(self) -> str:
+        """The request's id, for Client.cancel."""
+        return self._pending.id
+
+    @property
+    def answer(self) -> Answer:
+        """The whole answer, once the stream is at its end."""
+        return _answer(self._pending)
+
+    def close(self) -> None:
+        """Stop early: the device stops, too."""
+        self._pieces.close()
+        self._forget(self._pending)  # a generator that never ran has no end
+
+    def __iter__(self) -> Iterator[Shown]:
+        yield from self._pieces
+        _answer(self._pending)  # raises what ended it
+
+
+class Client:
+    """A connection for any number of requests at once, from any threads."""
+
+    def __init__(
+        self,
+        broker: str,
+        *,
+        client_id: str | None = None,
+        prefix: str = DEFAULT_PREFIX,
+        username: str | None = None,
+        password: str | None = None,
+        ca: str | None = None,
+        cert: str | None = None,
+        key: str | None = None,
+        protocol: str = "auto",
+    ) -> None:
+        self.id = client_id or f"client-{secrets.token_hex(4)}"
+        if not is_name(self.id):
+            raise InvalidRequest(f"client_id is {self.id!r}; give 1 to 64 of A-Z a-z 0-9 _ -")
+        self._topics = Topics(prefix)
+        self._lock = threading.Lock()
+        self._pending: dict[str, _Pending] = {}
+        self._devices: dict[str, Status] = {}
+        self._any_status = threading.Event()
+        address = broker_address(
+            broker,
+            username=username,
+            password=password,
+            ca_file=ca,
+            cert_file=cert,
+            key_file=key,
+            protocol=protocol,
+        )
+        topic = self._topics.client_status(self.id)
+        self._link = Link(
+            LinkOptions(
+                address,
+                self.id,
+                self._topics.client_filters(self.id),
+                will=Outgoing(topic, wire.encode({"status": "offline"})),
+                forget=client_id is None,
+            ),
+            self._heard,
+            on_up=self._connected,
+            on_result=self._published,
+        )
+
+    def connect(self, timeout_s: float = CONNECT_S) -> Client:
+        """Connect, and wait until the broker has accepted it.
+
+        Raises:
+            NetworkError: with the reason when it does not.
+        """
+        self._link.start()
+        if not self._link.wait_up(timeout_s):
+            reason = self._link.fatal or self._link.reason
+            self._link.stop()
+            raise NetworkError(f"no connection to the broker: {reason}")
+        self._any_status.wait(STATUS_S)
+        return self
+
+    def close(self) -> None:
+        """Cancel what runs and disconnect."""
+        for request_id in list(self._pending):
+            self.cancel(request_id)
+        self._link.flush(1.0)
+        self._link.stop()
+
+    def devices(self) -> dict[str, Status]:
+        """What each device said last about itself."""
+        with self._lock:
+            return dict(self._devices)
+
+    def chat(self, device: str | None, messages: Messages, **options: Any) -> Answer:
+        """Ask and wait. `device` None is any that accepts requests.
+
+        Options are the parameters of docs/mqtt.md, with OpenAI's names, and `timeout_s` (60),
+        `request_id` (random) and `pool` (with device None: whoever of the pool takes it).
+
+        Raises:
+            RemoteError: when the device refuses the request.
+            DeadlineExceeded: when there is no answer in time.
+        """
+        stream = self._stream(device, messages, options, stream=False)
+        for _ in stream:
+            pass
+        return stream.answer
+
+    def stream(self, device: str | None, messages: Messages, **options: Any) -> Stream:
+        """As chat(), piece by piece."""
+        return self._stream(device, messages, options, stream=True)
+
+    async def achat(self, device: str | None, messages: Messages, **options: Any) -> Answer:
+        """As chat(); a cancelled task cancels the request."""
+        pending, pieces = self._astream(device, messages, options, stream=False)
+        async for _ in pieces:
+            pass
+        return _answer(pending)
+
+    async def astream(
+        self, device: str | None, messages: Messages, **options: Any
+    ) -> AsyncGenerator[Shown]:
+        """As stream()."""
+        pending, pieces = self._astream(device, messages, options, stream=True)
+        async with contextlib.aclosing(pieces):
+            async for piece in pieces:
+                yield piece
+        _answer(pending)
+
+    def cancel(self, request_id: str) -> None:
+        """Take a request back; it ends with what there is of its answer."""
+        pending = self._pending.get(request_id)
+        if pending is None or pending.exchange.over:
+            return
+        pending.exchange.cancelled = True
+        if (device := pending.exchange.device) is not None:
+            topic = self._topics.cancel(device, self.id)
+            self._link.publish(Outgoing(topic, wire.encode({"id": request_id})))
+
+    def __enter__(self) -> Client:
+        return self.connect()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    async def __aenter__(self) -> Client:
+        return await asyncio.to_thread(self.connect)
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await asyncio.to_thread(self.close)
+
+    def _stream(
+        self, device: str | None, messages: Messages, options: dict[str, Any], *, stream: bool
+    ) -> Stream:
+        inbox: queue.SimpleQueue[Heard] = queue.SimpleQueue()
+        pending = self._open(device, messages, options, inbox.put, stream=stream)
+        self._step(pending)
+        return Stream(pending, self._pieces(pending, inbox), self._forget)
+
+    def _pieces(self, pending: _Pending, inbox: queue.SimpleQueue[Heard]) -> Generator[Shown]:
+        try:
+            while (wait_s := self._step(pending)) is not None:
+                try:
+                    heard = inbox.get(timeout=wait_s)
+                except queue.Empty:
+                    continue
+                if shown := heard(time.monotonic()):
+                    yield shown
+        finally:
+            self._forget(pending)
+
+    def _astream(
+        self, device: str | None, messages: Messages, options: dict[str, Any], *, stream: bool
+    ) -> tuple[_Pending, AsyncGenerator[Shown]]:
+        loop = asyncio.get_running_loop()
+        inbox: asyncio.Queue[Heard] = asyncio.Queue()
+
+        def put(heard: Heard) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
+                loop.call_soon_threadsafe(inbox.put_nowait, heard)
+
+        pending = self._open(device, messages, options, put, stream=stream)
+        self._step(pending)
+        return pending, self._apieces(pending, inbox)
+
+    async def _apieces(
+        self, pending: _Pending, inbox: asyncio.Queue[Heard]
+    ) -> AsyncGenerator[Shown]:
+        try:
+            while (wait_s := self._step(pending)) is not None:
+                try:
+                    heard = await asyncio.wait_for(inbox.get(), wait_s)
+                except asyncio.TimeoutError:
+                    continue
+                if shown := heard(time.monotonic()):
+                    yield shown
+        finally:
+            self._forget(pending)
+
+    def _open(
+        self,
+        device: str | None,
+        messages: Messages,
+        options: Mapping[str, Any],
+        put: Callable[[Heard], None],
+        *,
+        stream: bool,
+    ) -> _Pending:
+        # With a seed of its own, a request that has to run again gives the same tokens.
+        parameters = {"seed": secrets.randbelow(2**53), **options}
+        timeout_s = float(parameters.pop("timeout_s", TIMEOUT_S))
+        request_id = parameters.pop("request_id", None) or secrets.token_hex(8)
+        pool = parameters.pop("pool", None)
+        if not is_request_id(request_id):
+            raise InvalidRequest(f"request_id is {request_id!r}; give 8 to 64 of A-Z a-z 0-9 _ -")
+        for name in (device, pool):
+            if name is not None and not is_name(name):
+                raise InvalidRequest(f"{name!r} is no device or pool: 1 to 64 of A-Z a-z 0-9 _ -")
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
+        body = {"id": request_id, "messages": list(messages), "stream": stream, **parameters}
+        _check_size(body)
+        exchange = Exchange(
+            time.monotonic() + timeout_s, self._choose, device, pool=pool is not None
+        )
+        pending = _Pending(request_id, exchange, body, pool, put)
+        with self._lock:
+            if request_id in self._pending:
+                raise InvalidRequest(f"request {request_id!r} is running already")
+            self._pending[request_id] = pending
+        return pending
+
+    def _step(self, pending: _Pending) -> float | None:
+        """Send what is due; seconds until there is more to do, None at the end."""
+        now, exchange = time.monotonic(), pending.exchange
+        if self._link.fatal:
+            exchange.fail(NetworkError(self._link.fatal))
+        if (send := exchange.step(now, up=self._link.up)) is not None:
+            self._link.publish(self._request(pending, send))
+        if exchange.over:
+            return None
+        return max(0.0, min(exchange.due, exchange.deadline + GRACE_S + 0.01) - now)
+
+    def _request(self, pending: _Pending, send: Send) -> Outgoing:
+        topics = self._topics
+        topic = (
+            topics.chat(send.device, self.id)
+            if send.device is not None
+            else topics.pool_chat(str(pending.pool), self.id)
+        )
+        body = {**pending.body, "timeout_s": round(send.remaining_s, 3)}
+        expiry_s = max(1, round(send.remaining_s))
+        return Outgoing(topic, wire.encode(body), expiry_s=expiry_s, tag=pending.id)
+
+    def _forget(self, pending: _Pending) -> None:
+        self.cancel(pending.id)
+        with self._lock:
+            self._pending.pop(pending.id, None)
+
+    def _choose(self, avoid: frozenset[str]) -> str | None:
+        """The least busy device that accepts requests."""
+        with self._lock:
+            load = {
+                name: (status.busy + status.queue) / max(1, status.slots)
+                for name, status in self._devices.items()
+                if status.accepts and name not in avoid
+            }
+        least = min(load.values(), default=0.0)
+        best = [name for name, busy in load.items() if busy == least]
+        return choice(best) if best else None
+
+    # On the network thread.
+
+    def _heard(self, message: Incoming) -> None:
+        address = self._topics.parse(message.topic)
+        if address is None:
+            return
+        if address.kind == "status":
+            self._status(address.device, message.payload)
+            return
+        pending = self._pending.get(address.request)
+        reply = read_reply(message.payload)
+        if pending is not None and reply is not None:
+            pending.put(partial(pending.exchange.hear, address.device, reply))
+
+    def _status(self, device: str, payload: bytes) -> None:
+        status = read_status(payload)
+        with self._lock:
+            known = self._devices.get(device)
+            if status is None or (known is not None and status.boot < known.boot):
+                return  # a late last will of an earlier start
+            self._devices[device] = status
+            waiting = list(self._pending.values())
+        self._any_status.set()
+        for pending in waiting:
+            pending.put(partial(pending.exchange.seen, device, status))
+
+    def _published(self, message: Outgoing, reason: int) -> None:
+        pending = self._pending.get(message.tag)
+        if pending is not None and reason:
+            pending.put(partial(pending.exchange.sent, reason))
+
+    def _connected(self) -> None:
+        with self._lock:
+            waiting = list(self._pending.values())
+        for pending in waiting:
+            pending.put(pending.exchange.connected)
+
+
+def _check_size(body: Mapping[str, Any]) -> None:
+    try:
+        size = len(wire.encode(body))
+    except (TypeError, ValueError) as error:  # a lone surrogate is a ValueError, too
+        raise InvalidRequest(f"the request cannot be written as JSON: {error}") from error
+    if size > MAX_MESSAGE_BYTES:
+        raise InvalidRequest(f"the request has {size} bytes; at most {MAX_MESSAGE_BYTES} are taken")
+
+
+def _answer(pending: _Pending) -> Answer:
+    exchange = pending.exchange
+    if exchange.error is not None:
+        raise exchange.error
+    if exchange.final is None:
+        raise InvalidRequest("the answer is there when the stream is at its end")
+    choice, body = exchange.final["choices"][0], exchange.final
+    message = choice["message"]
+    calls = [call["function"] for call in message.get("tool_calls") or ()]
+    return Answer(
+        id=pending.id,
+        device=exchange.answered_by,
+        text=message.get("content") or "",
+        reasoning=message.get("reasoning_content") or "",
+        tool_calls=tuple(ToolCall(c["name"], json.loads(c["arguments"])) for c in calls),
+        finish_reason=choice["finish_reason"],
+        usage=body.get("usage") or {},
+        body=body,
+    )

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""systemd: the unit file, and the two words a service says to it (sd_notify)."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from pathlib import PurePosixPath
+
+from edgecascade.errors import InvalidRequest
+
+# Half of this passes between two signs of life, so one may be late.
+WATCHDOG_S = 30
+
+
+def unit(bundle: str, config: str, *, program: str, user: str = "edgecascade") -> str:
+    """A unit that starts when the service is ready to answer, and again when it hangs.
+
+    Raises:
+        InvalidRequest: for a path that systemd would read otherwise.
+    """
+    for path in (bundle, config, program):
+        if not PurePosixPath(path).is_absolute() or set(path) & set(" \t\n\"'\\%$"):
+            raise InvalidRequest(
+                f"path is {path!r}; a unit needs an absolute one without spaces, quotes, % or $"
+            )
+    return f"""\
+[Unit]
+Description=EdgeCascade language model over MQTT
+Wants=network-online.target
+After=network-online.target
+
+[Service]
+Type=notify
+NotifyAccess=main
+ExecStart={program} serve {bundle} --config {config}
+# Ready means: the bundle is loaded and the broker has accepted the connection.
+TimeoutStartSec=infinity
+WatchdogSec={WATCHDOG_S}
+Restart=always
+RestartSec=2
+# SIGTERM drains: what runs is finished, what comes is sent elsewhere.
+TimeoutStopSec=60
+User={user}
+StateDirectory=edgecascade
+CacheDirectory=edgecascade
+Environment=XDG_CACHE_HOME=/var/cache/edgecascade
+NoNewPrivileges=yes
+ProtectSystem=strict
+ProtectHome=read-only
+PrivateTmp=yes
+RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX
+LockPersonality=yes
+
+[Install]
+WantedBy=multi-user.target
+"""
+
+
+def notify(words: str) -> bool:
+    """Tell systemd, as READY=1 or WATCHDOG=1; False where nobody listens."""
+    address = os.environ.get("NOTIFY_SOCKET")
+    if not address:
+        return False
+    path = "\0" + address[1:] if address.startswith("@") else address
+    with (
+        contextlib.suppress(OSError),
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as out,
+    ):
+        out.sendto(words.encode(), path)
+        return True
+    return False
+
+
+def watchdog_period_s() -> float | None:
+    """How often systemd wants a sign of life: half of its patience."""
+    try:
+        return int(os.environ["WATCHDOG_USEC"]) / 2e6
+    except (KeyError, ValueError):
+        return None

@@ -1,0 +1,354 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A real LLM behind a real broker: our client, foreign clients, and what they must not do."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import queue
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import paho.mqtt.client as paho
+import pytest
+from conftest import WAIT_S, Connect, Serve
+from paho.mqtt.enums import CallbackAPIVersion
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
+
+from edgecascade import LLM
+from edgecascade.errors import DeadlineExceeded, InvalidRequest, NetworkError, RemoteError
+from edgecascade.service.broker import LocalBroker
+from edgecascade.service.service import next_boot
+from edgecascade.service.topics import Topics
+
+TOPICS = Topics()
+ASK = [{"role": "user", "content": "go to the dock"}]
+GREEDY = {"temperature": 0, "max_completion_tokens": 24, "seed": 5}
+
+
+def direct(llm: LLM, **params: Any) -> Any:
+    return llm.generate(messages=ASK, **params)
+
+
+def until(holds: Callable[[], bool]) -> bool:
+    end = time.monotonic() + WAIT_S
+    while time.monotonic() < end:
+        if holds():
+            return True
+        time.sleep(0.01)
+    return False
+
+
+class Raw:
+    """A client that knows nothing of ours."""
+
+    def __init__(self, broker: LocalBroker, name: str, protocol: int = paho.MQTTv5) -> None:
+        self.got: queue.Queue[paho.MQTTMessage] = queue.Queue()
+        self.client = paho.Client(CallbackAPIVersion.VERSION2, name, protocol=protocol)
+        self.client.on_message = lambda client, data, message: self.got.put(message)
+        subscribed = threading.Event()
+        self.client.on_subscribe = lambda *args: subscribed.set()
+        self.client.connect("127.0.0.1", broker.port)
+        self.client.subscribe(f"edgecascade/v1/c/{name}/#", 1)
+        self.client.loop_start()
+        assert subscribed.wait(WAIT_S)
+        self.chat = TOPICS.chat("dev-1", name)
+
+    def publish(self, topic: str, payload: bytes, **facts: Any) -> None:
+        retain = facts.pop("retain", False)
+        properties = None
+        if facts:
+            properties = Properties(PacketTypes.PUBLISH)
+            for name, value in facts.items():
+                setattr(properties, name, value)
+        self.client.publish(topic, payload, 1, retain, properties)
+
+    def last_word(self) -> tuple[paho.MQTTMessage, dict[str, Any]]:
+        """The next final or error."""
+        while True:
+            message = self.got.get(timeout=WAIT_S)
+            body = json.loads(message.payload)
+            if "error" in body or body.get("object") == "chat.completion":
+                return message, body
+
+    def close(self) -> None:
+        self.client.disconnect()
+        self.client.loop_stop()
+
+
+@pytest.fixture
+def raw(mosquitto: LocalBroker) -> Iterator[Raw]:
+    client = Raw(mosquitto, "stranger")
+    yield client
+    client.close()
+
+
+def test_an_answer_is_the_one_that_generate_gives(serve: Serve, connect: Connect, llm: LLM) -> None:
+    serve()
+    answer = connect("robot").chat("dev-1", ASK, temperature=0.8, max_tokens=24, seed=5)
+    alone = direct(llm, temperature=0.8, max_tokens=24, seed=5)
+    assert (answer.text, answer.reasoning) == (alone.text, alone.reasoning)
+    assert answer.finish_reason == alone.finish_reason
+    assert answer.usage["completion_tokens"] == alone.usage.completion_tokens
+    assert (answer.device, answer.body["seed"]) == ("dev-1", 5)
+
+
+def test_a_stream_adds_up_to_the_answer(serve: Serve, connect: Connect, llm: LLM) -> None:
+    serve(flush_ms=1)
+    stream = connect("robot").stream("dev-1", ASK, **GREEDY)
+    pieces = list(stream)
+    alone = direct(llm, temperature=0, max_tokens=24, seed=5)
+    assert "".join(p.text for p in pieces) == alone.text
+    assert "".join(p.reasoning for p in pieces) == alone.reasoning
+    assert stream.answer.text == alone.text
+    assert stream.answer.body["chunks"] > 1
+
+
+def test_many_at_once_and_from_many_threads(serve: Serve, connect: Connect, llm: LLM) -> None:
+    serve()
+    clients = [connect(f"robot-{index}") for index in range(4)]
+    alone = {seed: direct(llm, temperature=1.0, max_tokens=16, seed=seed) for seed in range(24)}
+
+    def ask(seed: int) -> bool:
+        answer = clients[seed % 4].chat(None, ASK, temperature=1.0, max_tokens=16, seed=seed)
+        return (answer.text, answer.reasoning) == (alone[seed].text, alone[seed].reasoning)
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(ask, range(24)))
+
+
+def test_asyncio(serve: Serve, connect: Connect, llm: LLM) -> None:
+    serve()
+    client = connect("robot")
+    alone = direct(llm, temperature=0, max_tokens=24, seed=5)
+
+    async def all_at_once() -> tuple[list[Any], str]:
+        shown = [piece async for piece in client.astream("dev-1", ASK, **GREEDY)]
+        answers = await asyncio.gather(*(client.achat(None, ASK, **GREEDY) for _ in range(6)))
+        return answers, "".join(piece.text + piece.reasoning for piece in shown)
+
+    answers, shown = asyncio.run(all_at_once())
+    assert {answer.text for answer in answers} == {alone.text}
+    assert shown == alone.reasoning + alone.text or shown == alone.text + alone.reasoning
+
+
+def test_a_stream_that_is_closed_early_frees_the_device(serve: Serve, connect: Connect) -> None:
+    serve()
+    client = connect("robot")
+    stream = client.stream("dev-1", ASK, max_completion_tokens=2000, timeout_s=600, flush_ms=0)
+    next(iter(stream))
+    stream.close()
+    assert until(lambda: client.devices()["dev-1"].busy == 0)
+
+
+def test_a_cancelled_request_ends_with_what_there_is(serve: Serve, connect: Connect) -> None:
+    serve()
+    client = connect("robot")
+    stream = client.stream("dev-1", ASK, max_completion_tokens=2000, timeout_s=600, flush_ms=0)
+    for index, _ in enumerate(stream):
+        if index == 1:
+            client.cancel(stream.id)
+    answer = stream.answer
+    assert answer.finish_reason == "cancelled"
+    assert 0 < answer.usage["completion_tokens"] < 2000
+
+
+def test_a_deadline_is_kept(serve: Serve, connect: Connect) -> None:
+    serve()
+    client = connect("robot")
+    answer = client.chat("dev-1", ASK, max_completion_tokens=4000, timeout_s=0.3)
+    assert answer.finish_reason in ("deadline", "length")
+
+
+def test_a_refusal_is_an_error_with_its_parameter(serve: Serve, connect: Connect) -> None:
+    serve()
+    client = connect("robot")
+    with pytest.raises(RemoteError, match="temperature") as caught:
+        client.chat("dev-1", ASK, temperature=9)
+    assert (caught.value.status, caught.value.param) == (400, "temperature")
+    with pytest.raises(RemoteError) as caught:
+        client.chat("dev-1", [{"role": "pilot", "content": "hi"}])
+    assert caught.value.param == "messages"
+    with pytest.raises(RemoteError) as caught:
+        client.chat("dev-1", "many words " * 5000, timeout_s=20)
+    assert caught.value.reason == "context_length_exceeded"
+    with pytest.raises(InvalidRequest, match="at most"):
+        client.chat("dev-1", "x" * 100_000)
+
+
+def test_a_device_that_is_not_there_is_named(connect: Connect) -> None:
+    with pytest.raises(DeadlineExceeded, match="dev-9 does not listen"):
+        connect("robot").chat("dev-9", ASK, timeout_s=0.5)
+    with pytest.raises(DeadlineExceeded, match="no device"):
+        connect("robot-2").chat(None, ASK, timeout_s=0.2)
+
+
+def test_a_broker_that_is_not_there_is_an_error_with_a_reason() -> None:
+    from edgecascade.client import Client
+    from edgecascade.service.broker import free_port
+
+    with pytest.raises(NetworkError, match="refused"):
+        Client(f"mqtt://127.0.0.1:{free_port()}").connect(1.0)
+
+
+def test_status_and_info_are_retained_and_the_end_is_told(
+    serve: Serve, connect: Connect, raw: Raw, llm: LLM
+) -> None:
+    service = serve()
+    client = connect("robot")
+    status = client.devices()["dev-1"]
+    assert (status.status, status.accepts, status.boot) == ("online", True, 1)
+    assert (status.slots, status.bundle) == (4, llm.bundle.id)
+    raw.client.subscribe(TOPICS.info("dev-1"))
+    info = json.loads(raw.got.get(timeout=WAIT_S).payload)
+    assert info["models"][0]["bundle"] == llm.bundle.id
+    service.stop()
+    assert until(lambda: client.devices()["dev-1"].status == "offline")
+
+
+def test_a_pool_answers(serve: Serve, connect: Connect) -> None:
+    serve(pool="lab")
+    answer = connect("robot").chat(None, ASK, pool="lab", **GREEDY)
+    assert answer.device == "dev-1"
+
+
+def test_a_foreign_client_with_response_topic(serve: Serve, raw: Raw) -> None:
+    serve()
+    body = {"id": "foreign-0001", "messages": ASK, "stream": True, **GREEDY}
+    own = "edgecascade/v1/c/stranger/r/dev-1/answers"
+    raw.publish(raw.chat, json.dumps(body).encode(), ResponseTopic=own, CorrelationData=b"\x01\xff")
+    first = raw.got.get(timeout=WAIT_S)
+    while json.loads(first.payload).get("object") == "chat.completion.queued":
+        first = raw.got.get(timeout=WAIT_S)
+    assert (first.topic, first.properties.CorrelationData) == (own, b"\x01\xff")
+    assert json.loads(first.payload)["object"] == "chat.completion.chunk"
+    message, final = raw.last_word()
+    assert (message.topic, message.properties.CorrelationData) == (own, b"\x01\xff")
+    assert message.properties.ContentType == "application/json"
+    assert final["id"] == "foreign-0001"
+
+
+def test_a_foreign_client_of_mqtt_3(serve: Serve, mosquitto: LocalBroker) -> None:
+    serve()
+    client = Raw(mosquitto, "old", paho.MQTTv311)
+    try:
+        client.publish(
+            client.chat, json.dumps({"id": "old-client", "messages": ASK, **GREEDY}).encode()
+        )
+        message, final = client.last_word()
+        assert message.topic == "edgecascade/v1/c/old/r/dev-1/old-client"
+        assert final["choices"][0]["finish_reason"]
+    finally:
+        client.close()
+
+
+def test_a_response_topic_of_somebody_else_is_not_used(serve: Serve, raw: Raw) -> None:
+    serve()
+    raw.client.subscribe("edgecascade/v1/c/victim/#", 1)
+    body = {"id": "foreign-0001", "messages": ASK, **GREEDY}
+    raw.publish(raw.chat, json.dumps(body).encode(), ResponseTopic="edgecascade/v1/c/victim/r/x/y")
+    message, _ = raw.last_word()
+    assert message.topic == "edgecascade/v1/c/stranger/r/dev-1/foreign-0001"
+
+
+def test_mosquitto_s_own_tools_are_enough(serve: Serve, mosquitto: LocalBroker) -> None:
+    serve()
+    at = ["-h", "127.0.0.1", "-p", str(mosquitto.port)]
+    try:
+        listener = subprocess.Popen(
+            ["mosquitto_sub", *at, "-t", "edgecascade/v1/c/shell/r/#", "-C", "1", "-W", "30"],
+            stdout=subprocess.PIPE,
+        )
+    except FileNotFoundError:
+        pytest.skip("mosquitto_sub is not installed: sudo apt install mosquitto-clients")
+    with listener:
+        time.sleep(0.5)
+        body = json.dumps({"id": "from-shell", "messages": ASK, **GREEDY})
+        topic = TOPICS.chat("dev-1", "shell")
+        subprocess.run(["mosquitto_pub", *at, "-q", "1", "-t", topic, "-m", body], check=True)
+        out, _ = listener.communicate(timeout=WAIT_S)
+    assert json.loads(out)["object"] == "chat.completion"
+
+
+@pytest.mark.parametrize(
+    ("payload", "status", "code"),
+    [
+        (b"\xff\xfe", 400, "invalid_json"),
+        (b"[" * 100, 400, "invalid_json"),
+        (b'{"id":"request-1","temperature":NaN}', 400, "invalid_json"),
+        (b"{}", 400, "invalid_id"),
+        (b" " * 98_400, 413, "request_too_large"),
+        (b'{"id":"request-1","messages":[],"stream":true}', 400, "out_of_range"),
+        (b'{"id":"request-1","massages":[]}', 400, "unknown_parameter"),
+        (b'{"id":"request-1","messages":[{"role":"user"}]}', 400, "invalid_request"),
+    ],
+)
+def test_bad_input_is_answered(
+    serve: Serve, raw: Raw, payload: bytes, status: int, code: str
+) -> None:
+    serve()
+    raw.publish(raw.chat, payload)
+    message, body = raw.last_word()
+    assert (body["error"]["status"], body["error"]["code"]) == (status, code)
+    assert message.topic.startswith("edgecascade/v1/c/stranger/r/dev-1/")
+
+
+def test_a_retained_request_is_never_run(serve: Serve, raw: Raw) -> None:
+    body = json.dumps({"id": "request-1", "messages": ASK, **GREEDY}).encode()
+    raw.publish(raw.chat, body, retain=True)
+    raw.publish("t/sync", b"")
+    service = serve()
+    assert raw.last_word()[1]["error"]["code"] == "retained_request"
+    raw.publish(raw.chat, body, retain=True)
+    assert raw.last_word()[1]["error"]["code"] == "retained_request"
+    raw.publish(raw.chat, b"", retain=True)
+    assert until(lambda: service._core.figures.dropped["retained_cleared"] == 1)
+
+
+def test_the_same_id_runs_once(serve: Serve, raw: Raw) -> None:
+    service = serve()
+    body = json.dumps({"id": "request-1", "messages": ASK, **GREEDY}).encode()
+    for _ in range(5):
+        raw.publish(raw.chat, body)
+    _, first = raw.last_word()
+    raw.publish(raw.chat, body)
+    _, again = raw.last_word()
+    assert again == first
+    assert service._core.figures.finished == {first["choices"][0]["finish_reason"]: 1}
+    other = json.dumps({"id": "request-1", "messages": ASK, "seed": 6}).encode()
+    raw.publish(raw.chat, other)
+    while "error" not in (last := raw.last_word()[1]):
+        pass
+    assert last["error"]["code"] == "idempotency_conflict"
+
+
+def test_nothing_is_left_behind(serve: Serve, connect: Connect, llm: LLM) -> None:
+    before = threading.active_count()
+    service = serve()
+    client = connect("robot")
+    for index in range(10):
+        client.chat("dev-1", f"request {index}", **GREEDY)
+        with suppress(RemoteError):
+            client.chat("dev-1", ASK, temperature=9)
+    assert client._pending == {}
+    assert (service._core.busy, len(service._inbox)) == (0, 0)
+    assert service._core._per_client == {}
+    assert threading.active_count() <= before + 3  # one runs the service, two the connections
+
+
+def test_the_boot_counter_grows_and_survives_damage(tmp_path: Path) -> None:
+    folder = tmp_path / "new" / "state"
+    assert [next_boot(folder, "dev-1") for _ in range(3)] == [1, 2, 3]
+    assert next_boot(folder, "dev-2") == 1
+    (folder / "dev-1.boot").write_text("")
+    assert next_boot(folder, "dev-1") > 1_000_000_000
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InvalidRequest, match="--state-dir"):
+        next_boot(tmp_path / "file", "dev-1")
