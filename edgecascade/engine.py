@@ -7,10 +7,12 @@ running answer.
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import logging
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -220,6 +222,7 @@ class Engine:
                 name = "edgecascade-engine"
                 self._thread = threading.Thread(target=self._run, name=name, daemon=True)
                 self._thread.start()
+                _RUNNING.add(self)
             self._wake.notify()
         return id
 
@@ -516,3 +519,13 @@ class Engine:
                 self._scheduler.finished(id, now)
         for id in ids:
             self._tell(self._tasks.pop(id).job, "failed", error)
+
+
+_RUNNING: weakref.WeakSet[Engine] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """The library must not be computing while the process takes it down."""
+    for engine in list(_RUNNING):
+        engine.close()

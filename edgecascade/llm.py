@@ -313,6 +313,10 @@ class LLM:
             self._backend.close()
             self.bundle.close()
 
+    def __del__(self) -> None:
+        if hasattr(self, "_closed"):  # else loading failed
+            self.close()
+
     def __enter__(self) -> LLM:
         return self
 
@@ -380,7 +384,7 @@ class LLM:
         on_event: Callable[[Event], None] | None = None,
     ) -> Ticket:
         """A request, checked and ready to be submitted."""
-        return Ticket(self._engine, self._running(prompt, params), on_event)
+        return Ticket(self._engine, self._running(prompt, params), on_event, owner=self)
 
     def _running(self, prompt: Prompt, params: SamplingParams) -> Running:
         self._check_fits(len(prompt.tokens))

@@ -22,6 +22,8 @@ from edgecascade.text.budget import ThinkingBudget
 from edgecascade.text.prompt import Prompt
 from edgecascade.text.stream import TextDelta, TextStream
 
+NONE_SEEN = np.zeros(0, np.int32)
+
 
 @dataclass
 class Running:
@@ -58,6 +60,8 @@ class Running:
 
     def row(self) -> SampleRow:
         """How to sample its next token."""
+        if not self._seen:
+            return SampleRow(self.sampling, self._draws.next(), NONE_SEEN, NONE_SEEN)
         seen = np.fromiter(self._seen.keys(), np.int32, len(self._seen))
         count = np.fromiter(self._seen.values(), np.int32, len(self._seen))
         return SampleRow(self.sampling, self._draws.next(), seen, count)

@@ -59,19 +59,26 @@ class Queueing:
 class Ticket:
     """A request under way. `on_event` is told Accepted, pieces, then a Completion or a Failure.
 
-    Accepted comes on the submitting thread, the rest on the engine's: it must not block.
+    Accepted comes on the submitting thread, the rest on the engine's: it must not block. `owner` is
+    kept alive until then.
     """
 
     def __init__(
-        self, engine: Engine, running: Running, on_event: Callable[[Event], None] | None = None
+        self,
+        engine: Engine,
+        running: Running,
+        on_event: Callable[[Event], None] | None = None,
+        *,
+        owner: object = None,
     ) -> None:
         self.prompt: Array = np.array(running.prompt.tokens, np.int32)
         self.max_tokens = running.room
         self._engine = engine
+        self._owner = owner
         self._running = running
         self._tell = on_event or _ignore
         self._id: int | None = None
-        self._placed = False
+        self._placed = self._cancelled = False
         self._over = threading.Event()
         self._completion: Completion | None = None  # known, but not told yet
         self._outcome: Completion | Failure | None = None
@@ -92,6 +99,7 @@ class Ticket:
 
     def cancel(self) -> None:
         """End it at the next token, with the text so far; nothing happens if it is over."""
+        self._cancelled = True
         if self._id is not None:
             self._engine.cancel(self._id)
 
@@ -118,6 +126,8 @@ class Ticket:
         """See Job."""
         self._id = id
         self._tell(Accepted(ahead))
+        if self._cancelled:  # while it waited for room in the queue
+            self._engine.cancel(id)
 
     def placed(self, cached_tokens: int) -> None:
         """See Job."""

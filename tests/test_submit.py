@@ -4,6 +4,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -204,6 +207,35 @@ def test_a_logits_call_waits_its_turn_and_disturbs_nobody(load: Load) -> None:
     assert heard.outcome().token_ids == want
 
 
+def test_a_forgotten_llm_stops_its_thread(build: Build) -> None:
+    before = threading.active_count()
+    llm = LLM.load(build("tiny", "speed"), "cpu")
+    assert llm.generate([5], **SHORT).token_ids
+    assert threading.active_count() == before + 1
+    del llm
+    gc.collect()
+    assert threading.active_count() == before
+
+
+def test_a_request_keeps_its_llm_until_it_is_over(build: Build) -> None:
+    ticket = LLM.load(build("tiny", "speed"), "cpu").submit([5], on_event=Listener(), **SHORT)
+    gc.collect()
+    assert len(ticket.result(60).token_ids) == 8
+
+
+def test_a_process_may_end_in_the_middle_of_it_all(build: Build) -> None:
+    program = f"""
+from edgecascade import LLM
+llm = LLM.load({str(build("tiny", "speed"))!r}, "cpu")
+for _ in range(4):
+    llm.submit([5, 6, 7], on_event=lambda event: None, ignore_eos=True)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 # ---- asyncio -------------------------------------------------------------------------------------
 
 
@@ -235,6 +267,26 @@ def test_a_cancelled_task_frees_its_slot(load: Load) -> None:
 
     with pytest.raises(asyncio.TimeoutError):
         asyncio.run(hurry())
+    assert llm.generate([5], deadline_s=30, **SHORT).finish_reason == "length"
+
+
+def test_a_task_that_is_cancelled_while_it_waits_for_the_queue_leaves_nothing(load: Load) -> None:
+    llm = load(slots=1, max_queue=1)
+    hold = [llm.submit([5], on_event=Listener(), **ENDLESS)]
+    while not llm.stats().running:
+        time.sleep(0.001)
+    hold.append(llm.submit([5], on_event=Listener(), **ENDLESS))
+
+    async def hurry() -> None:
+        task = asyncio.create_task(llm.agenerate([5], **ENDLESS))
+        await asyncio.sleep(0.05)
+        task.cancel()
+        for ticket in hold:
+            ticket.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(hurry())
     assert llm.generate([5], deadline_s=30, **SHORT).finish_reason == "length"
 
 
