@@ -62,6 +62,6 @@ def preset(name: str) -> Preset:
     Raises:
         InvalidRequest: for an unknown name.
     """
-    if name not in PRESETS:
+    if not isinstance(name, str) or name not in PRESETS:
         raise InvalidRequest(f"precision is {name!r}; choose one of {', '.join(PRESETS)}")
     return PRESETS[name]

@@ -14,6 +14,7 @@ sequence (sequence.py), which turns it into text until it has a reason to finish
 from __future__ import annotations
 
 import asyncio
+import reprlib
 from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields, replace
@@ -455,7 +456,7 @@ class LLM:
         if isinstance(tokens, Mapping) or not isinstance(tokens, Iterable):
             raise InvalidRequest(f"prompt is {type(tokens).__name__}; give a text or token ids")
         ids = tokens if isinstance(tokens, np.ndarray) else list(tokens)
-        if len(ids) == 0:
+        if (len(ids) if isinstance(ids, list) else ids.size) == 0:
             raise InvalidRequest("prompt is empty; give at least one token")
         try:
             return check_tokens(ids, self._backend.vocab)
@@ -528,9 +529,11 @@ def _recommended(bundle: Bundle) -> dict[str, Any]:
 
 
 def _stop_ids(bundle: Bundle) -> frozenset[int]:
-    """Tokens that end an answer."""
-    value = bundle.generation.get("eos_token_id")
-    ids = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(isinstance(token, int) and not isinstance(token, bool) for token in ids):
-        raise BundleError(f"{bundle.path}: generation.json: eos_token_id is {value!r}; build again")
+    """Tokens that end an answer; the other token ids of generation.json are checked with them."""
+    for name in ("bos_token_id", "pad_token_id", "unk_token_id", "eos_token_id"):
+        value = bundle.generation.get(name)
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(type(token) is int and 0 <= token < 2**31 for token in ids):
+            shown = reprlib.repr(value)
+            raise BundleError(f"{bundle.path}: generation.json: {name} is {shown}; build again")
     return frozenset(ids)

@@ -6,7 +6,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
+import reprlib
 import secrets
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
@@ -107,7 +109,7 @@ class SamplingParams:
         for name in ("ignore_eos", "thinking"):
             value = getattr(self, name)
             if not isinstance(value, bool) and (name == "ignore_eos" or value is not None):
-                raise InvalidRequest(f"{name} is {value!r}; it must be True or False")
+                raise InvalidRequest(f"{name} is {_shown(value)}; it must be True or False")
         if self.thinking is False and self.thinking_budget is not None:
             raise InvalidRequest(
                 f"thinking_budget is {self.thinking_budget} and thinking is False; set one of them"
@@ -142,13 +144,9 @@ class SamplingParams:
         value = getattr(self, name)
         if value is None:
             return
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, Real)
-            or not math.isfinite(value)
-            or not holds(float(value))
-        ):
-            raise InvalidRequest(f"{name} is {value!r}; it must be a number {words}")
+        number = _in_float32(value) if isinstance(value, Real) else math.nan
+        if isinstance(value, bool) or not math.isfinite(number) or not holds(number):
+            raise InvalidRequest(f"{name} is {_shown(value)}; it must be a number {words}")
         object.__setattr__(self, name, float(value))
 
     def _integer(self, name: str, low: int, high: int) -> None:
@@ -160,16 +158,37 @@ class SamplingParams:
             or not isinstance(value, Integral)
             or not low <= int(value) <= high
         ):
-            raise InvalidRequest(f"{name} is {value!r}; it must be an integer in [{low}, {high}]")
+            raise InvalidRequest(
+                f"{name} is {_shown(value)}; it must be an integer in [{low}, {high}]"
+            )
         object.__setattr__(self, name, int(value))
+
+
+def _in_float32(value: Real) -> float:
+    """The number that a backend computes with; infinite beyond its range."""
+    try:
+        return ctypes.c_float(float(value)).value
+    except OverflowError:  # an integer or a fraction that no float holds
+        return math.inf
+
+
+def _shown(value: object) -> str:
+    """A value for a message, shortened."""
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # Python does not write out integers of thousands of digits
+        return f"a huge {type(value).__name__}"
 
 
 def _items(name: str, value: Any) -> tuple[Any, ...]:
     if value is None:
         return ()
-    if isinstance(value, Mapping) or not isinstance(value, Iterable):
-        raise InvalidRequest(f"{name} is {value!r}; it must be a list")
-    return tuple(value)
+    try:
+        if not isinstance(value, Mapping):
+            return tuple(value)
+    except TypeError:  # nothing to iterate over
+        pass
+    raise InvalidRequest(f"{name} is {_shown(value)}; it must be a list")
 
 
 def _stops(stop: Any) -> tuple[str, ...]:
@@ -179,7 +198,7 @@ def _stops(stop: Any) -> tuple[str, ...]:
     for text in stops:
         if not isinstance(text, str) or not 0 < len(text) <= MAX_STOP_CHARS:
             shown = (
-                repr(text) if not isinstance(text, str) or not text else f"{len(text)} characters"
+                _shown(text) if not isinstance(text, str) or not text else f"{len(text)} characters"
             )
             raise InvalidRequest(
                 f"stop holds {shown}; each must be a string of 1 to {MAX_STOP_CHARS} characters"
@@ -191,7 +210,9 @@ def _token_ids(ids: Any) -> tuple[int, ...]:
     ids = _items("stop_token_ids", ids)
     for token in ids:
         if isinstance(token, bool) or not isinstance(token, Integral) or token < 0:
-            raise InvalidRequest(f"stop_token_ids holds {token!r}; each must be an integer >= 0")
+            raise InvalidRequest(
+                f"stop_token_ids holds {_shown(token)}; each must be an integer >= 0"
+            )
     return tuple(int(token) for token in ids)
 
 

@@ -245,12 +245,24 @@ def test_impossible_slots_are_refused(opened: Open, slots: list[int]) -> None:
         backend.decode(slots, [5] * len(slots))
 
 
+@pytest.mark.parametrize("executor", ["reference", "cpu"])
 @pytest.mark.parametrize(
-    "options", [{"slots": 0}, {"slots": 9}, {"threads": 0}, {"threads": 1000}, {"max_context": 0}]
-)
-def test_impossible_options_are_refused(opened: Open, options: dict[str, int]) -> None:
-    with pytest.raises(InvalidRequest, match=next(iter(options))):
-        opened("moe", "speed", "cpu:", **options)
+    "options",
+    [
+        {"slots": 0}, {"slots": 9}, {"slots": "8"}, {"slots": 1.5}, {"slots": None},
+        {"threads": 0}, {"threads": 1000}, {"threads": True}, {"threads": 1.5},
+        {"max_context": 0}, {"max_context": float("nan")}, {"max_context": 10**30},
+        {"isa": 5}, {"isa": b"avx2"},
+    ],
+)  # fmt: skip
+def test_impossible_options_are_refused(
+    build: Build, executor: str, options: dict[str, Any]
+) -> None:
+    with (
+        Bundle.open(build("moe", "speed")) as bundle,
+        pytest.raises(InvalidRequest, match=next(iter(options))),
+    ):
+        open_backend(executor, bundle, **options)
 
 
 def test_an_unknown_backend_is_refused_with_the_known_ones(build: Build) -> None:

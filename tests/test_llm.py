@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ import pytest
 from golden import Build, Golden
 
 from edgecascade import LLM, Completion, SamplingParams
+from edgecascade.backends import open_backend
+from edgecascade.bundle import Bundle
 from edgecascade.errors import BackendError, BundleError, ContextExceeded, InvalidRequest
 
 Load = Callable[..., LLM]
@@ -238,6 +241,8 @@ def test_a_prompt_beyond_the_context_is_refused_with_both_numbers(load: Load) ->
         ([True], {}, "list of ids"),
         ([None], {}, "list of ids"),
         (5, {}, "prompt is int"),
+        (np.array(5), {}, "list of ids"),
+        (np.zeros((2, 0), int), {}, "prompt is empty"),
         ({"role": "user"}, {}, "prompt is dict"),
         (["a", ""], {}, "prompt is empty"),
         (["a", 5], {}, "prompt is int"),
@@ -316,6 +321,20 @@ def test_load_says_which_backend_runs_and_why(build: Build) -> None:
         assert llm.backend_reason == "the first of cpu, reference that this machine has"
     with LLM.load(build("tiny", "exact"), "reference") as llm:
         assert (llm.backend, llm.backend_reason) == ("reference", "asked for")
+
+
+@pytest.mark.parametrize("name", ["bos_token_id", "pad_token_id", "eos_token_id"])
+@pytest.mark.parametrize("value", [-1, True, "2", 2**63, [2, 10**30]])
+def test_token_ids_of_a_bundle_that_cannot_be_are_named(
+    build: Build, name: str, value: Any
+) -> None:
+    with (
+        Bundle.open(build("tiny", "exact")) as bundle,
+        closing(open_backend("reference", bundle)) as backend,
+    ):
+        bundle.generation[name] = value
+        with pytest.raises(BundleError, match=f"generation.json: {name} is "):
+            LLM(bundle, backend, "asked for")
 
 
 def test_load_refuses_what_is_no_bundle_or_no_backend(build: Build, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -48,6 +49,12 @@ def distribution(values: NDArray[np.float32], steps: int = 4000, **params: Any) 
         ("temperature", math.inf, "temperature is inf"),
         ("temperature", "hot", "temperature is 'hot'"),
         ("temperature", True, "temperature is True"),
+        ("temperature", 10**400, "temperature is 1000"),
+        ("temperature", Fraction(10**400, 3), "temperature is Fraction"),
+        ("temperature", 1e39, r"temperature is 1e\+39"),  # float32 on every backend
+        ("top_p", 1e-50, "top_p is 1e-50"),
+        ("repetition_penalty", 1e-50, "repetition_penalty is 1e-50"),
+        pytest.param("max_tokens", 10**5000, "max_tokens is a huge int", id="huge"),
         ("top_p", 0, r"top_p is 0; it must be a number in \(0, 1\]"),
         ("top_p", 1.5, "top_p is 1.5"),
         ("top_k", -1, "top_k is -1"),
@@ -68,6 +75,7 @@ def distribution(values: NDArray[np.float32], steps: int = 4000, **params: Any) 
         ("stop", ["x" * 257], "stop holds 257 characters"),
         ("stop", [1], "stop holds 1"),
         ("stop", 5, "stop is 5; it must be a list"),
+        ("stop", np.array(1), r"stop is array\(1\); it must be a list"),
         ("stop_token_ids", {"a": 1}, "stop_token_ids is {'a': 1}; it must be a list"),
         ("stop_token_ids", [-1], "stop_token_ids holds -1"),
         ("stop_token_ids", ["a"], "stop_token_ids holds 'a'"),

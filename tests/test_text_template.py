@@ -129,6 +129,29 @@ def test_a_template_sees_what_transformers_shows_it() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    "template",
+    ["{{ 1 / 0 }}", "{{ [][1] + 1 }}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"],
+)
+def test_a_template_that_fails_is_told(template: str) -> None:
+    with pytest.raises(InvalidRequest, match=r"the chat template fails on these messages: ."):
+        render([USER], ChatTemplate(template, {}))
+
+
+@pytest.mark.parametrize(
+    ("messages", "tools"),
+    [
+        ([USER], [{"type": "function", "function": {"name": "f\ud800"}}]),
+        ([USER, {"role": "assistant", "tool_calls": [{"name": "a\ud800"}]}, USER], []),
+    ],
+)
+def test_text_without_a_utf8_form_is_found_wherever_it_hides(
+    messages: list[dict[str, Any]], tools: list[dict[str, Any]]
+) -> None:
+    with pytest.raises(InvalidRequest, match=r"lone surrogate U\+D800"):
+        render(messages, tools=tools)
+
+
 def test_a_template_that_is_no_template_names_its_line() -> None:
     with pytest.raises(BundleError, match=r"chat_template.jinja, line 2: .*endfor"):
         ChatTemplate("a\n{% endfor %}", {})
@@ -154,6 +177,10 @@ def test_a_template_that_is_no_template_names_its_line() -> None:
         ([{"role": "assistant", "tool_calls": [{}]}], r"tool_calls\[0\] has no function"),
         (
             [{"role": "assistant", "tool_calls": [{"name": "a", "arguments": "{"}]}],
+            r"tool_calls\[0\].arguments is not JSON",
+        ),
+        (
+            [{"role": "assistant", "tool_calls": [{"name": "a", "arguments": "[" * 10**5}]}],
             r"tool_calls\[0\].arguments is not JSON",
         ),
         (

@@ -47,6 +47,11 @@ TOOLS = checked_tools([DRIVE, STOP])
 SCHEMA = DRIVE["parameters"]
 
 
+DEEP: dict[str, Any] = {}
+for _ in range(3000):
+    DEEP = {"a": DEEP}
+
+
 def call(name: str, **arguments: str) -> str:
     values = "".join(
         f"<parameter={key}>\n{value}\n</parameter>\n" for key, value in arguments.items()
@@ -121,10 +126,15 @@ def test_a_call_becomes_a_name_and_typed_arguments() -> None:
         ("3", {"const": 3}, 3),
         ("x", {"$ref": "#/nowhere"}, "x"),
         ("x", {"$ref": "#/loop"}, "x"),
+        ("7", {"anyOf": [{"$ref": "#/wide"}] * 50}, 7),  # followed once, not 50 times 50 times
+        ("x", {"type": 5, "anyOf": None, "enum": 5}, "x"),
+        ("x", {"type": [["integer"]], "oneOf": {"type": "integer"}}, "x"),
+        ("9" * 400, {"type": "integer"}, int("9" * 400)),
     ],
 )
 def test_a_value_takes_the_type_of_its_schema(value: str, schema: Any, want: Any) -> None:
-    root = {"loop": {"$ref": "#/loop"}}
+    wide = {"anyOf": [{"$ref": "#/wide"}] * 50, "type": "integer"}
+    root = {"loop": {"$ref": "#/loop"}, "wide": wide}
     result = typed(value, schema, root)
     assert result == want
     assert type(result) is type(want)
@@ -136,6 +146,9 @@ def test_a_value_takes_the_type_of_its_schema(value: str, schema: Any, want: Any
         ("far", {"type": "number"}),
         ("NaN", {"type": "number"}),
         ("Infinity", {"type": "number"}),
+        ("1e999", {"type": "number"}),
+        ("[1e999]", {"type": "array"}),
+        ("[" * 100_000, {"type": "array"}),
         ("true", {"type": "integer"}),
         ("1.5", {"type": "integer"}),
         ("1", {"type": "boolean"}),
@@ -254,13 +267,17 @@ def test_a_call_is_read_from_tokens() -> None:
 @pytest.mark.parametrize(
     ("tools", "words"),
     [
+        (5, "tools is int; it must be a list"),
         (["drive"], r"tools\[0\] is str"),
         ([{"type": "function"}], r"tools\[0\] has no function with a name"),
         ([{"name": ""}], r"tools\[0\] has no function with a name"),
         ([STOP, {"name": "stop"}], r"tools\[1\] repeats the name 'stop'"),
         ([{"name": "a", "parameters": [1]}], "must be a JSON schema"),
         ([{"name": "a", "parameters": {"properties": []}}], "properties of 'a' must be a dict"),
+        ([{"name": "a", "parameters": {"properties": None}}], "properties of 'a' must be a dict"),
+        ([{"name": "a", "parameters": {"required": 5}}], "required of 'a' must be a list of names"),
         ([{"name": "a", "x": object()}], "plain JSON values"),
+        ([{"name": "a", "x": DEEP}], "plain JSON values"),
     ],
 )
 def test_tools_that_cannot_be_offered_are_refused(tools: Any, words: str) -> None:

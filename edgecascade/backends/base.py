@@ -7,6 +7,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from numbers import Integral
 from typing import Any, Protocol
 
 import numpy as np
@@ -93,12 +94,20 @@ class Options:
     isa: str | None = None  # None: the fastest this machine runs
 
     def __post_init__(self) -> None:
-        if not 1 <= self.slots <= 8:
-            raise InvalidRequest(f"slots is {self.slots}; 1 to 8 are possible")
-        if self.max_context is not None and self.max_context < 1:
-            raise InvalidRequest(f"max_context is {self.max_context}; it must be at least 1")
-        if self.threads is not None and not 1 <= self.threads <= 256:
-            raise InvalidRequest(f"threads is {self.threads}; 1 to 256 are possible")
+        if not _whole(self.slots, 1, 8):
+            raise InvalidRequest(f"slots is {self.slots!r}; 1 to 8 are possible")
+        if self.max_context is not None and not _whole(self.max_context, 1, 2**31 - 1):
+            raise InvalidRequest(
+                f"max_context is {self.max_context!r}; it must be an integer of at least 1"
+            )
+        if self.threads is not None and not _whole(self.threads, 1, 256):
+            raise InvalidRequest(f"threads is {self.threads!r}; 1 to 256 are possible")
+        if self.isa is not None and not isinstance(self.isa, str):
+            raise InvalidRequest(f"isa is {self.isa!r}; it must be the name of an instruction set")
+
+
+def _whole(value: object, low: int, high: int) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and low <= int(value) <= high
 
 
 def open_backend(name: str, bundle: Bundle, **options: Any) -> Backend:
@@ -124,7 +133,7 @@ def open_backend(name: str, bundle: Bundle, **options: Any) -> Backend:
 
 
 def _open(name: str, bundle: Bundle, options: Options) -> Backend:
-    if name not in BACKENDS:
+    if not isinstance(name, str) or name not in BACKENDS:
         raise InvalidRequest(f"backend is {name!r}; choose auto, {', '.join(BACKENDS)}")
     module, cls = BACKENDS[name]
     backend: Backend = getattr(import_module(module), cls)(bundle, options)

@@ -15,6 +15,17 @@ from edgecascade.text.tokenizer import checked_text
 ROLES = ("system", "user", "assistant", "tool")
 KEYS = {"role", "content", "name", "reasoning_content", "tool_calls", "tool_call_id"}
 
+# What a template's own expressions raise.
+FAILURES = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+
 
 class TemplateRefusal(Exception):
     """The template itself called raise_exception."""
@@ -68,11 +79,14 @@ class ChatTemplate:
         if thinking is not None:  # else the template's own default
             context["enable_thinking"] = thinking
         try:
-            return self._template.render(context)
+            text = self._template.render(context)
         except TemplateRefusal as error:
             raise InvalidRequest(f"the chat template refuses these messages: {error}") from error
-        except (TemplateError, TypeError, ValueError, KeyError, OverflowError) as error:
-            raise InvalidRequest(f"the chat template fails on these messages: {error}") from error
+        except (TemplateError, *FAILURES) as error:
+            why = str(error) or type(error).__name__
+            raise InvalidRequest(f"the chat template fails on these messages: {why}") from error
+        # A tool or a call may hold what messages may not.
+        return checked_text(text, "what the chat template makes of these messages")
 
 
 def checked_messages(messages: Any) -> list[dict[str, Any]]:
@@ -143,7 +157,7 @@ def _checked_calls(calls: Any, where: str) -> list[dict[str, Any]]:
         if isinstance(arguments, str):  # as OpenAI's API sends them
             try:
                 arguments = json.loads(arguments)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise InvalidRequest(
                     f"{where}.tool_calls[{index}].arguments is not JSON: {error}"
                 ) from error

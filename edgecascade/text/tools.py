@@ -17,7 +17,8 @@ a command.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +27,7 @@ from edgecascade.text.stops import tail_that_may_become
 
 OPEN = "<tool_call>"
 CLOSE = "</tool_call>"
-MAX_REFERENCES = 32  # nested $ref, so that a schema that refers to itself ends
+MAX_DEPTH = 32  # of a schema's $ref, anyOf, oneOf and allOf in each other
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,7 @@ def typed(value: str, schema: Any, root: Mapping[str, Any]) -> Any:
     Raises:
         ValueError: when it has none of the types.
     """
-    kinds = _kinds(schema, root)
+    kinds = _known(_kinds(schema, root, set()))
     for kind in kinds:
         # Text fits everything, so it comes last.
         found, result = _READERS[kind](value)
@@ -164,6 +165,8 @@ def checked_tools(tools: Sequence[Mapping[str, Any]] | None) -> list[dict[str, A
     Raises:
         InvalidRequest: when one has no name, or a name twice.
     """
+    if tools is not None and (isinstance(tools, str | Mapping) or not isinstance(tools, Iterable)):
+        raise InvalidRequest(f"tools is {type(tools).__name__}; it must be a list of dicts")
     checked: list[dict[str, Any]] = []
     for index, tool in enumerate(tools or ()):
         if not isinstance(tool, Mapping):
@@ -179,10 +182,13 @@ def checked_tools(tools: Sequence[Mapping[str, Any]] | None) -> list[dict[str, A
             raise InvalidRequest(f"tools[{index}]: parameters of {name!r} must be a JSON schema")
         if not isinstance(parameters.get("properties", {}), Mapping):
             raise InvalidRequest(f"tools[{index}]: properties of {name!r} must be a dict")
+        required = parameters.get("required", [])
+        if not isinstance(required, list) or not all(isinstance(key, str) for key in required):
+            raise InvalidRequest(f"tools[{index}]: required of {name!r} must be a list of names")
         checked.append({"type": "function", "function": dict(function)})
     try:
         json.dumps(checked)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise InvalidRequest(f"tools must be plain JSON values: {error}") from error
     return checked
 
@@ -203,23 +209,34 @@ def _schema(name: str, tools: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
     raise MalformedCall(f"there is no tool {name!r}, only {known}")
 
 
-def _kinds(schema: Any, root: Mapping[str, Any], depth: int = 0) -> list[str]:
-    """The JSON types a schema allows, "string" last; any it does not name is text."""
-    if not isinstance(schema, Mapping) or depth > MAX_REFERENCES:
+def _kinds(schema: Any, root: Mapping[str, Any], followed: set[str], depth: int = 0) -> list[Any]:
+    """What a schema names as JSON types; each reference in it is followed once."""
+    if not isinstance(schema, Mapping) or depth > MAX_DEPTH:
         return ["string"]
-    kinds: list[str] = []
-    if isinstance(reference := schema.get("$ref"), str):
-        kinds += _kinds(_resolve(reference, root), root, depth + 1)
-    kind = schema.get("type", ())
-    kinds += [kind] if isinstance(kind, str) else list(kind)
+    kinds: list[Any] = []
+    reference = schema.get("$ref")
+    if isinstance(reference, str) and reference not in followed:
+        followed.add(reference)
+        kinds += _kinds(_resolve(reference, root), root, followed, depth + 1)
+    kind = schema.get("type")
+    kinds += [kind] if isinstance(kind, str) else _listed(kind)
     for word in ("anyOf", "oneOf", "allOf"):
-        for option in schema.get(word, ()):
-            kinds += _kinds(option, root, depth + 1)
-    values = [*schema.get("enum", ()), *([schema["const"]] if "const" in schema else [])]
-    if not kinds:
-        kinds = [_JSON_NAMES.get(type(value), "string") for value in values]
-    known = [kind for kind in dict.fromkeys(kinds) if kind in _READERS]
-    return sorted(known, key=lambda kind: kind == "string") or ["string"]
+        for option in _listed(schema.get(word)):
+            kinds += _kinds(option, root, followed, depth + 1)
+    values = _listed(schema.get("enum")) + ([schema["const"]] if "const" in schema else [])
+    return kinds or [_JSON_NAMES.get(type(value), "string") for value in values]
+
+
+def _known(kinds: list[Any]) -> list[str]:
+    """The types that have a reader, "string" last; where none has, the value is text."""
+    names = dict.fromkeys(kind for kind in kinds if isinstance(kind, str))
+    known = [name for name in names if name in _READERS]
+    return sorted(known, key=lambda name: name == "string") or ["string"]
+
+
+def _listed(value: Any) -> list[Any]:
+    """A schema's list; one of another type says nothing."""
+    return list(value) if isinstance(value, list | tuple) else []
 
 
 def _resolve(reference: str, root: Mapping[str, Any]) -> Any:
@@ -231,19 +248,24 @@ def _resolve(reference: str, root: Mapping[str, Any]) -> Any:
 
 def _json(value: str, *types: type) -> tuple[bool, Any]:
     try:
-        result = json.loads(value, parse_constant=_refuse_constant)
-    except ValueError:
+        result = json.loads(value, parse_constant=_refuse, parse_float=_finite)
+    except (ValueError, RecursionError):
         return False, None
     return type(result) in types, result
 
 
-def _refuse_constant(name: str) -> Any:
+def _refuse(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    return number if math.isfinite(number) else _refuse(text)
 
 
 def _integer(value: str) -> tuple[bool, Any]:
     found, result = _json(value.strip(), int, float)
-    whole = found and float(result).is_integer()
+    whole = found and (isinstance(result, int) or result.is_integer())
     return whole, int(result) if whole else None
 
 
