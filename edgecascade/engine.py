@@ -39,7 +39,7 @@ from edgecascade.scheduler import (
     Request,
     Scheduler,
 )
-from edgecascade.snapshots import CacheStats, Entry, PrefixCache
+from edgecascade.snapshots import CacheStats, Entry, Path, PrefixCache
 
 log = logging.getLogger(__name__)
 
@@ -156,7 +156,7 @@ class EngineStats:
 @dataclass
 class _Task:
     job: Job
-    cuts: tuple[int, ...]
+    path: Path
     end: int  # of what is to be read of the prompt
     reuse: bool
     keep: frozenset[int] = frozenset()  # cuts at which to keep the state
@@ -203,7 +203,11 @@ class Engine:
             DeadlineExceeded: when the time was up before there was room.
             BackendError: when the engine is closed.
         """
-        cuts = (len(job.prompt),) if isinstance(job, Call) else self._cache.rule.cuts(job.prompt)
+        if isinstance(job, Call):
+            path = Path(job.prompt, (len(job.prompt),), ())
+        else:
+            path = self._cache.rule.path(job.prompt)
+        cuts = path.cuts
         # Without an answer to make, what follows the last state worth keeping need not be read.
         pieces = cuts if job.max_tokens or len(cuts) == 1 else cuts[:-1]
         deadline = None if deadline_s is None else time.monotonic() + deadline_s
@@ -211,7 +215,7 @@ class Engine:
             id = next(self._ids)
             request = Request(id, pieces, job.max_tokens, priority, client, deadline)
             ahead = self._enqueue(request, wait=wait)
-            self._tasks[id] = _Task(job, cuts, pieces[-1], reuse and not isinstance(job, Call))
+            self._tasks[id] = _Task(job, path, pieces[-1], reuse and not isinstance(job, Call))
             try:
                 job.accepted(id, ahead)
             except BaseException:
@@ -247,12 +251,12 @@ class Engine:
     def kept(self, tokens: Array) -> Entry | None:
         """The longest kept state along these tokens."""
         cache = self._cache
-        entry: Entry | None = self.call(lambda _: cache.find(tokens, cache.rule.cuts(tokens)))
+        entry: Entry | None = self.call(lambda _: cache.find(cache.rule.path(tokens)))
         return entry
 
     def keep(self, tokens: Array, snapshot: Snapshot) -> bool:
         """Take over a state; False when there is no room for it."""
-        return bool(self.call(lambda _: self._cache.put(tokens, snapshot)))
+        return bool(self.call(lambda _: self._cache.put(self._cache.rule.path(tokens), snapshot)))
 
     def stats(self) -> EngineStats:
         """Counters."""
@@ -379,8 +383,7 @@ class Engine:
 
     def _reuse(self, slot: int, task: _Task) -> int:
         """Fill the slot from the longest kept prefix of the prompt; how many tokens that saved."""
-        prompt = task.job.prompt
-        with self._cache.longest(prompt, task.cuts) as entry:
+        with self._cache.longest(task.path) as entry:
             reused = 0 if entry is None else len(entry.tokens)
             if entry is not None:
                 try:
@@ -389,7 +392,7 @@ class Engine:
                     log.exception("a kept state could not be restored; the prompt is read instead")
                     self._backend.reset(slot)
                     reused = 0
-        wanted = self._cache.worth_keeping(prompt, task.cuts)
+        wanted = self._cache.worth_keeping(task.path)
         task.keep = frozenset(cut for cut in wanted if cut > reused)
         return reused
 
@@ -404,7 +407,7 @@ class Engine:
             logits = self._backend.prefill(piece.slot, job.prompt[piece.begin : piece.end])
             self._prefilled += piece.end - piece.begin
             if piece.end in task.keep:
-                self._keep(job.prompt[: piece.end], piece.slot)
+                self._keep(task.path.upto(piece.end), piece.slot)
             with self._wake:
                 self._scheduler.prefilled(piece.id, piece.end)
             if piece.end < task.end:
@@ -418,12 +421,11 @@ class Engine:
         else:
             self._sample((piece.id,), (piece.slot,), logits[None])
 
-    def _keep(self, tokens: Array, slot: int) -> None:
+    def _keep(self, path: Path, slot: int) -> None:
         """Keep a slot's state for later prompts; a failure costs them time, this one nothing."""
-        cache = self._cache
         try:
-            if not cache.has(tokens):
-                cache.put(tokens, self._backend.save(slot))
+            if not self._cache.has(path):
+                self._cache.put(path, self._backend.save(slot))
         except Exception:
             log.exception("a state could not be kept")
 

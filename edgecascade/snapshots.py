@@ -30,6 +30,20 @@ REMEMBERED_PROMPTS = 64
 
 
 @dataclass(frozen=True)
+class Path:
+    """A prompt, its cuts, and for each of them a key that stands for all tokens before it."""
+
+    tokens: Array  # int32
+    cuts: tuple[int, ...]
+    keys: tuple[bytes, ...]
+
+    def upto(self, cut: int) -> Path:
+        """The path to one of the cuts."""
+        count = self.cuts.index(cut) + 1
+        return Path(self.tokens[:cut], self.cuts[:count], self.keys[:count])
+
+
+@dataclass(frozen=True)
 class CutRule:
     """Where prompts are cut: after a boundary token, and where a piece is full."""
 
@@ -46,6 +60,17 @@ class CutRule:
             start = int(after[0]) if len(after) and after[0] <= limit else limit
             cuts.append(min(start, total))
         return tuple(cuts)
+
+    def path(self, tokens: Array) -> Path:
+        """A prompt with its cuts and their keys."""
+        tokens = np.ascontiguousarray(tokens, np.int32)
+        cuts = self.cuts(tokens)
+        keys, digest, start = [], b"", 0
+        for cut in cuts:
+            digest = hashlib.sha256(digest + tokens[start:cut].tobytes()).digest()
+            keys.append(digest)
+            start = cut
+        return Path(tokens, cuts, tuple(keys))
 
     def is_boundary(self, tokens: Array, cut: int) -> bool:
         """Whether a message ends at this cut."""
@@ -118,10 +143,10 @@ class PrefixCache:
         self._prompts: OrderedDict[bytes, Array] = OrderedDict()  # of late, to see where they part
 
     @contextmanager
-    def longest(self, tokens: Array, cuts: Sequence[int]) -> Iterator[Entry | None]:
+    def longest(self, path: Path) -> Iterator[Entry | None]:
         """The longest kept prefix that leaves at least one token to compute, leased meanwhile."""
-        entry = self.find(tokens, cuts[:-1])
-        self.stats.prompt_tokens += len(tokens)
+        entry = self._last_of(path.keys[:-1])
+        self.stats.prompt_tokens += len(path.tokens)
         if entry is None:
             self.stats.misses += 1
             yield None
@@ -135,19 +160,18 @@ class PrefixCache:
         finally:
             entry.leases -= 1
 
-    def find(self, tokens: Array, cuts: Sequence[int]) -> Entry | None:
-        """The state kept at the last possible of these cuts; nothing is counted."""
-        keys = chain(tokens, cuts) if self._entries else []
-        return next((self._entries[key] for key in reversed(keys) if key in self._entries), None)
+    def find(self, path: Path) -> Entry | None:
+        """The state kept at the last possible cut; nothing is counted."""
+        return self._last_of(path.keys)
 
-    def worth_keeping(self, tokens: Array, cuts: Sequence[int]) -> frozenset[int]:
+    def worth_keeping(self, path: Path) -> frozenset[int]:
         """The cuts of a prompt at which its state should be captured.
 
         Another prompt is likely to begin like this one up to the end of the system prompt, of one
         of the last messages, or where an earlier prompt parted from it; in between, a state now
         and then bounds what is computed again.
         """
-        inner = [cut for cut in cuts[:-1] if cut < len(tokens)]
+        tokens, inner = path.tokens, path.cuts[:-1]
         if not inner or not self.max_bytes:
             return frozenset()
         boundaries = [cut for cut in inner if self.rule.is_boundary(tokens, cut)]
@@ -156,29 +180,28 @@ class PrefixCache:
             kept.add(_last_up_to(inner, reach))
         for other in self._prompts.values():
             kept.add(_last_up_to(inner, _common(tokens, other)))
-        self._remember(tokens)
+        self._remember(path)
         return frozenset(kept - {0})
 
-    def has(self, tokens: Array) -> bool:
-        """Whether the state after these tokens is kept."""
-        return chain(tokens, self.rule.cuts(tokens))[-1] in self._entries
+    def has(self, path: Path) -> bool:
+        """Whether the state after the whole path is kept."""
+        return path.keys[-1] in self._entries
 
-    def put(self, tokens: Array, snapshot: Snapshot) -> bool:
-        """Keep the state after `tokens`; False when it does not fit."""
-        tokens = np.array(tokens, np.int32)
-        keys = chain(tokens, self.rule.cuts(tokens))
-        if keys[-1] in self._entries:
-            self._entries.move_to_end(keys[-1])
+    def put(self, path: Path, snapshot: Snapshot) -> bool:
+        """Keep the state after the whole path; False when it does not fit."""
+        key, tokens = path.keys[-1], path.tokens
+        if key in self._entries:
+            self._entries.move_to_end(key)
             return True
         own = {k: part for k, part in snapshot.parts.items() if k[1] != "kv"}
         run = _Run({k: part for k, part in snapshot.parts.items() if k[1] == "kv"}, len(tokens))
-        entry = Entry(keys[-1], tokens, own, run)
-        if not self._make_room(entry.own_bytes + run.nbytes, keys):
+        entry = Entry(key, tokens, own, run)
+        if not self._make_room(entry.own_bytes + run.nbytes, path.keys):
             return False
-        for key in keys[:-1]:  # its prefixes need no keys and values of their own any more
-            if key in self._entries:
-                self._entries[key].run = run
-        self._entries[entry.key] = entry
+        for prefix in path.keys[:-1]:  # they need no keys and values of their own any more
+            if prefix in self._entries:
+                self._entries[prefix].run = run
+        self._entries[key] = entry
         self.stats.stored += 1
         return True
 
@@ -194,6 +217,9 @@ class PrefixCache:
         """Forget every state that nobody uses."""
         for entry in [e for e in self._entries.values() if not e.leases]:
             self._drop(entry)
+
+    def _last_of(self, keys: Sequence[bytes]) -> Entry | None:
+        return next((self._entries[key] for key in reversed(keys) if key in self._entries), None)
 
     def _make_room(self, wanted: int, keys: Collection[bytes]) -> bool:
         """Drop states until `wanted` bytes fit.
@@ -224,23 +250,11 @@ class PrefixCache:
             run.parts = {k: part[:, :longest].copy() for k, part in run.parts.items()}
             run.tokens = longest
 
-    def _remember(self, tokens: Array) -> None:
-        key = hashlib.sha256(tokens.tobytes()).digest()
-        self._prompts[key] = tokens
-        self._prompts.move_to_end(key)
+    def _remember(self, path: Path) -> None:
+        self._prompts[path.keys[-1]] = path.tokens
+        self._prompts.move_to_end(path.keys[-1])
         if len(self._prompts) > REMEMBERED_PROMPTS:
             self._prompts.popitem(last=False)
-
-
-def chain(tokens: Array, cuts: Sequence[int]) -> list[bytes]:
-    """A key for each cut that stands for all tokens before it."""
-    data = np.ascontiguousarray(tokens, np.int32)
-    keys, digest, start = [], b"", 0
-    for cut in cuts:
-        digest = hashlib.sha256(digest + data[start:cut].tobytes()).digest()
-        keys.append(digest)
-        start = cut
-    return keys
 
 
 def _last_up_to(cuts: Sequence[int], reach: int) -> int:

@@ -46,12 +46,12 @@ def prompt(*lengths: int, seed: int = 0) -> np.ndarray:
 def keep_all(cache: PrefixCache, tokens: np.ndarray) -> list[int]:
     cuts = [cut for cut in RULE.cuts(tokens) if cut < len(tokens)]
     for cut in cuts:
-        assert cache.put(tokens[:cut], state_of(tokens[:cut]))
+        assert cache.put(RULE.path(tokens).upto(cut), state_of(tokens[:cut]))
     return cuts
 
 
 def found(cache: PrefixCache, tokens: np.ndarray) -> int:
-    with cache.longest(tokens, RULE.cuts(tokens)) as entry:
+    with cache.longest(RULE.path(tokens)) as entry:
         if entry is None:
             return 0
         expected = state_of(entry.tokens)
@@ -154,41 +154,41 @@ def test_a_state_in_use_is_not_dropped():
     cache = PrefixCache(10_000, RULE)
     tokens, other = prompt(40, 40), prompt(40, 40, seed=1)
     keep_all(cache, tokens)
-    with cache.longest(tokens, RULE.cuts(tokens)) as entry:
+    with cache.longest(RULE.path(tokens)) as entry:
         assert entry is not None
-        assert not cache.put(other[:40], state_of(other[:40]))
+        assert not cache.put(RULE.path(other[:40]), state_of(other[:40]))
         cache.clear()
         assert len(cache) == 1
-    assert cache.put(other[:40], state_of(other[:40]))
+    assert cache.put(RULE.path(other[:40]), state_of(other[:40]))
     assert found(cache, tokens) == 0
 
 
 def test_what_exceeds_the_bound_alone_is_not_kept():
     cache = PrefixCache(100, RULE)
-    assert not cache.put(prompt(40), state_of(prompt(40)))
+    assert not cache.put(RULE.path(prompt(40)), state_of(prompt(40)))
     assert len(cache) == 0
-    assert not PrefixCache(0, RULE).worth_keeping(prompt(40, 40), (40, 80))
+    assert not PrefixCache(0, RULE).worth_keeping(RULE.path(prompt(40, 40)))
 
 
 def test_states_are_worth_keeping_at_the_system_prompt_and_at_the_last_messages():
     cache = PrefixCache(MEGABYTE, RULE)
     tokens = prompt(*[40] * 10)
-    assert cache.worth_keeping(tokens, RULE.cuts(tokens)) == {40, 320, 360}
+    assert cache.worth_keeping(RULE.path(tokens)) == {40, 320, 360}
 
 
 def test_a_long_prompt_leaves_a_state_now_and_then():
     cache = PrefixCache(MEGABYTE, RULE)
     tokens = prompt(3 * STRIDE_TOKENS + 100)
     expected = {STRIDE_TOKENS, 2 * STRIDE_TOKENS, 3 * STRIDE_TOKENS, 3 * STRIDE_TOKENS + 64}
-    assert cache.worth_keeping(tokens, RULE.cuts(tokens)) == expected
+    assert cache.worth_keeping(RULE.path(tokens)) == expected
 
 
 def test_where_prompts_part_is_worth_keeping():
     cache = PrefixCache(MEGABYTE, RULE)
     tokens = prompt(*[40] * 12)
-    cache.worth_keeping(tokens, RULE.cuts(tokens))
+    cache.worth_keeping(RULE.path(tokens))
     other = np.concatenate([tokens[:210], prompt(*[40] * 8, seed=1)])
-    assert 200 in cache.worth_keeping(other, RULE.cuts(other))
+    assert 200 in cache.worth_keeping(RULE.path(other))
 
 
 @settings(max_examples=8, deadline=None)
@@ -207,20 +207,20 @@ def test_a_reused_state_gives_the_bits_of_a_cold_run(build, data):
 
 
 def run(backend, cache, tokens):
-    cuts = RULE.cuts(tokens)
-    keep = cache.worth_keeping(tokens, cuts)
+    path = RULE.path(tokens)
+    keep = cache.worth_keeping(path)
     backend.reset(0)
     start = 0
-    with cache.longest(tokens, cuts) as entry:
+    with cache.longest(path) as entry:
         if entry is not None:
             backend.restore(0, entry.snapshot)
             start = len(entry.tokens)
-    for cut in cuts:
+    for cut in path.cuts:
         if cut > start:
             logits = backend.prefill(0, tokens[start:cut])
             start = cut
             if cut in keep:
-                cache.put(tokens[:cut], backend.save(0))
+                cache.put(path.upto(cut), backend.save(0))
     return logits
 
 
