@@ -335,6 +335,8 @@ class Client:
             exchange.fail(NetworkError(self._link.fatal))
         if (send := exchange.step(now, up=self._link.up)) is not None:
             self._link.publish(self._request(pending, send))
+            if (status := self._devices.get(send.device or "")) is not None:
+                exchange.seen(str(send.device), status, now)  # so that a restart is noticed
         if exchange.over:
             return None
         return max(0.0, min(exchange.due, exchange.deadline + GRACE_S + 0.01) - now)

@@ -269,5 +269,5 @@ def test_cli_commands_of_the_docs_exist() -> None:
     known = set(action.choices or ())
     for doc in DOCS:
         shell = "\n".join(re.findall(r"```(?:sh|console)\n(.*?)```", doc.read_text(), re.DOTALL))
-        asked = set(re.findall(r"^\$? ?(?:\.venv/bin/)?edgecascade ([a-z]+)", shell, re.MULTILINE))
+        asked = set(re.findall(r"^\$? ?(?:\.venv/bin/)?edgecascade ([a-z-]+)", shell, re.MULTILINE))
         assert asked <= known, f"{doc.name} runs {sorted(asked - known)}"

@@ -23,8 +23,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
-from edgecascade.errors import NetworkError
-from edgecascade.service.topics import DEFAULT_PREFIX, Topics
+from edgecascade.errors import InvalidRequest, NetworkError
+from edgecascade.service.topics import DEFAULT_PREFIX, Topics, is_name
 
 log = logging.getLogger(__name__)
 
@@ -261,10 +261,16 @@ class BrokerSetup:
     operators: Sequence[str] = ("operator",)
     pools: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        Topics(self.prefix)
+        names = [*self.operators, *self.pools, *(d for pool in self.pools.values() for d in pool)]
+        for name in names:
+            if not is_name(name):
+                raise InvalidRequest(f"{name!r} is no name; give 1 to 64 of A-Z a-z 0-9 _ -")
+
 
 def mosquitto_config(setup: BrokerSetup) -> str:
     """mosquitto.conf: TLS only, every name proven, nothing unbounded."""
-    Topics(setup.prefix)
     if setup.certificates:
         identity = f"""\
 # The certificate's common name is the user name, and the user name is the client id: without the

@@ -126,6 +126,11 @@ class Service:
         if self._own_monitor:
             self._monitor.close()
 
+    @property
+    def model(self) -> str:
+        """The name it is served under."""
+        return self._core.identity.model
+
     def wait_ready(self, timeout_s: float) -> bool:
         """Whether the broker has accepted the connection, within a time."""
         return self._link.wait_up(timeout_s)

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""serve and ask as programs: what a shell, systemd and a power switch see."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import WAIT_S, Connect
+
+from edgecascade.cli import main
+from edgecascade.client import Answer
+from edgecascade.service.broker import BrokerSetup, LocalBroker, access_list, mosquitto_config
+
+ASK = "go to the dock"
+PROGRAM = [sys.executable, "-m", "edgecascade"]
+Start = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture
+def start(mosquitto: LocalBroker, bundle: Path, tmp_path: Path) -> Iterator[Start]:
+    """start() -> a `serve` process that is ready."""
+    with ExitStack() as stack:
+        ear = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
+        ear.bind(str(tmp_path / "notify"))
+        ear.settimeout(WAIT_S)
+        environment = {**os.environ, "NOTIFY_SOCKET": str(tmp_path / "notify")}
+        environment["WATCHDOG_USEC"] = "1000000"
+
+        def started(*options: str) -> subprocess.Popen[str]:
+            command = [*PROGRAM, "serve", str(bundle), "--mqtt", mosquitto.url, *options]
+            command += ["--device-id", "dev-1", "--state-dir", str(tmp_path)]
+            process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+            stack.enter_context(process)
+            stack.callback(process.kill)
+            while ear.recv(100) != b"READY=1":
+                pass
+            assert ear.recv(100) == b"WATCHDOG=1"
+            return process
+
+        yield started
+
+
+def test_ask_prints_the_answer(start: Start, mosquitto: LocalBroker) -> None:
+    start()
+    command = [*PROGRAM, "ask", "--mqtt", mosquitto.url, "--max-tokens", "12", "--seed", "1", ASK]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=WAIT_S)
+    assert "dev-1; " in done.stderr
+    asked = subprocess.run(
+        [*command[:-1], "--device", "dev-1", "--json", "-"],
+        input=ASK,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=WAIT_S,
+    )
+    message = json.loads(asked.stdout)["choices"][0]["message"]
+    assert done.stdout == message["content"] + "\n"
+    assert message.get("reasoning_content", "") in done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_drains_and_ends(start: Start, connect: Connect, number: signal.Signals) -> None:
+    process = start()
+    client = connect("robot")
+    stream = client.stream("dev-1", ASK, max_completion_tokens=400, flush_ms=0, temperature=0)
+    pieces = iter(stream)
+    next(pieces)
+    process.send_signal(number)
+    for _ in pieces:
+        pass
+    assert stream.answer.finish_reason in ("stop", "length")
+    assert process.wait(WAIT_S) == 0
+    assert client.devices()["dev-1"].status == "offline"
+
+
+def test_a_killed_service_that_comes_back_answers(start: Start, connect: Connect) -> None:
+    process = start()
+    client = connect("robot")
+    answers: list[Answer] = []
+    options: dict[str, Any] = {"max_completion_tokens": 200, "timeout_s": 60, "temperature": 0}
+    alone = client.chat("dev-1", ASK, **options)
+
+    def ask() -> None:
+        stream = client.stream("dev-1", ASK, flush_ms=0, **options)
+        for _ in stream:
+            begun.set()
+        answers.append(stream.answer)
+
+    begun = threading.Event()
+    threads = [threading.Thread(target=ask) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    assert begun.wait(WAIT_S)
+    process.kill()
+    process.wait()
+    start()
+    for thread in threads:
+        thread.join(60)
+    assert [answer.text for answer in answers] == [alone.text] * 4
+    assert client.devices()["dev-1"].boot == 2
+
+
+def test_serve_names_a_missing_option(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "bundle", "--mqtt", "mqtt://x"]) == 1
+    assert "--device-id" in capsys.readouterr().err
+
+
+def test_broker_config_prints_what_the_tests_hold(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["broker-config", "--port", "9999", "--prefix", "fleet/x"]) == 0
+    setup = BrokerSetup(prefix="fleet/x", port=9999)
+    assert capsys.readouterr().out == mosquitto_config(setup)
+    assert main(["broker-config", "--acl", "--pool", "lab=a,b", "--operator", "boss"]) == 0
+    setup = BrokerSetup(operators=["boss"], pools={"lab": ["a", "b"]})
+    assert capsys.readouterr().out == access_list(setup)
+    assert main(["broker-config", "--pool", "lab"]) == 1
+    assert main(["broker-config", "--operator", "a b\ntopic #"]) == 1
+    assert "error [invalid-request]" in capsys.readouterr().err
+
+
+def test_unit_names_the_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["unit", "bundle", "--config", "service.yaml"]) == 0
+    out = capsys.readouterr().out
+    assert f"serve {tmp_path}/bundle --config {tmp_path}/service.yaml" in out
