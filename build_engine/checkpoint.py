@@ -231,7 +231,7 @@ def read_header(path: Path) -> list[SourceTensor]:
                     f"{path}: header length {size} is impossible in a file of {file_bytes} bytes; "
                     f"{DOWNLOAD_AGAIN}"
                 )
-            header = json.loads(source.read(size), object_pairs_hook=_no_repeats)
+            header = json.loads(source.read(size).decode(), object_pairs_hook=_no_repeats)
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
@@ -260,7 +260,8 @@ def _entry(path: Path, name: str, entry: Any, start: int) -> SourceTensor:
     dtype: Any = fields.get("dtype")
     shape: Any = fields.get("shape")
     offsets: Any = fields.get("data_offsets")
-    if dtype not in ITEM_BYTES or not _sizes(shape) or not _sizes(offsets) or len(offsets) != 2:
+    known = isinstance(dtype, str) and dtype in ITEM_BYTES
+    if not known or not _sizes(shape) or not _sizes(offsets) or len(offsets) != 2:
         raise CheckpointError(f"{path}: entry of {name!r} is {str(entry)[:200]}; {DOWNLOAD_AGAIN}")
     begin, end = offsets
     expected = math.prod(shape) * ITEM_BYTES[dtype]

@@ -127,7 +127,9 @@ class Model:
         values = widen(self.checkpoint.read(source, 0, rows), source.dtype.lower())
         if tensor.transform is Transform.CONV:
             return np.ascontiguousarray(values.T)
-        return (-np.exp(values.astype(np.float64))).astype(np.float32)
+        with np.errstate(over="ignore"):  # what becomes infinite is refused when it is packed
+            minus_exp = (-np.exp(values.astype(np.float64))).astype(np.float32)
+        return np.where(np.isfinite(values), minus_exp, values)  # -inf would become a fine 0
 
 
 def read(folder: str | Path) -> Model:

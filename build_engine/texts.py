@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import logging
+import reprlib
 from collections.abc import Iterable
 from typing import Any
 
 from build_engine.checkpoint import Checkpoint, read_json
 from edgecascade import manifest as layout
-from edgecascade.errors import CheckpointError
+from edgecascade.errors import CheckpointError, InvalidRequest
+from edgecascade.sampling import SamplingParams
 
 log = logging.getLogger(__name__)
 
@@ -17,6 +19,8 @@ log = logging.getLogger(__name__)
 TURN_ENDS = ("<|im_end|>",)
 SAMPLING_KEYS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 TOKEN_KEYS = ("bos_token_id", "pad_token_id")
+GENERATION_CONFIG = "generation_config.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
 def texts(checkpoint: Checkpoint) -> dict[str, bytes]:
@@ -33,7 +37,12 @@ def texts(checkpoint: Checkpoint) -> dict[str, bytes]:
         )
     template = _chat_template(checkpoint)
     if template is not None:
-        made[layout.CHAT_TEMPLATE] = template.encode()
+        try:
+            made[layout.CHAT_TEMPLATE] = template.encode()
+        except UnicodeEncodeError as error:
+            raise CheckpointError(
+                f"chat_template in {checkpoint.folder / TOKENIZER_CONFIG} is not Unicode: {error}"
+            ) from error
     return made
 
 
@@ -42,19 +51,23 @@ def generation(checkpoint: Checkpoint) -> dict[str, Any]:
     recommend.
     """
     config = checkpoint.config
-    recommended = checkpoint.optional_json("generation_config.json")
+    recommended = checkpoint.optional_json(GENERATION_CONFIG)
     ends = {
-        *_ids(config.get("eos_token_id")),
-        *_ids(recommended.get("eos_token_id")),
+        *_ids("eos_token_id", config.get("eos_token_id")),
+        *_ids("eos_token_id", recommended.get("eos_token_id")),
         *_turn_ends(checkpoint),
     }
     made: dict[str, Any] = {"eos_token_id": sorted(ends)}
     for key in TOKEN_KEYS:
         if key in recommended or key in config:
             made[key] = recommended.get(key, config.get(key))
-    made.update(
-        {key: recommended[key] for key in SAMPLING_KEYS if recommended.get(key) is not None}
-    )
+            _ids(key, made[key])
+    sampling = {key: recommended[key] for key in SAMPLING_KEYS if recommended.get(key) is not None}
+    try:
+        SamplingParams(**sampling)
+    except InvalidRequest as error:
+        raise CheckpointError(f"{checkpoint.folder / GENERATION_CONFIG}: {error}") from error
+    made.update(sampling)
     if recommended.get("do_sample") is False:
         made["temperature"] = 0.0
     return made
@@ -67,32 +80,36 @@ def _chat_template(checkpoint: Checkpoint) -> str | None:
             return path.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise CheckpointError(f"{path} is not UTF-8: {error}") from error
-    template = checkpoint.optional_json("tokenizer_config.json").get("chat_template")
+        except OSError as error:
+            raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+    template = checkpoint.optional_json(TOKENIZER_CONFIG).get("chat_template")
     if isinstance(template, list):
-        named = {
-            entry.get("name"): entry.get("template")
-            for entry in template
-            if isinstance(entry, dict)
-        }
-        template = named.get("default")
+        named = (entry for entry in template if isinstance(entry, dict))
+        template = next((e.get("template") for e in named if e.get("name") == "default"), None)
     if template is not None and not isinstance(template, str):
         raise CheckpointError(
-            f"chat_template in {checkpoint.folder / 'tokenizer_config.json'} is "
+            f"chat_template in {checkpoint.folder / TOKENIZER_CONFIG} is "
             f"{type(template).__name__}; expected a text"
         )
     return template
 
 
 def _turn_ends(checkpoint: Checkpoint) -> Iterable[int]:
-    for token in checkpoint.optional_json("tokenizer.json").get("added_tokens", []):
+    added = checkpoint.optional_json(layout.TOKENIZER).get("added_tokens", [])
+    if not isinstance(added, list):
+        raise CheckpointError(
+            f"added_tokens in {checkpoint.folder / layout.TOKENIZER} is {type(added).__name__}; "
+            "expected a list"
+        )
+    for token in added:
         if isinstance(token, dict) and token.get("content") in TURN_ENDS:
-            yield from _ids(token.get("id"))
+            yield from _ids("the id of a turn's end", token.get("id"))
 
 
-def _ids(value: Any) -> list[int]:
+def _ids(name: str, value: Any) -> list[int]:
     if value is None:
         return []
     ids = value if isinstance(value, list) else [value]
-    if not all(type(item) is int and item >= 0 for item in ids):
-        raise CheckpointError(f"eos_token_id is {value!r}; expected token ids")
+    if not all(type(item) is int and 0 <= item < 2**31 for item in ids):
+        raise CheckpointError(f"{name} is {reprlib.repr(value)}; expected token ids")
     return ids

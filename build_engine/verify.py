@@ -238,7 +238,8 @@ def _run(
         for name, weight in weights.items()
         if weight.tensor.role in (Role.VECTOR, Role.ROUTER)
     }
-    logits = model.module.forward(ops, model.config, {**weights, **small})
+    with np.errstate(over="ignore", invalid="ignore"):  # the outcome is checked
+        logits = model.module.forward(ops, model.config, {**weights, **small})
     return Outcome(ops.embedded, ops.residuals, logits)
 
 

@@ -136,6 +136,8 @@ def parse_manifest(data: bytes, what: str) -> Manifest:
         changed = digest != actual or canonical_json({**raw, "digest": digest}) != data
     except RecursionError:
         raise BundleError(f"{what} is nested too deeply; {REBUILD}") from None
+    except ValueError as error:  # a number beyond a float, such as 1e999
+        raise BundleError(f"{what} is not valid JSON ({error}); {REBUILD}") from None
     try:
         manifest = _manifest(raw, what)
     except BundleError as error:

@@ -22,6 +22,7 @@ from edgecascade.backends._lib import cpu_isas
 from edgecascade.backends.native import LOGITS_CHUNK, PREFILL_CHUNK
 from edgecascade.bundle import Bundle
 from edgecascade.errors import BackendError, ContextExceeded, InvalidRequest, OutOfMemory
+from edgecascade.sampling import SampleRow, Sampling
 
 Open = Callable[..., Any]
 EXECUTORS = ["reference", *(f"cpu:{isa}" for isa in cpu_isas())]
@@ -263,6 +264,15 @@ def test_impossible_options_are_refused(
         pytest.raises(InvalidRequest, match=next(iter(options))),
     ):
         open_backend(executor, bundle, **options)
+
+
+@pytest.mark.parametrize("executor", ["reference", "cpu:"])
+def test_logits_without_a_number_are_the_backends_failure(opened: Open, executor: str) -> None:
+    backend = opened("moe", "speed", executor)
+    row = SampleRow(Sampling(), 0.5, np.zeros(0, np.int32), np.zeros(0, np.int32))
+    logits = np.full((1, backend.vocab), np.nan, np.float32)
+    with pytest.raises(BackendError, match="all 256 logits are NaN"):
+        backend.sample(logits, [row])
 
 
 def test_an_unknown_backend_is_refused_with_the_known_ones(build: Build) -> None:

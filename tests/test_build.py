@@ -134,6 +134,8 @@ BAD_VALUES = {
         "[5, 7] is nan, which is no",
     ),
     "infinity": ("layers.0.mixer.D", (3,), -np.inf, "exact", "[3] is -inf, which is no number"),
+    "exponent": ("layers.0.mixer.A_log", (2,), -np.inf, "exact", "[2] is -inf, which is no number"),
+    "exponent too large": ("layers.0.mixer.A_log", (2,), 1e30, "speed", "[2] is -inf, which is no"),
     "router": ("layers.1.mixer.gate.weight", (1, 2), np.nan, "speed", "[1, 2] is nan"),
     "conv": ("layers.0.mixer.conv1d.weight", (9, 0, 2), np.nan, "speed", "[9, 0, 2] is nan"),
     "stacked": ("layers.2.mixer.v_proj.weight", (4, 70), np.inf, "quality", "[4, 70] is inf"),
@@ -172,11 +174,15 @@ def test_weights_that_overflow_in_the_forward_pass_are_refused(tmp_path: Path) -
         tensors[f"layers.3.mixer.{name}.weight"][1][:] = 5e5
     tensors["norm_f.weight"][1][:] = 3e38
     tensors["lm_head.weight"][1][:] = 5e5
-    with (
-        np.errstate(over="ignore", invalid="ignore"),
-        pytest.raises(BuildError, match=r"weights are not finite|no numbers"),
-    ):
+    with pytest.raises(BuildError, match=r"weights are not finite|no numbers"):
         build(checkpoints.write(tmp_path / "checkpoint", tensors), tmp_path / "bundle")
+    assert left_over(tmp_path) == []
+
+
+def test_a_folder_in_the_place_of_the_template_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    (checkpoint / "chat_template.jinja").mkdir()
+    with pytest.raises(CheckpointError, match=r"cannot read .*chat_template.jinja"):
+        build(checkpoint, tmp_path / "bundle", verify=False)
     assert left_over(tmp_path) == []
 
 
@@ -346,6 +352,7 @@ def test_generation_gathers_every_token_that_ends_an_answer(
     [
         ("{{ a }}", "{{ a }}"),
         ([{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}], "d"),
+        ([5, {"name": ["default"], "template": "t"}], None),
         (None, None),
     ],
 )
@@ -363,6 +370,11 @@ def test_chat_template_of_the_tokenizer_config(
         ({"tokenizer_config": {"chat_template": 3}}, "is int; expected a text"),
         ({"generation_config": {"eos_token_id": "two"}}, "eos_token_id is 'two'"),
         ({"tokenizer": []}, r"tokenizer\.json holds list"),
+        ({"tokenizer": {"added_tokens": None}}, "added_tokens in .* is NoneType"),
+        ({"tokenizer_config": {"chat_template": "\ud800"}}, "is not Unicode"),
+        ({"generation_config": {"bos_token_id": 2**31}}, "bos_token_id is 2147483648"),
+        ({"generation_config": {"temperature": "hot"}}, "generation_config.json: temperature is"),
+        ({"generation_config": {"top_p": float("inf")}}, "generation_config.json: top_p is"),
     ],
 )
 def test_wrong_texts_are_refused(

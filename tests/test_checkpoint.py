@@ -220,6 +220,16 @@ DAMAGE: dict[str, tuple[Damage, type[EdgeCascadeError], str]] = {
         CheckpointError,
         "entry of 'backbone",
     ),
+    "dtype no text": (
+        edit_header(lambda h: next(iter(h.values())).update(dtype=["F32"])),
+        CheckpointError,
+        "entry of 'backbone",
+    ),
+    "header in UTF-16": (
+        overwrite(SHARD, b"\x06\0\0\0\0\0\0\0" + "{}".encode("utf-16")),
+        CheckpointError,
+        "header is not valid JSON",
+    ),
     "index no JSON": (
         overwrite("model.safetensors.index.json", b"{"),
         CheckpointError,

@@ -253,6 +253,7 @@ SPELLINGS: dict[str, Callable[[bytes], bytes]] = {
     "other number": lambda data: data.replace(b'"schema": 1', b'"schema": 1.0', 1),
     "no newline": lambda data: data[:-1],
     "byte order mark": lambda data: b"\xef\xbb\xbf" + data,
+    "infinite number": lambda data: data.replace(b'"schema": 1', b'"schema": 1,\n "x": 1e999', 1),
     "not a number": lambda data: data.replace(b'"schema": 1', b'"schema": NaN', 1),
     "no json": lambda data: b"\xff\xfe",
     "empty": lambda data: b"",

@@ -129,6 +129,11 @@ def test_a_template_sees_what_transformers_shows_it() -> None:
     )
 
 
+def test_a_template_that_cannot_be_compiled_is_the_bundles_fault() -> None:
+    with pytest.raises(BundleError, match="cannot be compiled"):
+        ChatTemplate("{{ 2 ** 100000 }}", {})
+
+
 @pytest.mark.parametrize(
     "template",
     ["{{ 1 / 0 }}", "{{ [][1] + 1 }}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"],

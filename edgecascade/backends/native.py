@@ -261,7 +261,12 @@ class NativeBackend:
         args.token, args.logprob = address(token), address(logprob)
         step = Step.from_buffer_copy(self._step)
         step.n_tok = step.n_seq = step.n_out = len(rows)
-        self._library.run_op(SAMPLE, self._stream, step, args)
+        try:
+            self._library.run_op(SAMPLE, self._stream, step, args)
+        except InvalidRequest as error:
+            if (values > -np.inf).any(axis=1).all():
+                raise
+            raise BackendError(str(error)) from error  # the model's numbers, not the caller's
         return [(int(t), float(p)) for t, p in zip(token, logprob, strict=True)]
 
     def routing(self, layer: int, tokens: int) -> tuple[Array, Array]:

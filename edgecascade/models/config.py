@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -40,7 +41,7 @@ class ConfigReader:
         if (
             isinstance(value, bool)
             or not isinstance(value, (int, float))
-            or not 0 < value < float("inf")
+            or not 0 < value <= sys.float_info.max
         ):
             raise UnsupportedModel(f"config.json {key} is {value!r}; expected a positive number")
         return float(value)

@@ -215,6 +215,8 @@ def _layers(read: ConfigReader) -> str:
     for key in ("layers_block_type", "layer_types"):
         names = read.optional(key)
         if names is not None:
+            if not isinstance(names, list):
+                raise UnsupportedModel(f"config.json {key} is {names!r}; expected a list of kinds")
             unknown = sorted({str(name) for name in names} - KINDS.keys())
             if unknown:
                 raise UnsupportedModel(

@@ -36,7 +36,7 @@ class ChatTemplate:
 
     def __init__(self, source: str | None, tokens: Mapping[str, str | None]) -> None:
         # Imported here: token ids in, token ids out needs no templates.
-        from jinja2 import TemplateSyntaxError
+        from jinja2 import TemplateError, TemplateSyntaxError
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
         environment = ImmutableSandboxedEnvironment(
@@ -52,6 +52,8 @@ class ChatTemplate:
                 f"chat_template.jinja, line {error.lineno}: {error.message}; "
                 "copy the checkpoint's template and build again"
             ) from error
+        except (TemplateError, *FAILURES) as error:  # constants are computed here
+            raise BundleError(f"chat_template.jinja cannot be compiled: {error}") from error
         self._tokens = {name: text for name, text in tokens.items() if text is not None}
 
     def render(
