@@ -186,7 +186,7 @@ def _headers(folder: Path) -> list[SourceTensor]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} has no weight_map; {DOWNLOAD_AGAIN}")
     shards = sorted({_shard_name(index, name, shard) for name, shard in weight_map.items()})
-    missing = [shard for shard in shards if not (folder / shard).is_file()]
+    missing = [shard for shard in shards if not os.path.isfile(folder / shard)]
     if missing:
         raise CheckpointError(
             f"{index} names shards that are not there: {listed(missing)}; {DOWNLOAD_AGAIN}"

@@ -268,6 +268,8 @@ def _kernels(
         found = backend.logits(tokens)
     finally:
         backend.close()
+    if not np.isfinite(found).all():
+        raise BuildError("logits of the kernel library on the packed weights are not finite")
     best = min(relative_error(a, b) for a, b in zip(found, expected, strict=True))
     limit = KERNEL_LIMIT if any(weight.is_block for weight in weights.values()) else FLOAT_LIMIT
     if not best <= limit:

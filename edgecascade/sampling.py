@@ -6,10 +6,10 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 import reprlib
 import secrets
+import struct
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
@@ -167,9 +167,10 @@ class SamplingParams:
 def _in_float32(value: Real) -> float:
     """The number that a backend computes with; infinite beyond its range."""
     try:
-        return ctypes.c_float(float(value)).value
-    except OverflowError:  # an integer or a fraction that no float holds
+        (number,) = struct.unpack("f", struct.pack("f", float(value)))
+    except OverflowError:
         return math.inf
+    return float(number)
 
 
 def _shown(value: object) -> str:

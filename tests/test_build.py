@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 from collections import namedtuple
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -386,17 +387,32 @@ def test_wrong_texts_are_refused(
     assert left_over(tmp_path) == []
 
 
+def last_token_gone(logits: Any) -> Any:
+    return np.where(np.arange(len(logits))[:, None] < len(logits) - 1, logits, np.nan)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda logits: logits[:, ::-1], "the kernel library and the reference disagree"),
+        (last_token_gone, "logits of the kernel library .* are not finite"),
+    ],
+)
 def test_verify_finds_kernels_that_compute_something_else(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    change: Callable[[Any], Any],
+    message: str,
 ) -> None:
     def wrong(name: str, bundle: Bundle, **options: Any) -> Any:
         backend = open_backend("reference", bundle, **options)
         right = backend.logits
-        monkeypatch.setattr(backend, "logits", lambda tokens: right(tokens)[:, ::-1])
+        monkeypatch.setattr(backend, "logits", lambda tokens: change(right(tokens)))
         return backend
 
     monkeypatch.setattr(verify_module, "open_backend", wrong)
-    with pytest.raises(BuildError, match="the kernel library and the reference disagree"):
+    with pytest.raises(BuildError, match=message):
         build(checkpoint, tmp_path / "bundle")
     assert left_over(tmp_path) == []
 

@@ -245,6 +245,11 @@ DAMAGE: dict[str, tuple[Damage, type[EdgeCascadeError], str]] = {
         CheckpointError,
         "not there: model-9.safetensors",
     ),
+    "index names a shard that no folder holds": (
+        edit_index(lambda m: m.update({next(iter(m)): "x" * 300 + ".safetensors"})),
+        CheckpointError,
+        "not there: xxx",
+    ),
     "tensor in the wrong shard": (
         edit_index(move_tensor),
         CheckpointError,
