@@ -71,8 +71,8 @@ class Bundle:
         """
         try:
             return cls._open(Path(path), verify)
-        except OSError as error:
-            raise BundleError(f"cannot read bundle {path}: {error}") from error
+        except (OSError, ValueError) as error:  # ValueError: a path that cannot be, such as "a\0b"
+            raise BundleError(f"cannot read bundle {str(path)!r}: {error}") from error
 
     @classmethod
     def _open(cls, folder: Path, verify: bool | None) -> Bundle:

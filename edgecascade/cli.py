@@ -50,10 +50,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:
-        # Whoever read our output has gone; the interpreter must not fail again when it flushes.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # whoever read our output has gone
+        _drop_output()
         return PIPE_CLOSED
+    except OSError as error:  # such as a full disk behind stdout
+        if os.environ.get(DEBUG):
+            raise
+        print(f"error [os]: {error}", file=sys.stderr)
+        _drop_output()
+        return 1
+
+
+def _drop_output() -> None:
+    """What stdout still holds goes nowhere, or the interpreter fails again when it flushes."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -332,7 +342,7 @@ def _bench(args: argparse.Namespace) -> int:
 
 def _synthetic(args: argparse.Namespace) -> str:
     """A bundle of a real model's shapes, written once into the user's cache folder."""
-    from build_engine.synthetic import write_synthetic
+    from build_engine.synthetic import config, write_synthetic
     from edgecascade.bundle import Bundle
     from edgecascade.errors import BundleError
     from edgecascade.verified import cache_folder
@@ -342,8 +352,8 @@ def _synthetic(args: argparse.Namespace) -> str:
     try:
         Bundle.open(path).close()
     except BundleError:  # not there yet, or of an older format
+        config(args.synthetic, args.layers)  # refuses what it does not know
         print(f"writing {path}", file=sys.stderr)
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_synthetic(
             path, args.synthetic, args.layers, precision=args.precision, overwrite=path.exists()
         )

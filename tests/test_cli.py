@@ -166,6 +166,31 @@ def test_a_wrong_turn_does_not_end_a_chat(bundle: str) -> None:
     assert stderr.count(b"12 tokens made") == 1
 
 
+@pytest.mark.parametrize("command", [["inspect"], ["generate", "--prompt", "Go."]])
+def test_a_full_disk_behind_stdout_is_one_line(bundle: str, command: list[str]) -> None:
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "edgecascade", command[0], bundle, *command[1:]],
+            stdout=full, stderr=subprocess.PIPE, cwd=TINY.parent.parent, check=False,
+        )  # fmt: skip
+    assert done.returncode == 1
+    *_, last = done.stderr.splitlines()
+    assert last == b"error [os]: [Errno 28] No space left on device"
+    assert b"Traceback" not in done.stderr
+
+
+def test_a_synthetic_model_that_is_unknown_or_has_no_place_is_one_line(
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
+    status, _, stderr = run(capsys, "bench", "--synthetic", "gpt")
+    assert (status, stderr.count("\n")) == (1, 1)
+    assert "synthetic model 'gpt' is unknown" in stderr
+    command = ["bench", "--synthetic", "nemotron-3-nano-4b", "--layers", "1"]
+    status, _, stderr = run(capsys, *command)
+    assert (status, "error [build-failed]: cannot write" in stderr) == (1, True)
+
+
 def test_a_closed_pipe_ends_the_command_quietly(bundle: str) -> None:
     ask = ("generate", bundle, "--prompt", "Go.", "--no-thinking", "--temperature", "3")
     with process(*ask) as talk:

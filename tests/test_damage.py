@@ -271,6 +271,12 @@ def test_manifest_spelled_another_way_is_refused(own: Path, case: str) -> None:
     refused(own, "manifest.json")
 
 
+@pytest.mark.parametrize("path", ["a\0b", "a\ud800", "x" * 5000])
+def test_path_that_cannot_be_is_refused(path: str) -> None:
+    with pytest.raises(BundleError, match="cannot read bundle"):
+        Bundle.open(path)
+
+
 def test_sizes_are_checked_even_without_hashing(own: Path) -> None:
     os.truncate(own / WEIGHTS, 4096)
     with pytest.raises(BundleError, match="has 4096 bytes, the manifest promises"):

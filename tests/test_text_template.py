@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -257,6 +258,14 @@ def test_without_a_tokenizer_only_ids_are_taken() -> None:
     assert ours.from_tokens([1, 2], None).tokens == (1, 2)
     with pytest.raises(InvalidRequest, match=r"no tokenizer\.json; give token ids"):
         ours.from_text("a", None, raw=True, thinking=None)
+
+
+def test_a_tokenizer_may_lie_in_a_folder_of_any_name(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"\xff")
+    folder.mkdir()
+    copy = folder / "tokenizer.json"
+    copy.write_bytes(TOKENIZER_FILE.read_bytes())
+    assert Tokenizer(copy).encode("Go.") == Tokenizer(TOKENIZER_FILE).encode("Go.")
 
 
 def test_a_file_that_is_no_tokenizer_is_named(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ class Tokenizer:
         from tokenizers import Tokenizer as Fast
 
         try:
-            self._fast = Fast.from_file(str(path))
+            self._fast = Fast.from_buffer(path.read_bytes())  # from_file takes no odd file names
         except Exception as error:  # tokenizers raises nothing narrower
             raise BundleError(
                 f"{path} is not a tokenizer that the tokenizers library reads ({error}); "
