@@ -13,10 +13,8 @@ sequence (sequence.py), which turns it into text until it has a reason to finish
 
 from __future__ import annotations
 
-import asyncio
 import reprlib
 from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import fields, replace
 from pathlib import Path
 from queue import SimpleQueue
@@ -34,7 +32,7 @@ from edgecascade.backends.base import (
     open_backend,
 )
 from edgecascade.bundle import Bundle
-from edgecascade.completion import Completion, Event, Failure, Piece
+from edgecascade.completion import Completion, Event, Piece
 from edgecascade.device.memory import memory_bytes
 from edgecascade.engine import Engine, EngineStats
 from edgecascade.errors import BundleError, ContextExceeded, InvalidRequest
@@ -47,7 +45,7 @@ from edgecascade.text.budget import END, ThinkingBudget
 from edgecascade.text.prompt import TURN_MARKS, Prompt, Prompter
 from edgecascade.text.stream import TextStream
 from edgecascade.text.tokenizer import checked_text
-from edgecascade.ticket import Queueing, Ticket
+from edgecascade.ticket import Queueing, Ticket, apieces, pieces
 
 CHUNK_TOKENS = 256  # of a prompt that go between two steps of the running answers
 SNAPSHOT_SHARE = 0.1  # of the memory that is available when the bundle is opened
@@ -76,10 +74,13 @@ class LLM:
         self._backend = backend
         self.prompter = Prompter(bundle.tokenizer_file, bundle.chat_template, bundle.generation)
         self._recommended, self._eos = _recommended(bundle), _stop_ids(bundle)
-        if not 1 <= chunk_tokens <= 1 << 20:
-            raise InvalidRequest(f"chunk_tokens is {chunk_tokens}; it must be at least 1")
-        if snapshot_bytes is not None and snapshot_bytes < 0:
-            raise InvalidRequest(f"snapshot_bytes is {snapshot_bytes}; 0 keeps none")
+        for name, value, least in (
+            ("chunk_tokens", chunk_tokens, 1),
+            ("snapshot_bytes", 0 if snapshot_bytes is None else snapshot_bytes, 0),
+            ("max_queue", max_queue, 1),
+        ):
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise InvalidRequest(f"{name} is {value!r}; it must be an integer from {least} on")
         self.rule = CutRule(chunk_tokens, self._turn_ends())
         self._engine = Engine(
             backend,
@@ -120,6 +121,7 @@ class LLM:
         """
         bundle = Bundle.open(path, verify=verify)
         options = {"slots": slots, "max_context": max_context, "threads": threads, "isa": isa}
+        opened = None
         try:
             opened = open_backend(backend, bundle, **options)
             auto = f"the first of {', '.join(AUTO)} that this machine has"
@@ -132,6 +134,8 @@ class LLM:
                 max_queue=max_queue,
             )
         except BaseException:
+            if opened is not None:
+                opened.close()
             bundle.close()
             raise
 
@@ -334,12 +338,12 @@ class LLM:
     ) -> Generator[Piece, None, None]:
         """Generate, token by token. What cannot be is refused now, the rest starts when asked."""
         events: SimpleQueue[Event] = SimpleQueue()
-        return _received(self.ticket(prompt, params, events.put), how, events)
+        return pieces(self.ticket(prompt, params, events.put), how, events)
 
     def _apieces(
         self, prompt: Prompt, params: SamplingParams, how: Queueing
     ) -> AsyncGenerator[Piece, None]:
-        return _areceived(lambda tell: self.ticket(prompt, params, tell), how)
+        return apieces(lambda tell: self.ticket(prompt, params, tell), how)
 
     def prepare(self, tokens: Sequence[int]) -> int | None:
         """Read the beginning of a prompt while nothing else is to be done; its id, to give up."""
@@ -469,42 +473,6 @@ class LLM:
                 f"the prompt has {tokens} tokens, the context holds {self.max_context}; "
                 "shorten it, or load with a larger max_context if the model allows"
             )
-
-
-def _received(
-    ticket: Ticket, how: Queueing, events: SimpleQueue[Event]
-) -> Generator[Piece, None, None]:
-    ticket.submit(how, wait=True)
-    try:
-        while not isinstance(event := events.get(), Completion):
-            if isinstance(event, Failure):
-                raise event.error
-            if isinstance(event, Piece):
-                yield event
-    finally:
-        ticket.cancel()
-
-
-async def _areceived(
-    make: Callable[[Callable[[Event], None]], Ticket], how: Queueing
-) -> AsyncGenerator[Piece, None]:
-    loop = asyncio.get_running_loop()
-    events: asyncio.Queue[Event] = asyncio.Queue()
-
-    def tell(event: Event) -> None:
-        with suppress(RuntimeError):  # the loop was closed: nobody listens any more
-            loop.call_soon_threadsafe(events.put_nowait, event)
-
-    ticket = make(tell)
-    try:
-        await asyncio.to_thread(ticket.submit, how, wait=True)
-        while not isinstance(event := await events.get(), Completion):
-            if isinstance(event, Failure):
-                raise event.error
-            if isinstance(event, Piece):
-                yield event
-    finally:
-        ticket.cancel()
 
 
 def _snapshot_bytes() -> int:

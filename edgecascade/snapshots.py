@@ -237,7 +237,7 @@ class PrefixCache:
 
     def _bytes_beside(self, keys: Collection[bytes]) -> int:
         """Memory occupied once the states named by `keys` take their keys and values elsewhere."""
-        entries = self._entries.values()
+        entries = list(self._entries.values())  # at once: other threads ask, too
         runs = {id(entry.run): entry.run for entry in entries if entry.key not in keys}
         return sum(e.own_bytes for e in entries) + sum(run.nbytes for run in runs.values())
 

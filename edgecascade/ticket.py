@@ -3,15 +3,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable, Generator
+from contextlib import suppress
 from dataclasses import dataclass, fields
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from edgecascade.backends.base import Array
-from edgecascade.completion import Accepted, Completion, Event, Failure
+from edgecascade.completion import Accepted, Completion, Event, Failure, Piece
 from edgecascade.errors import (
     BackendError,
     DeadlineExceeded,
@@ -167,6 +170,44 @@ class Ticket:
         self._over.set()  # first: a listener that fails must not keep others waiting
         for event in (*before, outcome):
             self._tell(event)
+
+
+def pieces(
+    ticket: Ticket, how: Queueing, events: SimpleQueue[Event]
+) -> Generator[Piece, None, None]:
+    """Submit a ticket whose events arrive in a queue, and yield its pieces as they come."""
+    ticket.submit(how, wait=True)
+    try:
+        while not isinstance(event := events.get(), Completion):
+            if isinstance(event, Failure):
+                raise event.error
+            if isinstance(event, Piece):
+                yield event
+    finally:
+        ticket.cancel()
+
+
+async def apieces(
+    make: Callable[[Callable[[Event], None]], Ticket], how: Queueing
+) -> AsyncGenerator[Piece, None]:
+    """As pieces(), without blocking the event loop."""
+    loop = asyncio.get_running_loop()
+    events: asyncio.Queue[Event] = asyncio.Queue()
+
+    def tell(event: Event) -> None:
+        with suppress(RuntimeError):  # the loop was closed: nobody listens any more
+            loop.call_soon_threadsafe(events.put_nowait, event)
+
+    ticket = make(tell)
+    try:
+        await asyncio.to_thread(ticket.submit, how, wait=True)
+        while not isinstance(event := await events.get(), Completion):
+            if isinstance(event, Failure):
+                raise event.error
+            if isinstance(event, Piece):
+                yield event
+    finally:
+        ticket.cancel()
 
 
 def _ignore(event: Any) -> None:

@@ -186,6 +186,16 @@ def test_ways_to_queue_that_cannot_be_are_refused_by_name(load: Load, option: An
         load().generate([5], **option)
 
 
+@pytest.mark.parametrize(
+    "option", [{"chunk_tokens": 0}, {"snapshot_bytes": -1}, {"max_queue": 0}, {"max_queue": "5"}]
+)
+def test_bounds_that_cannot_be_are_refused_by_name(load: Load, option: Any) -> None:
+    before = threading.active_count()
+    with pytest.raises(InvalidRequest, match=next(iter(option))):
+        load(**option)
+    assert threading.active_count() == before
+
+
 def test_closing_ends_all_with_an_error(load: Load) -> None:
     llm = load(slots=2)
     heard = [Listener() for _ in range(5)]
