@@ -22,7 +22,7 @@ namespace {
 
 constexpr size_t kProbeBytes = size_t{96} << 20;  // beyond the last-level cache of an embedded CPU
 constexpr size_t kSliceBytes = size_t{1} << 20;
-constexpr auto kProbeTime = std::chrono::milliseconds(12);
+constexpr auto kProbeTime = std::chrono::milliseconds(20);
 constexpr double kGoodEnough = 0.95;
 // Prefill is bound by arithmetic: so few threads are worth having even where fewer feed the memory.
 constexpr int kLeastThreads = 4;
@@ -65,25 +65,28 @@ uint64_t readSlice(const uint64_t* slice) {
   return sums[0] ^ sums[1] ^ sums[2] ^ sums[3] ^ sums[4] ^ sums[5] ^ sums[6] ^ sums[7];
 }
 
-// Bytes per second that `threads` threads read together.
+// Bytes per second that `threads` threads read together, each its own stretch from end to end.
 double readRate(const uint64_t* data, int threads) {
-  std::atomic<size_t> next{0};
+  const size_t slices = kProbeBytes / kSliceBytes / threads;  // of one thread
+  std::atomic<size_t> total{0};
   std::atomic<uint64_t> sink{0};
   const auto start = std::chrono::steady_clock::now();
-  const auto read = [&] {
+  const auto read = [&](int thread) {
+    const uint64_t* own = data + thread * slices * (kSliceBytes / 8);
     uint64_t sum = 0;
-    while (std::chrono::steady_clock::now() - start < kProbeTime) {
-      const size_t slice = next.fetch_add(1) % (kProbeBytes / kSliceBytes);
-      sum ^= readSlice(data + slice * (kSliceBytes / 8));
+    size_t done = 0;
+    for (; std::chrono::steady_clock::now() - start < kProbeTime; ++done) {
+      sum ^= readSlice(own + done % slices * (kSliceBytes / 8));
     }
+    total.fetch_add(done);
     sink.fetch_xor(sum);
   };
   std::vector<std::thread> others;
-  for (int i = 1; i < threads; ++i) others.emplace_back(read);
-  read();
+  for (int i = 1; i < threads; ++i) others.emplace_back(read, i);
+  read(0);
   for (std::thread& other : others) other.join();
   const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - start;
-  return static_cast<double>(next.load() * kSliceBytes) / elapsed.count();
+  return static_cast<double>(total.load() * kSliceBytes) / elapsed.count();
 }
 
 struct Probe {
@@ -92,7 +95,7 @@ struct Probe {
 };
 
 Probe probe() {
-  const int cpus = usableCpus();
+  const int cpus = std::min<int>(usableCpus(), kProbeBytes / kSliceBytes);  // a slice for each
   void* data =
       mmap(nullptr, kProbeBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (data == MAP_FAILED) return {cpus, 0};
