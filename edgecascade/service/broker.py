@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Brokers: one on loopback for the demo and the tests, and the configuration of a real one.
 
-A local broker takes a free port, keeps its files in a folder of its own and ends with the thread
+A local broker takes a free port, keeps its files in a folder of its own and ends with the process
 that started it, whatever way that ends.
 """
 
@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -48,6 +49,9 @@ if sys.platform == "linux":
         os._exit(1)
 os.execv(sys.argv[2], sys.argv[2:])
 """
+
+# The kernel means the thread that started it when it says parent: one that stays.
+_SPAWNER = ThreadPoolExecutor(1, "broker-spawner")
 
 _LOCAL_CONFIG = """\
 listener {port} 127.0.0.1
@@ -193,10 +197,14 @@ class LocalBroker:
     def _spawn(self) -> None:
         leash = [sys.executable, "-c", _LEASH, str(os.getpid())]
         with open(self._folder / "log", "wb") as out:
-            self._process = subprocess.Popen(
-                leash + self._command(), cwd=self._folder, stdin=subprocess.DEVNULL,
-                stdout=out, stderr=out,
-            )  # fmt: skip
+            self._process = _SPAWNER.submit(
+                subprocess.Popen,
+                leash + self._command(),
+                cwd=self._folder,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+            ).result()
 
     def _command(self) -> list[str]:
         if self.program.kind == "iotcore":

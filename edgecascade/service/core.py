@@ -11,9 +11,10 @@ may be asked again. Its key is client and id: nobody can touch another's.
 from __future__ import annotations
 
 import logging
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 from edgecascade.completion import Accepted, Completion, Event, Failure, Piece
@@ -42,7 +43,6 @@ from edgecascade.service.protocol import (
 from edgecascade.service.replies import Head, Outgoing
 from edgecascade.service.report import Figures, Identity, problem_of
 from edgecascade.service.topics import Topics
-from edgecascade.text.tools import ToolCall
 
 log = logging.getLogger(__name__)
 
@@ -90,12 +90,11 @@ class Live:
     taken_back: str = ""  # by "client", by its disconnect ("gone"), or by us ("drain")
     told_queued: bool = False
     started: bool = False
+    over: bool = False
     seq: int = 0
     calls: int = 0
     flush_at: float | None = None
-    text: list[str] = field(default_factory=list)
-    reasoning: list[str] = field(default_factory=list)
-    new_calls: list[ToolCall] = field(default_factory=list)
+    pieces: deque[Piece] = field(default_factory=deque)  # filled on the engine's thread
 
     @property
     def key(self) -> Key:
@@ -151,14 +150,14 @@ class Core:
 
     def tell(self, live: Live, event: Event, now: float) -> list[Outgoing]:
         """An event of a request's generation."""
-        if self._live.get(live.key) is not live:
+        if live.over:
             return []
         match event:
+            case Piece():
+                self._begin_batch(live, now)
             case Accepted(position):
                 if position > 0 or live.chat.pooled:
                     return self._queued(live, position)
-            case Piece():
-                self._piece(live, event, now)
             case Completion():
                 return self._completed(live, event, now)
             case Failure(error):
@@ -172,7 +171,6 @@ class Core:
             if live.flush_at is not None and live.flush_at <= now:
                 if can_stream():
                     out.append(self._chunk(live))
-                    live.flush_at = None
                 else:
                     live.flush_at = now + HELD_S  # the text waits here and goes out in one piece
             elif not live.started and not live.told_queued and now - live.arrived >= SILENCE_S:
@@ -248,9 +246,10 @@ class Core:
                 priority=(chat.priority > 0) - (chat.priority < 0) + 1,
                 deadline_s=chat.timeout_s,
                 client=chat.client,
-                on_event=lambda event: self._post(live, event),
+                on_event=partial(self._arrived, live),
             )
         except EdgeCascadeError as error:
+            live.over = True
             del self._live[live.key]
             return [self._refused(chat.id, chat.reply, problem_of(error))]
         self._per_client[chat.client] += 1
@@ -280,30 +279,37 @@ class Core:
         live.told_queued = True
         return [replies.queued(live.chat.id, live.chat.reply, position)]
 
-    def _piece(self, live: Live, piece: Piece, now: float) -> None:
-        first = not live.started
+    def _arrived(self, live: Live, event: Event) -> None:
+        # On the engine's thread, for each token. One that a batch takes along wakes nobody.
+        if isinstance(event, Piece):
+            if live.chat.stream:
+                live.pieces.append(event)
+            if live.flush_at is not None or (live.started and not live.chat.stream):
+                return
+        self._post(live, event)
+
+    def _begin_batch(self, live: Live, now: float) -> None:
         live.started = True
-        if not live.chat.stream:
-            return
-        live.text.append(piece.text)
-        live.reasoning.append(piece.reasoning)
-        live.new_calls.extend(piece.tool_calls)
-        if live.flush_at is None and (piece.text or piece.reasoning or piece.tool_calls):
-            live.flush_at = now if first or not live.seq else now + live.chat.flush_s
+        if live.flush_at is None and any(
+            p.text or p.reasoning or p.tool_calls for p in live.pieces
+        ):
+            live.flush_at = now + live.chat.flush_s if live.seq else now  # the first at once
 
     def _chunk(self, live: Live) -> Outgoing:
+        live.flush_at = None  # before the pieces are taken: one that comes now begins a batch
+        pieces = [live.pieces.popleft() for _ in range(len(live.pieces))]
+        calls = [call for piece in pieces for call in piece.tool_calls]
         message = replies.chunk(
             live.chat.reply,
             live.head,
             live.seq,
-            "".join(live.text),
-            "".join(live.reasoning),
-            live.new_calls,
+            "".join(piece.text for piece in pieces),
+            "".join(piece.reasoning for piece in pieces),
+            calls,
             first_call=live.calls,
         )
         live.seq += 1
-        live.calls += len(live.new_calls)
-        live.text, live.reasoning, live.new_calls = [], [], []
+        live.calls += len(calls)
         return message
 
     def _completed(self, live: Live, done: Completion, now: float) -> list[Outgoing]:
@@ -311,7 +317,7 @@ class Core:
             return self._failed(live, Cancelled("taken back"), now)
         if done.finish_reason == "deadline" and not done.token_ids:
             return self._failed(live, DeadlineExceeded("the deadline passed in the queue"), now)
-        out = [self._chunk(live)] if live.flush_at is not None else []
+        out = [self._chunk(live)] if live.flush_at is not None or live.pieces else []
         body = replies.completion_body(live.head, done, live.seq, self._extra(live, done))
         finals = replies.final(live.chat.reply, body, self.max_message_bytes)
         until = live.arrived + max(KEEP_S, live.chat.timeout_s)
@@ -384,6 +390,7 @@ class Core:
         return list(finals)
 
     def _end(self, live: Live, reason: str) -> None:
+        live.over = True
         del self._live[live.key]
         self.figures.finished[reason] += 1
         client = live.chat.client

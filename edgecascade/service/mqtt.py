@@ -46,7 +46,7 @@ STALE_S = 60.0  # a network thread that has not turned for so long is stuck
 MAX_DELAY_S = 30.0
 WILL_DELAY_S = 5
 STEADY_S = 1.0  # a connection lost sooner counts as a failed one
-MANY_FAILURES = 4
+MANY_SHORT = 4
 
 UNSUPPORTED_VERSION = 0x84
 SESSION_TAKEN_OVER = 0x8E
@@ -120,7 +120,7 @@ class Link:
         self._on_message, self._births = on_message, births
         self._on_up, self._on_result = on_up, on_result
         self._version = options.address.protocol.replace("auto", "5")
-        self._unanswered = 0
+        self._unanswered = self._short = 0
         self._lock = threading.Lock()  # of the queue; never held while paho runs
         self._waiting: deque[Outgoing] = deque()
         self._in_flight = 0
@@ -222,12 +222,6 @@ class Link:
                 self.reason = f"{type(error).__name__}: {error}"
                 log.exception("the connection to %s failed", self._options.address.shown)
             failures = 0 if worked else failures + 1
-            if failures >= MANY_FAILURES and self.counters.connects >= MANY_FAILURES:
-                log.warning(
-                    "connections to %s are short; does another client use the name %r?",
-                    self._options.address.shown,
-                    self._options.client_id,
-                )
             if not self._stopping.is_set() and self.fatal is None:
                 # Jitter over the whole span: a thousand devices must not come back together.
                 delay = random.uniform(0, min(MAX_DELAY_S, 2.0**failures))
@@ -253,8 +247,16 @@ class Link:
         finally:
             self._lost(connection)
         self._choose_version(connection)
-        # Two clients of one name take it from each other, and not every broker tells them so.
-        return connection.acknowledged and time.monotonic() - connection.opened_at > STEADY_S
+        steady = time.monotonic() - connection.opened_at > STEADY_S
+        self._short = self._short + 1 if connection.acknowledged and not steady else 0
+        if self._short == MANY_SHORT:
+            # Two clients of one name take it from each other, and not every broker tells them.
+            log.warning(
+                "connections to %s are short; does another client use the name %r?",
+                self._options.address.shown,
+                self._options.client_id,
+            )
+        return connection.acknowledged and steady
 
     def _choose_version(self, connection: _Connection) -> None:
         """MQTT 3.1.1 after a refusal of 5, and after two connections closed without a word."""

@@ -15,13 +15,12 @@ import random
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
-from edgecascade.completion import Event, Piece
+from edgecascade.completion import Event
 from edgecascade.device.monitor import Monitor
 from edgecascade.errors import InvalidRequest, NetworkError
 from edgecascade.service import report, units, wire
@@ -63,7 +62,7 @@ class Service:
         self._topics = Topics(config.prefix)
         self._monitor = monitor or Monitor()
         self._own_monitor = monitor is None
-        self._inbox: deque[Callable[[float], list[Outgoing]]] = deque()
+        self._inbox: deque[Incoming | tuple[Live, Event]] = deque()
         self._incoming = 0
         self._lost_incoming = 0
         self._wake = threading.Event()
@@ -175,7 +174,13 @@ class Service:
         """Everything that is to be done now."""
         now = time.monotonic()
         while self._inbox:
-            for message in self._inbox.popleft()(now):
+            item = self._inbox.popleft()
+            if isinstance(item, tuple):
+                out = self._core.tell(*item, now)
+            else:
+                self._incoming -= 1
+                out = self._core.receive(item, now)
+            for message in out:
                 self._link.publish(message)
         self._core.max_message_bytes = min(MAX_MESSAGE_BYTES, self._link.max_payload_bytes)
         for message in self._core.tick(now, can_stream=self._can_stream):
@@ -188,8 +193,7 @@ class Service:
 
     def _sleep(self, now: float) -> None:
         due = min(self._core.next_due(now), self._telemetry_at, now + TURN_S)
-        if not self._inbox:  # a piece that came during this turn may not have set the wake
-            self._wake.wait(max(0.0, due - time.monotonic()))
+        self._wake.wait(max(0.0, due - time.monotonic()))
         self._wake.clear()
 
     def _deliver(self, message: Incoming) -> None:
@@ -198,19 +202,13 @@ class Service:
             self._lost_incoming += 1
             return
         self._incoming += 1
-        self._inbox.append(lambda now: self._receive(message, now))
+        self._inbox.append(message)
         self._wake.set()
 
-    def _receive(self, message: Incoming, now: float) -> list[Outgoing]:
-        self._incoming -= 1
-        return self._core.receive(message, now)
-
     def _post(self, live: Live, event: Event) -> None:
-        # On the engine's thread: no more than it must. A piece that is not the first of its batch
-        # needs no wake: the flush that is due takes it along.
-        self._inbox.append(lambda now: self._core.tell(live, event, now))
-        if not isinstance(event, Piece) or live.flush_at is None:
-            self._wake.set()
+        # On the engine's thread.
+        self._inbox.append((live, event))
+        self._wake.set()
 
     def _births(self) -> list[Outgoing]:
         # On the network thread, at every connection: the will may have spoken meanwhile.

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -65,6 +66,15 @@ def test_it_dies_with_its_parent(any_broker: LocalBroker) -> None:
         assert not Path(f"/proc/{pid}/stat").read_text().endswith(" Z ")
         parent.send_signal(signal.SIGKILL)
     assert gone(pid)
+
+
+def test_it_outlives_the_thread_that_started_it(mosquitto: LocalBroker) -> None:
+    mosquitto.kill()
+    starter = threading.Thread(target=mosquitto.start)
+    starter.start()
+    starter.join()
+    time.sleep(0.3)
+    assert answers(mosquitto.port)
 
 
 def test_its_own_words_are_in_the_error(mosquitto: LocalBroker) -> None:

@@ -83,6 +83,8 @@ class Desk:
 
     def happens(self, event: Event, number: int = -1) -> list[Any]:
         self.model.asked[number]["on_event"](event)
+        if not self.events:
+            return []
         live, posted = self.events.pop()
         return told(self.core.tell(live, posted, self.now))
 
