@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The main job on one page: a checkpoint becomes a bundle, which answers and is checked.
+"""The main job on one page: a checkpoint becomes a bundle, which answers, also over MQTT.
 
     make demo
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,10 @@ import numpy as np
 
 from build_engine.pipeline import build
 from edgecascade import LLM
+from edgecascade.client import Client
+from edgecascade.service.broker import LocalBroker
+from edgecascade.service.config import ServiceConfig
+from edgecascade.service.service import Service
 
 TINY = Path(__file__).resolve().parent / "tiny"
 COMMAND = "Drive to the charging dock."
@@ -67,6 +72,33 @@ def run_int4(bundle: Path) -> list[str]:
     return []
 
 
+def ask_over_mqtt(bundle: Path, folder: Path) -> list[str]:
+    """A broker on loopback, the bundle behind it, a client that asks: the tokens are the same."""
+    options = {"seed": 7, "temperature": 0.8, "max_tokens": 48}
+    with LLM.load(bundle, "cpu") as llm, LocalBroker() as broker:
+        alone = llm.generate(messages=[{"role": "user", "content": COMMAND}], **options)
+        config = ServiceConfig(mqtt=broker.url, device_id="demo", state_dir=str(folder))
+        with Service(llm, config) as service, Client(broker.url) as client:
+            runner = threading.Thread(target=service.run)
+            runner.start()
+            try:
+                stream = client.stream("demo", COMMAND, **options)
+                pieces = [piece.reasoning + piece.text for piece in stream]
+            finally:
+                service.stop()
+                runner.join()
+    answer = stream.answer
+    print(f"  {broker.program.kind} at {broker.url}: {len(pieces)} pieces, ", end="")
+    print(f"{answer.usage['completion_tokens']} tokens, first after ", end="")
+    print(f"{answer.body['timings']['ttft_ms']:.1f} ms")
+    if (answer.reasoning, answer.text) != (alone.reasoning, alone.text):
+        return ["the answer over MQTT is another than that of generate"]
+    if "".join(pieces) != answer.reasoning + answer.text:
+        return ["the stream over MQTT does not add up to its answer"]
+    print("  the same answer over MQTT, streamed")
+    return []
+
+
 def main() -> int:
     with np.load(TINY / "golden.npz") as arrays:
         golden = dict(arrays)
@@ -79,6 +111,8 @@ def main() -> int:
         failures = check_exact(exact, golden)
         print("INT4 bundle")
         failures += run_int4(int4)
+        print("over MQTT")
+        failures += ask_over_mqtt(int4, Path(folder))
     for failure in failures:
         print(f"FAIL: {failure}", file=sys.stderr)
     if not failures:
