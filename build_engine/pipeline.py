@@ -39,6 +39,7 @@ def build(
     started = time.monotonic()
     model = read(checkpoint)
     plan = quantize(model.tensors, precision)
+    small_files = texts(model.checkpoint), generation(model.checkpoint)
     facts = identity(model.family, model.checkpoint.config, model.config.max_context, precision)
     with BundleWriter(out, facts, plan, overwrite=overwrite) as writer:
         errors = pack(model, plan, writer, progress)
@@ -46,5 +47,5 @@ def build(
         checks = compare(model, writer.draft()) if verify else None
         seconds = packed - started, time.monotonic() - packed
         report = make_report(model, precision, plan, errors, checks, seconds)
-        writer.finish(texts(model.checkpoint), generation(model.checkpoint), report.to_json())
+        writer.finish(*small_files, report.to_json())
     return report

@@ -6,9 +6,10 @@ from __future__ import annotations
 import logging
 import reprlib
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
-from build_engine.checkpoint import Checkpoint, read_json
+from build_engine.checkpoint import DOWNLOAD_AGAIN, Checkpoint, read_json
 from edgecascade import manifest as layout
 from edgecascade.errors import CheckpointError, InvalidRequest
 from edgecascade.sampling import SamplingParams
@@ -29,7 +30,7 @@ def texts(checkpoint: Checkpoint) -> dict[str, bytes]:
     tokenizer = checkpoint.folder / "tokenizer.json"
     if tokenizer.exists():
         read_json(tokenizer)
-        made[layout.TOKENIZER] = tokenizer.read_bytes()
+        made[layout.TOKENIZER] = _readable(tokenizer, tokenizer.read_bytes())
     else:
         log.warning(
             "%s has no tokenizer.json: the bundle will take and give token ids only",
@@ -71,6 +72,20 @@ def generation(checkpoint: Checkpoint) -> dict[str, Any]:
     if recommended.get("do_sample") is False:
         made["temperature"] = 0.0
     return made
+
+
+def _readable(path: Path, data: bytes) -> bytes:
+    """The tokenizer's bytes, once the library that will read them has done so."""
+    from tokenizers import Tokenizer
+
+    try:
+        Tokenizer.from_buffer(data)
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise CheckpointError(
+            f"{path} is not a tokenizer that the tokenizers library reads ({error}); "
+            f"{DOWNLOAD_AGAIN}"
+        ) from error
+    return data
 
 
 def _chat_template(checkpoint: Checkpoint) -> str | None:

@@ -146,7 +146,9 @@ class SamplingParams:
             return
         number = _in_float32(value) if isinstance(value, Real) else math.nan
         if isinstance(value, bool) or not math.isfinite(number) or not holds(number):
-            raise InvalidRequest(f"{name} is {_shown(value)}; it must be a number {words}")
+            raise InvalidRequest(
+                f"{name} is {_shown(value)}; it must be a number {words}, in float32"
+            )
         object.__setattr__(self, name, float(value))
 
     def _integer(self, name: str, low: int, high: int) -> None:

@@ -71,6 +71,13 @@ def hub(name: str) -> str:
     return name if name.startswith(("lm_head", "mtp.")) else f"backbone.{name}"
 
 
+def tokenizer(**ids: int) -> dict[str, Any]:
+    """tokenizer.json of no words but these."""
+    marks = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+    added = [{"id": token, "content": word, **marks} for word, token in ids.items()]
+    return {"added_tokens": added, "model": {"type": "BPE", "vocab": {}, "merges": []}}
+
+
 def safetensors(tensors: Mapping[str, tuple[str, NDArray[Any]]]) -> bytes:
     """A safetensors file."""
     header: dict[str, Any] = {}
