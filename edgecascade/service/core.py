@@ -248,9 +248,11 @@ class Core:
                 client=chat.client,
                 on_event=partial(self._arrived, live),
             )
-        except EdgeCascadeError as error:
+        except Exception as error:
             live.over = True
             del self._live[live.key]
+            if not isinstance(error, EdgeCascadeError):
+                log.exception("a request of %s fails", chat.client)  # and must not end the service
             return [self._refused(chat.id, chat.reply, problem_of(error))]
         self._per_client[chat.client] += 1
         self._requests.charge(chat.client, now, 1.0)

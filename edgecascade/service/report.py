@@ -98,7 +98,7 @@ def info(
     }
 
 
-def problem_of(error: EdgeCascadeError) -> Problem:
+def problem_of(error: Exception) -> Problem:
     """What an error of the runtime is called on the wire."""
     text = str(error)
     match error:
@@ -113,5 +113,7 @@ def problem_of(error: EdgeCascadeError) -> Problem:
             return Problem(408, "deadline_exceeded", text)
         case Cancelled():
             return Problem(503, "cancelled", text, retryable=True)
-        case _:
+        case EdgeCascadeError():
             return Problem(500, "engine_error", f"{error.code}: {text}", retryable=True)
+        case _:
+            return Problem(500, "engine_error", "the request is more than this device can bear")

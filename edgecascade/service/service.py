@@ -174,19 +174,23 @@ class Service:
         """Everything that is to be done now."""
         now = time.monotonic()
         while self._inbox:
-            item = self._inbox.popleft()
-            if isinstance(item, tuple):
-                out = self._core.tell(*item, now)
-            else:
-                self._incoming -= 1
-                out = self._core.receive(item, now)
-            for message in out:
+            for message in self._handle(self._inbox.popleft(), now):
                 self._link.publish(message)
         self._core.max_message_bytes = min(MAX_MESSAGE_BYTES, self._link.max_payload_bytes)
         for message in self._core.tick(now, can_stream=self._can_stream):
             self._link.publish(message)
         self._report(now)
         return now
+
+    def _handle(self, item: Incoming | tuple[Live, Event], now: float) -> list[Outgoing]:
+        try:
+            if isinstance(item, tuple):
+                return self._core.tell(*item, now)
+            self._incoming -= 1
+            return self._core.receive(item, now)
+        except Exception:  # one message must not silence the device for all others
+            log.exception("a message is not handled")
+            return []
 
     def _can_stream(self) -> bool:
         return self._link.can_stream

@@ -21,8 +21,10 @@ from conftest import WAIT_S, Connect, Serve
 from paho.mqtt.enums import CallbackAPIVersion
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
+from proxy import Proxy
 
 from edgecascade import LLM
+from edgecascade.client import Client
 from edgecascade.errors import DeadlineExceeded, InvalidRequest, NetworkError, RemoteError
 from edgecascade.service.broker import LocalBroker
 from edgecascade.service.service import next_boot
@@ -194,7 +196,6 @@ def test_a_device_that_is_not_there_is_named(connect: Connect) -> None:
 
 
 def test_a_broker_that_is_not_there_is_an_error_with_a_reason() -> None:
-    from edgecascade.client import Client
     from edgecascade.service.broker import free_port
 
     with pytest.raises(NetworkError, match="refused"):
@@ -355,3 +356,36 @@ def test_the_boot_counter_grows_and_survives_damage(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InvalidRequest, match="--state-dir"):
         next_boot(tmp_path / "file", "dev-1")
+
+
+def test_telemetry_is_sent_and_counts(
+    serve: Serve, connect: Connect, mosquitto: LocalBroker
+) -> None:
+    listener = Raw(mosquitto, "listener")
+    try:
+        listener.client.subscribe(TOPICS.telemetry("dev-1"))
+        serve(telemetry_s=1.0)
+        connect("robot").chat("dev-1", ASK, **GREEDY)
+        told: dict[str, Any] = {}
+        while not told.get("completion_tokens"):
+            told = json.loads(listener.got.get(timeout=WAIT_S).payload)
+    finally:
+        listener.close()
+    assert told["net"]["connects"] == 1
+    assert sum(told["finished"].values()) == 1
+    assert told["ttft_ms_p50"] > 0
+    assert not any(value is None for value in told.values())  # unknown is absent
+
+
+def test_a_client_that_dies_frees_the_device(serve: Serve, mosquitto: LocalBroker) -> None:
+    service = serve()
+    with Proxy(mosquitto.port) as proxy, Client(proxy.url, client_id="mortal") as client:
+        options = {"max_completion_tokens": 2000, "timeout_s": 600, "temperature": 0, "seed": 5}
+        streams = [client.stream("dev-1", f"{number}", **options) for number in range(40)]
+        assert until(lambda: service._core.busy > 0)
+        proxy.closed = True
+        proxy.cut()
+        assert until(lambda: service._core.busy == 0)
+        assert service._core.figures.errors["client_gone"] > 0
+        for stream in streams:
+            stream.close()
