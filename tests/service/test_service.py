@@ -26,6 +26,7 @@ from proxy import Proxy
 from edgecascade import LLM
 from edgecascade.client import Client
 from edgecascade.errors import DeadlineExceeded, InvalidRequest, NetworkError, RemoteError
+from edgecascade.service import mqtt
 from edgecascade.service.broker import LocalBroker
 from edgecascade.service.service import next_boot
 from edgecascade.service.topics import Topics
@@ -377,11 +378,14 @@ def test_telemetry_is_sent_and_counts(
     assert not any(value is None for value in told.values())  # unknown is absent
 
 
-def test_a_client_that_dies_frees_the_device(serve: Serve, mosquitto: LocalBroker) -> None:
+def test_a_client_that_dies_frees_the_device(
+    serve: Serve, mosquitto: LocalBroker, monkeypatch: pytest.MonkeyPatch
+) -> None:
     service = serve()
+    monkeypatch.setattr(mqtt, "WILL_DELAY_S", 0)
     with Proxy(mosquitto.port) as proxy, Client(proxy.url, client_id="mortal") as client:
         options = {"max_completion_tokens": 2000, "timeout_s": 600, "temperature": 0, "seed": 5}
-        streams = [client.stream("dev-1", f"{number}", **options) for number in range(40)]
+        streams = [client.stream("dev-1", f"{number}", **options) for number in range(12)]
         assert until(lambda: service._core.busy > 0)
         proxy.closed = True
         proxy.cut()
