@@ -334,7 +334,14 @@ class Client:
         if self._link.fatal:
             exchange.fail(NetworkError(self._link.fatal))
         if (send := exchange.step(now, up=self._link.up)) is not None:
-            self._link.publish(self._request(pending, send))
+            request = self._request(pending, send)
+            most = self._link.max_payload_bytes
+            if not self._link.publish(request) and len(request.payload) > most:
+                exchange.fail(
+                    InvalidRequest(
+                        f"the request has {len(request.payload)} bytes; this broker takes {most}"
+                    )
+                )
             if (status := self._devices.get(send.device or "")) is not None:
                 exchange.seen(str(send.device), status, now)  # so that a restart is noticed
         if exchange.over:

@@ -11,13 +11,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 import paho.mqtt.client as paho
 import pytest
-from conftest import WAIT_S, Connect, Serve
+from conftest import WAIT_S, Connect, Serve, program
 from paho.mqtt.enums import CallbackAPIVersion
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
@@ -28,7 +28,8 @@ from edgecascade.client import Client
 from edgecascade.errors import DeadlineExceeded, InvalidRequest, NetworkError, RemoteError
 from edgecascade.service import mqtt
 from edgecascade.service.broker import LocalBroker
-from edgecascade.service.service import next_boot
+from edgecascade.service.config import ServiceConfig
+from edgecascade.service.service import Service, next_boot
 from edgecascade.service.topics import Topics
 
 TOPICS = Topics()
@@ -393,3 +394,23 @@ def test_a_client_that_dies_frees_the_device(
         assert service._core.figures.errors["client_gone"] > 0
         for stream in streams:
             stream.close()
+
+
+def test_a_long_answer_comes_through_a_small_broker(llm: LLM, bundle: Path, tmp_path: Path) -> None:
+    with ExitStack() as stack:
+        small = LocalBroker(program("mosquitto"), extra_config="max_packet_size 4096\n")
+        stack.enter_context(small)
+        config = ServiceConfig(mqtt=small.url, device_id="dev-1", state_dir=str(tmp_path))
+        service = stack.enter_context(Service(llm, config))
+        thread = threading.Thread(target=service.run)
+        stack.callback(thread.join)
+        stack.callback(service.stop)
+        thread.start()
+        client = stack.enter_context(Client(small.url))
+        answer = client.chat("dev-1", ASK, logprobs=True, top_logprobs=20, **GREEDY)
+        assert answer.body["parts"] > 2
+        logprobs = answer.body["choices"][0]["logprobs"]["content"]
+        assert len(logprobs) == answer.usage["completion_tokens"]
+        assert service._link.counters.losses == 0
+        with pytest.raises(InvalidRequest, match="this broker takes 3584"):
+            client.chat("dev-1", "x" * 5000)
