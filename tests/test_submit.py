@@ -374,7 +374,7 @@ def test_a_mixture_from_many_clients_ends_once_each_with_the_tokens_of_lone_runs
                 ticket = llm.submit(
                     prompt, on_event=listener, client=name, deadline_s=late, **options
                 )
-            except Overloaded:
+            except (Overloaded, DeadlineExceeded):  # a busy machine takes the 20 ms away before
                 continue
             asked.append((prompt, options, listener, fate))
             if fate == "cancel":
@@ -393,6 +393,7 @@ def test_a_mixture_from_many_clients_ends_once_each_with_the_tokens_of_lone_runs
         thread.start()
     for thread in threads:
         thread.join()
+    assert len(asked) > 50
     for prompt, options, listener, fate in asked:
         assert listener.over.wait(60)
         ends = [event for event in listener.events if isinstance(event, Completion | Failure)]
