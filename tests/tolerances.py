@@ -12,9 +12,9 @@ EXACT_LOGITS = 2e-4
 SAME_MATHS = 5e-5
 
 # Packed weights on the CPU against the reference with the same int8 activations, relative Frobenius
-# distance of centred logits, the median of the rows: float32 rounding, plus the few activations that
-# it moves to the neighbouring int8 code. Small models amplify such a one, so all rows together are
-# held by INT8_ACTIVATIONS.
+# distance of centred logits, the median of the rows: float32 rounding, plus the few activations
+# that it moves to the neighbouring int8 code. Small models amplify such a one, so all rows are
+# held together by INT8_ACTIVATIONS.
 PACKED_LOGITS = 5e-3
 
 # Packed weights with int8 activations against float32 activations, likewise, the median of the
