@@ -155,7 +155,8 @@ def test_a_stream_that_is_closed_early_frees_the_device(serve: Serve, connect: C
 def test_a_cancelled_request_ends_with_what_there_is(serve: Serve, connect: Connect) -> None:
     serve()
     client = connect("robot")
-    stream = client.stream("dev-1", ASK, max_completion_tokens=2000, timeout_s=600, flush_ms=0)
+    endless = {"max_completion_tokens": 2000, "temperature": 0, "seed": 5}
+    stream = client.stream("dev-1", ASK, timeout_s=600, flush_ms=0, **endless)
     for index, _ in enumerate(stream):
         if index == 1:
             client.cancel(stream.id)
