@@ -206,7 +206,10 @@ def test_a_closed_pipe_ends_the_command_quietly(bundle: str) -> None:
 
 
 def test_ctrl_c_ends_the_command_quietly(bundle: str) -> None:
+    # A shell that runs the tests in the background has them ignore SIGINT, and so their children.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     chat = process("chat", bundle, stdin=subprocess.PIPE)
+    signal.signal(signal.SIGINT, before)
     assert chat.stderr is not None
     chat.stderr.readline()  # the bundle is loaded, it waits for input
     time.sleep(0.1)
