@@ -11,6 +11,7 @@ may be asked again. Its key is client and id: nobody can touch another's.
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -295,7 +296,7 @@ class Core:
         if live.flush_at is None and any(
             p.text or p.reasoning or p.tool_calls for p in live.pieces
         ):
-            live.flush_at = now + live.chat.flush_s if live.seq else now  # the first at once
+            live.flush_at = _beat(now, live.chat.flush_s) if live.seq else now  # the first at once
 
     def _chunk(self, live: Live) -> Outgoing:
         live.flush_at = None  # before the pieces are taken: one that comes now begins a batch
@@ -403,3 +404,8 @@ class Core:
     def _refused(self, request_id: str, reply: ReplyTo, problem: Problem) -> Outgoing:
         self.figures.errors[problem.code] += 1
         return replies.failure(request_id, reply, problem)
+
+
+def _beat(now: float, period_s: float) -> float:
+    """The next common beat: streams that flush together wake the service and the network once."""
+    return (math.floor(now / period_s) + 1) * period_s if period_s else now

@@ -143,13 +143,27 @@ def test_the_first_token_goes_at_once_and_the_rest_in_batches(desk: Desk) -> Non
         desk.now += 0.01
         assert desk.tick() == []
     desk.now += 0.01
-    assert desk.core.next_due(desk.now) == pytest.approx(desk.now)
+    assert desk.core.next_due(desk.now) == pytest.approx(100.04)
     ((_, _, second),) = desk.tick()
     assert (second["seq"], second["run"]) == (1, first["run"])
     assert second["choices"] == [{"index": 0, "delta": {"content": "bcd"}}]
     desk.happens(piece("e"))
     chunk, final = desk.happens(completion(text="abcde"))
     assert (chunk[2]["seq"], final[2]["chunks"]) == (2, 3)
+
+
+def test_streams_flush_on_a_common_beat_and_never_later_than_their_interval(desk: Desk) -> None:
+    for number in range(2):
+        desk.ask(f"request-{number}", stream=True, flush_ms=40)
+        desk.happens(piece("a"))
+    assert len(desk.tick()) == 2
+    for number in range(2):
+        desk.now += 0.013
+        desk.happens(piece("b"), number=number)
+    desk.now = 100.0399
+    assert desk.tick() == []
+    desk.now = 100.0401
+    assert len(desk.tick()) == 2
 
 
 def test_a_token_that_shows_nothing_sends_nothing(desk: Desk) -> None:
