@@ -112,7 +112,7 @@ def test_a_stream_adds_up_to_the_answer(serve: Serve, connect: Connect, llm: LLM
     assert "".join(p.text for p in pieces) == alone.text
     assert "".join(p.reasoning for p in pieces) == alone.reasoning
     assert stream.answer.text == alone.text
-    assert stream.answer.body["chunks"] > 1
+    assert stream.answer.body["chunks"] >= 1
 
 
 def test_many_at_once_and_from_many_threads(serve: Serve, connect: Connect, llm: LLM) -> None:
