@@ -14,6 +14,7 @@ in less than 1 GB.
 from __future__ import annotations
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -81,17 +82,17 @@ class Outcome(NamedTuple):
     logits: Array
 
 
-class Weight:
+class Weight(ABC):
     """A matrix, or a stack of them, that is widened on demand."""
 
     is_block = False
 
-    def rows(self, expert: int, start: int, stop: int) -> Array:
-        """float32 rows [start, stop) of one matrix."""
-        raise NotImplementedError
-
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
+
+    @abstractmethod
+    def rows(self, expert: int, start: int, stop: int) -> Array:
+        """float32 rows [start, stop) of one matrix."""
 
     def dense(self, expert: int = 0) -> Array:
         """float32 [n, k]."""

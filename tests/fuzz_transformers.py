@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Random Nemotron-H models of random sizes, answered by transformers and by every backend here.
 
-    /tmp/goldens/bin/python -m pip install --editable .      # beside torch and transformers
-    /tmp/goldens/bin/python tests/fuzz_transformers.py --seed 100 --models 40
+    .goldens/bin/python -m pip install --editable .      # beside torch and transformers
+    .goldens/bin/python tests/fuzz_transformers.py --seed 100 --models 40
 
 Prints one line a model, the largest difference of logits for each backend, and fails on the first
 that is too large. Needs what make_goldens.py needs, so it is no part of the suite.

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Makes tests/goldens/ and examples/tiny/: random Nemotron-H checkpoints with what they answer.
 
-    python -m venv /tmp/goldens && /tmp/goldens/bin/pip install torch==2.13.0 transformers==5.23.0
-    /tmp/goldens/bin/python tests/make_goldens.py
+    python -m venv .goldens && .goldens/bin/pip install torch==2.13.0 transformers==5.23.0
+    .goldens/bin/python tests/make_goldens.py
 
 Only this script needs torch and transformers; the tests read the files it leaves. A checkpoint is
 accepted when transformers agrees with itself (one pass, prefill then steps) and no choice in it, of
