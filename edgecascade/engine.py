@@ -181,8 +181,6 @@ class Engine:
         self._closed = False
         self._steps = self._decoded = self._prefilled = 0
 
-    # ---- for any thread --------------------------------------------------------------------------
-
     def submit(
         self,
         job: Job,
@@ -296,8 +294,6 @@ class Engine:
                 if not wait or threading.current_thread() is self._thread:
                     raise
             self._room.wait(None if request.deadline_s is None else request.deadline_s - now)
-
-    # ---- the thread ------------------------------------------------------------------------------
 
     def _run(self) -> None:
         try:
@@ -477,8 +473,6 @@ class Engine:
             except Exception as error:  # noqa: BLE001  handed to the job it belongs to
                 drawn.append(error)
         return drawn
-
-    # ---- ends ------------------------------------------------------------------------------------
 
     def _finish(self, done: Sequence[tuple[int, int]]) -> None:
         for id, slot in done:

@@ -177,8 +177,6 @@ class Scheduler:
         self._service_s = 1.0  # mean time that a request holds a slot
         self._decode: Decode | None = None
 
-    # ---- what happened ---------------------------------------------------------------------------
-
     def submit(self, request: Request, now: float) -> int:
         """Queue a request: how many are before it.
 
@@ -235,8 +233,6 @@ class Scheduler:
         if sequence.slot is not None and not sequence.background:
             self._service_s += 0.2 * (now - sequence.started_s - self._service_s)
         self._drop(sequence)
-
-    # ---- what to do ------------------------------------------------------------------------------
 
     def arrange(self, now: float) -> Arrangement:
         """Who leaves, who is parked, who gets a slot. Performed before `work` is asked."""
@@ -306,8 +302,6 @@ class Scheduler:
     def free_tokens(self) -> int:
         """Room that nobody was promised."""
         return self._free_room
-
-    # ---- how -------------------------------------------------------------------------------------
 
     def _check(self, request: Request) -> None:
         limits = self.limits

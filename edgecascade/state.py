@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgecascade.errors import OutOfMemory
-from edgecascade.tensors import KvState, SlotState, State
+from edgecascade.tensors import KvState, State
 
 Array = NDArray[Any]
 
@@ -140,6 +140,3 @@ class StatePool:
 def _ring_rows(kernel: int, tokens: int) -> Array:
     """Rows of a conv ring that hold the last kernel - 1 positions before `tokens`, oldest first."""
     return np.arange(tokens - kernel + 1, tokens) % kernel
-
-
-__all__ = ["PagePool", "SlotState", "StatePool", "reserve"]

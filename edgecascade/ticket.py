@@ -86,8 +86,6 @@ class Ticket:
         self._completion: Completion | None = None  # known, but not told yet
         self._outcome: Completion | Failure | None = None
 
-    # ---- the caller's side -----------------------------------------------------------------------
-
     def submit(self, how: Queueing, *, wait: bool) -> Ticket:
         """Queue it; `wait` for room in the queue rather than be refused."""
         self._engine.submit(
@@ -122,8 +120,6 @@ class Ticket:
         if isinstance(self._outcome, Completion):
             return self._outcome
         raise self._outcome.error if self._outcome else BackendError("the request has no outcome")
-
-    # ---- the engine's side -----------------------------------------------------------------------
 
     def accepted(self, id: int, ahead: int) -> None:
         """See Job."""

@@ -60,9 +60,6 @@ class NativeBackend:
         self._record(model, config, kv_dtype)
         self._read_ahead = ReadAhead.of(bundle.weight_files)
 
-    # ---- opening
-    # ------------------------------------------------------------------------------------
-
     def _open_state(
         self, states: list[State], options: Options, model_context: int, kv_dtype: np.dtype[Any]
     ) -> None:
@@ -95,7 +92,7 @@ class NativeBackend:
     def _record(self, model: Any, config: Any, kv_dtype: np.dtype[Any]) -> None:
         """Record the forward pass and bind every field to its memory."""
         bundle = self._bundle
-        self._vectors: dict[str, Array] = {}
+        self._mapped: list[Array] = []  # what the recorded addresses point into
         weights = {name: self._weight(name) for name in bundle.tensors}
         recorder = Recorder()
         model.forward(recorder, config, weights)
@@ -121,10 +118,11 @@ class NativeBackend:
     def _weight(self, name: str) -> Any:
         """A matrix as the kernels' descriptor; vectors and the router as float32 arrays."""
         stored = self._bundle.tensors[name]
-        if stored.codec is Codec.F32 and stored.role.value in ("vector", "router"):
-            return self._bundle.matrix(name)
-        data = self._bundle.map(name)
-        self._vectors[name] = data  # keeps the mapping alive
+        as_array = stored.codec is Codec.F32 and stored.role.value in ("vector", "router")
+        data = self._bundle.matrix(name) if as_array else self._bundle.map(name)
+        self._mapped.append(data)
+        if as_array:
+            return data
         n, k = stored.shape[-2:]
         return Weight(address(data), stored.stride, n, k, stored.codec.ec_type, stored.experts)
 
@@ -186,9 +184,6 @@ class NativeBackend:
             needed = max(needed, self._library.workspace_size(self._step, calls))
         self._workspace = reserve((max(needed, 1),), np.uint8)
         self._step.workspace, self._step.workspace_bytes = address(self._workspace), needed
-
-    # ---- running
-    # ------------------------------------------------------------------------------------
 
     def prefill(self, slot: int, tokens: Array) -> Array:
         """See Backend."""
@@ -296,9 +291,6 @@ class NativeBackend:
         step.n_tok, step.n_seq, step.n_out = n_tok, n_seq, n_out
         step.max_context = int(self._past[:n_seq].max()) + (n_tok if n_seq == 1 else 1)
         self._library.run(self._stream, step, calls)
-
-    # ---- state
-    # --------------------------------------------------------------------------------------
 
     def tokens(self, slot: int) -> int:
         """See Backend."""

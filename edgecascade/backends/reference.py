@@ -21,7 +21,7 @@ from edgecascade.blocks import dequantize
 from edgecascade.bundle import Bundle
 from edgecascade.errors import ContextExceeded, InvalidRequest
 from edgecascade.models import family
-from edgecascade.ops import Activation, Kind, Norm, Op, Ops
+from edgecascade.ops import Activation, Norm, Op, Ops
 from edgecascade.sampling import SampleRow
 from edgecascade.tensors import GROUP_SIZE, KvState
 
@@ -322,6 +322,3 @@ class ReferenceBackend:
                 f"of {self.max_context}"
             )
         return ids
-
-
-__all__ = ["Evaluator", "Kind", "ReferenceBackend", "rms_norm", "round_to_int8", "route"]
