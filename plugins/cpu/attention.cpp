@@ -33,9 +33,6 @@ constexpr int64_t kSplit = 256;
 constexpr int64_t kColumns = 64;  // (token, head) pairs of a tile
 constexpr int64_t kMaxHeadDim = 384;
 
-int64_t atMost(int64_t value, int64_t bound) { return value < bound ? value : bound; }
-int64_t ceilDiv(int64_t value, int64_t by) { return (value + by - 1) / by; }
-
 // Floats of a thread's scratch that a tile uses: q, one page, o, joined o; scores; m and l twice.
 constexpr int64_t kScratchFloats =
     kColumns * kMaxHeadDim + 3 * 64 * kMaxHeadDim + kSplit * kColumns + 4 * kColumns;

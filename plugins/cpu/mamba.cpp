@@ -51,9 +51,6 @@ struct Layout {
   int64_t groupOf(int64_t head) const { return head / (heads / groups); }
 };
 
-int64_t atMost(int64_t value, int64_t bound) { return value < bound ? value : bound; }
-int64_t ceilDiv(int64_t value, int64_t by) { return (value + by - 1) / by; }
-
 ec_status checkShape(const char* op, const ec_step& step, const ec_mamba& args) {
   EC_TRY(checkStepShape(op, step));
   EC_TRY(checkPositive(op, "heads", args.heads));

@@ -8,6 +8,9 @@
 
 namespace ec::EC_ISA {
 
+inline int64_t atMost(int64_t value, int64_t bound) { return value < bound ? value : bound; }
+inline int64_t ceilDiv(int64_t value, int64_t by) { return (value + by - 1) / by; }
+
 // Sizes are computed in 64 bits: no product of the arguments may come near 2^63.
 inline ec_status checkValues(const char* op, const char* what, double values) {
   if (values <= 1e12) return EC_OK;
