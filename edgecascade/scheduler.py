@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict, deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from edgecascade.errors import ContextExceeded, InvalidRequest, Overloaded
@@ -126,7 +126,9 @@ class Decode:
 
 @dataclass(frozen=True)
 class Work:
-    """At most one piece of one prompt, then one token for every running answer."""
+    """At most one piece of one prompt, then one token for every running answer that is not less
+    urgent.
+    """
 
     prefill: Prefill | None
     decode: Decode | None
@@ -262,12 +264,16 @@ class Scheduler:
             end = next(cut for cut in chosen.request.cuts if cut > chosen.held)
             prefill = Prefill(chosen.request.id, _slot(chosen), chosen.held, end)
         if self._decode is None:
-            answers = sorted((s for s in busy if not s.prefilling), key=_slot)
-            if answers:
-                self._decode = Decode(
-                    tuple(s.request.id for s in answers), tuple(map(_slot, answers))
+            self._decode = _decode(s for s in busy if not s.prefilling)
+        decode = self._decode
+        if prefill and decode:
+            # An urgent prompt does not wait for a token of every less urgent answer at each piece.
+            urgency = chosen.request.priority
+            if any(self._all[id].request.priority > urgency for id in decode.ids):
+                decode = _decode(
+                    s for s in busy if not s.prefilling and s.request.priority <= urgency
                 )
-        return Work(prefill, self._decode) if prefill or self._decode else None
+        return Work(prefill, decode) if prefill or decode else None
 
     def next_deadline(self) -> float | None:
         """When `arrange` has to be called again even if nothing happens."""
@@ -449,6 +455,13 @@ class Scheduler:
 
 
 _NOTHING = Arrangement((), (), ())
+
+
+def _decode(answers: Iterable[_Sequence]) -> Decode | None:
+    by_slot = sorted(answers, key=_slot)
+    if not by_slot:
+        return None
+    return Decode(tuple(s.request.id for s in by_slot), tuple(map(_slot, by_slot)))
 
 
 def _slot(sequence: _Sequence) -> int:
