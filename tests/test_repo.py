@@ -31,6 +31,7 @@ MAY_IMPORT = {
     "tensors": "",
     "files": "errors",
     "ops": "errors tensors",
+    "nodes": "errors ops tensors",
     "blocks": "errors tensors",
     "device": "errors",
     "sampling": "errors",
@@ -39,7 +40,7 @@ MAY_IMPORT = {
     "models": "errors ops tensors",
     "state": "errors tensors",
     "bundle": "errors files manifest models tensors verified",
-    "backends": "blocks bundle device errors models ops sampling state tensors",
+    "backends": "blocks bundle device errors models nodes ops sampling state tensors",
     "text": "errors",
     "inspect": "bundle device errors manifest models tensors",
     "completion": "errors text",
@@ -55,7 +56,7 @@ MAY_IMPORT = {
     "service": "bundle completion device engine errors files llm sampling scheduler session text",
     "client": "errors service text",
     "fleet": "bundle device errors files manifest verified",
-    "build_engine": "backends blocks bundle device errors files inspect manifest models ops "
+    "build_engine": "backends blocks bundle device errors files inspect manifest models nodes ops "
     "sampling tensors verified",
     "doctor": "backends device errors",
     "bench": "backends bundle completion device doctor errors inspect llm sampling",
