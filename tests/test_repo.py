@@ -55,7 +55,7 @@ MAY_IMPORT = {
     "snapshots text ticket",
     "service": "bundle completion device engine errors files llm sampling scheduler session text",
     "client": "errors service text",
-    "fleet": "bundle device errors files manifest verified",
+    "fleet": "bundle device errors files manifest service verified",
     "build_engine": "backends blocks bundle device errors files inspect manifest models nodes ops "
     "sampling tensors verified",
     "doctor": "backends device errors",

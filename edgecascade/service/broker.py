@@ -347,6 +347,13 @@ pattern read {topics.cancel("%u", "+")}
 pattern read {topics.client_status("+")}
 pattern write {topics.reply("+", "%u", "+")}
 
+# everyone as an agent under its own name: reads orders, reports about them, asks for small files
+pattern read {topics.announce("+")}
+pattern read {topics.command("%u", "+")}
+pattern write {topics.job("%u", "+")}
+pattern write {topics.repo_get("%u")}
+pattern read {topics.repo_rx("%u")}
+
 # everyone as a client under its own name
 pattern write {topics.chat("+", "%u")}
 pattern write {topics.cancel("+", "%u")}

@@ -6,11 +6,18 @@
 <prefix>/pool/<pool>/chat/<client>                              client -> any device of the pool
 <prefix>/c/<client>/r/<device>/<request>                        device -> client
 <prefix>/c/<client>/status                                      client -> devices
+<prefix>/g/<group>/announce                                     operator -> agents
+<prefix>/d/<agent>/cmd/<op>                                     operator -> agent
+<prefix>/d/<agent>/jobs/<order>                                 agent -> operator
+<prefix>/repo/get/<agent>, <prefix>/repo/rx/<agent>             agent <-> repository
+
+An agent updates a device; it has an identity of its own, and is a device in this tree.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,7 +30,10 @@ _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _REQUEST = re.compile(r"[A-Za-z0-9_-]{8,64}")
 _PREFIX = re.compile(r"[A-Za-z0-9_-]+(/[A-Za-z0-9_-]+){0,3}")
 
-Kind = Literal["chat", "pool", "cancel", "client-status", "status", "info", "telemetry", "reply"]
+Kind = Literal[
+    "chat", "pool", "cancel", "client-status", "status", "info", "telemetry", "reply",
+    "announce", "command", "job", "repo-get", "repo-rx",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -35,6 +45,9 @@ class Address:
     client: str = ""
     pool: str = ""
     request: str = ""
+    group: str = ""
+    order: str = ""
+    op: str = ""
 
 
 @dataclass(frozen=True)
@@ -82,6 +95,31 @@ class Topics:
         """Last will of a client; "+" for all."""
         return f"{self.prefix}/c/{client}/status"
 
+    def announce(self, group: str) -> str:
+        """Retained order to a group of devices; "+" for all groups."""
+        return f"{self.prefix}/g/{group}/announce"
+
+    def command(self, agent: str, op: str) -> str:
+        """Order to one device; "+" for all kinds."""
+        return f"{self.prefix}/d/{agent}/cmd/{op}"
+
+    def job(self, agent: str, order: str) -> str:
+        """Retained report of a device about an order; "+" for all."""
+        return f"{self.prefix}/d/{agent}/jobs/{order}"
+
+    def repo_get(self, agent: str) -> str:
+        """Questions of an agent for small files; "+" for all agents."""
+        return f"{self.prefix}/repo/get/{agent}"
+
+    def repo_rx(self, agent: str) -> str:
+        """Blocks of the files that an agent asked for."""
+        return f"{self.prefix}/repo/rx/{agent}"
+
+    def agent_filters(self, agent: str, groups: Sequence[str]) -> tuple[str, ...]:
+        """What an agent subscribes to."""
+        orders = tuple(self.announce(group) for group in groups)
+        return (*orders, self.command(agent, "+"), self.repo_rx(agent))
+
     def device_filters(self, device: str, pool: str | None) -> tuple[str, ...]:
         """What a device subscribes to."""
         own = (self.chat(device, "+"), self.cancel(device, "+"), self.client_status("+"))
@@ -107,6 +145,16 @@ class Topics:
                 return Address(kind, device=device)
             case ["pool", pool, "chat", client]:
                 return Address("pool", pool=pool, client=client)
+            case ["g", group, "announce"]:
+                return Address("announce", group=group)
+            case ["d", agent, "cmd", op]:
+                return Address("command", device=agent, op=op)
+            case ["d", agent, "jobs", order]:
+                return Address("job", device=agent, order=order)
+            case ["repo", "get", agent]:
+                return Address("repo-get", device=agent)
+            case ["repo", "rx", agent]:
+                return Address("repo-rx", device=agent)
             case ["c", client, "status"]:
                 return Address("client-status", client=client)
             case ["c", client, "r", device, request]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The printed Mosquitto configuration holds: real certificates, 24 acts, and who is let in."""
+"""The printed Mosquitto configuration holds: real certificates, 42 acts, and who is let in."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ from edgecascade.service.mqtt import Link, LinkOptions
 from edgecascade.service.protocol import Incoming
 from edgecascade.service.replies import Outgoing
 
-NAMES = ("dev-0001", "dev-0002", "agent-7", "operator")
+AGENT, OTHER = "dev-0001-agent", "dev-0002-agent"
+NAMES = ("dev-0001", "dev-0002", AGENT, OTHER, "agent-7", "operator", "boss")
 DAY = datetime.timedelta(days=1)
 
 
@@ -125,7 +126,11 @@ class Broker:
         self.folder, self.port = folder, free_port()
         self.url = f"mqtts://127.0.0.1:{self.port}"
         setup = BrokerSetup(
-            port=self.port, folder=str(folder), data=str(folder), pools={"lab": ["dev-0001"]}
+            port=self.port,
+            folder=str(folder),
+            data=str(folder),
+            operators=("operator", "boss"),
+            pools={"lab": ["dev-0001"]},
         )
         config = mosquitto_config(setup) + ("user root\n" if os.geteuid() == 0 else "")
         (folder / "mosquitto.conf").write_text(config)
@@ -187,6 +192,11 @@ MAY_PUBLISH = [
     ("agent-7", f"{P}/d/dev-0001/chat/agent-7"),
     ("agent-7", f"{P}/d/dev-0001/cancel/agent-7"),
     ("agent-7", f"{P}/pool/lab/chat/agent-7"),
+    (AGENT, f"{P}/d/{AGENT}/status"),
+    (AGENT, f"{P}/d/{AGENT}/jobs/order-1"),
+    (AGENT, f"{P}/repo/get/{AGENT}"),
+    ("boss", f"{P}/g/all/announce"),
+    ("boss", f"{P}/d/{AGENT}/cmd/install"),
 ]
 MUST_NOT_PUBLISH = [
     ("dev-0001", f"{P}/d/dev-0002/status"),
@@ -196,11 +206,20 @@ MUST_NOT_PUBLISH = [
     ("agent-7", f"{P}/c/dev-0002/status"),
     ("agent-7", f"{P}/d/dev-0001/info"),
     ("dev-0001", f"{P}/g/all/announce"),
+    ("dev-0001", f"{P}/d/{AGENT}/jobs/order-1"),
+    (AGENT, f"{P}/g/all/announce"),
+    (AGENT, f"{P}/d/{AGENT}/cmd/install"),
+    (AGENT, f"{P}/d/{OTHER}/jobs/order-1"),
+    (AGENT, f"{P}/repo/get/{OTHER}"),
+    (AGENT, f"{P}/repo/rx/{AGENT}"),
 ]
 MAY_READ = [
     ("dev-0001", f"{P}/d/dev-0001/chat/+", f"{P}/d/dev-0001/chat/agent-7"),
     ("dev-0001", f"$share/lab/{P}/pool/lab/chat/+", f"{P}/pool/lab/chat/agent-7"),
     ("agent-7", f"{P}/c/agent-7/r/+/+", f"{P}/c/agent-7/r/dev-0001/request-1"),
+    (AGENT, f"{P}/g/all/announce", f"{P}/g/all/announce"),
+    (AGENT, f"{P}/d/{AGENT}/cmd/+", f"{P}/d/{AGENT}/cmd/install"),
+    (AGENT, f"{P}/repo/rx/{AGENT}", f"{P}/repo/rx/{AGENT}"),
 ]
 MUST_NOT_READ = [
     ("dev-0002", f"{P}/d/dev-0001/chat/+", f"{P}/d/dev-0001/chat/agent-7"),
@@ -208,12 +227,16 @@ MUST_NOT_READ = [
     ("dev-0002", f"{P}/c/+/r/+/+", f"{P}/c/agent-7/r/dev-0001/secret"),
     ("dev-0002", f"$share/lab/{P}/pool/lab/chat/+", f"{P}/pool/lab/chat/agent-7"),
     ("dev-0002", f"$share/x/{P}/d/dev-0001/chat/+", f"{P}/d/dev-0001/chat/agent-7"),
+    (OTHER, f"{P}/d/{AGENT}/cmd/+", f"{P}/d/{AGENT}/cmd/install"),
+    (OTHER, f"{P}/repo/rx/{AGENT}", f"{P}/repo/rx/{AGENT}"),
+    ("dev-0001", f"{P}/d/+/jobs/+", f"{P}/d/{AGENT}/jobs/order-1"),
+    ("dev-0001", f"{P}/d/+/cmd/+", f"{P}/d/{AGENT}/cmd/install"),
 ]
 
 
-def test_the_matrix_has_24_acts() -> None:
+def test_the_matrix_has_42_acts() -> None:
     lists = (MAY_PUBLISH, MUST_NOT_PUBLISH, MAY_READ, MUST_NOT_READ)
-    assert sum(map(len, lists)) + 3 == 24  # the last will, the client id, the foreign prefix
+    assert sum(map(len, lists)) + 3 == 42  # the last will, the client id, the foreign prefix
 
 
 @pytest.mark.parametrize(("who", "topic"), MAY_PUBLISH)

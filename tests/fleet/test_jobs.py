@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A report of a device survives the wire, and nothing else is taken for one."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edgecascade.fleet.jobs import MAX_JOB_BYTES, STATES, Job, read_job
+
+JOB = Job("2026-11-23-a", 412, "robot-7", "FAILED", "probation", 0.5, 7, "a", "b", {"n": 1}, 12.5)
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_a_report_comes_back_as_it_was(state: Any) -> None:
+    job = Job("order", 1, "robot-7", state)
+    assert read_job(job.to_bytes()) == job
+    assert read_job(JOB.to_bytes()) == JOB
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"schema": 2},
+        {"state": "DONE"},
+        {"state": ["FAILED"]},
+        {"progress": 1.5},
+        {"progress": "1"},
+        {"seq": True},
+        {"seq": -1},
+        {"version": 1.5},
+        {"evidence": []},
+        {"order": 5},
+        {"device": "x" * 2000},
+        {"ts": None},
+        {"extra": 1},
+    ],
+    ids=str,
+)
+def test_what_is_not_a_report_is_none(change: dict[str, Any]) -> None:
+    assert read_job(json.dumps(json.loads(JOB.to_bytes()) | change).encode()) is None
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_are_read_without_an_error(payload: bytes) -> None:
+    assert read_job(payload) is None
+
+
+def test_a_report_is_bounded_and_keeps_its_reason() -> None:
+    evidence = {"reason": "wrong-answer", "message": "m" * 50_000, "log": "l" * 100_000}
+    payload = Job("order", 1, "robot-7", "FAILED", evidence=evidence).to_bytes()
+    assert len(payload) <= MAX_JOB_BYTES
+    job = read_job(payload)
+    assert job is not None
+    assert job.evidence["reason"] == "wrong-answer"
+    assert read_job(payload + b" " * MAX_JOB_BYTES) is None
