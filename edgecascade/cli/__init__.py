@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: one module for each group of commands. Only this package prints.
+
+build · inspect · generate · chat · bench · doctor · serve · ask · broker-config · unit
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from edgecascade.cli import bundles, measure, mqtt, talk
+from edgecascade.errors import EdgeCascadeError
+
+DEBUG = "EDGECASCADE_DEBUG"
+INTERRUPTED, PIPE_CLOSED = 128 + signal.SIGINT, 128 + signal.SIGPIPE
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; its exit status."""
+    args = build_parser().parse_args(argv)
+    level = logging.INFO if args.verbose else logging.WARNING
+    logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A terminal that cannot show a character must not end a generation.
+            stream.reconfigure(errors="replace")
+    try:
+        command: Callable[[argparse.Namespace], int] = args.run
+        status = command(args)
+        sys.stdout.flush()
+        return status
+    except EdgeCascadeError as error:
+        if os.environ.get(DEBUG):
+            raise
+        print(f"error [{error.code}]: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # whoever read our output has gone
+        _drop_output()
+        return PIPE_CLOSED
+    except OSError as error:  # such as a full disk behind stdout
+        if os.environ.get(DEBUG):
+            raise
+        print(f"error [os]: {error}", file=sys.stderr)
+        _drop_output()
+        return 1
+
+
+def _drop_output() -> None:
+    """What stdout still holds goes nowhere, or the interpreter fails again when it flushes."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All commands and their options."""
+    parser = argparse.ArgumentParser(
+        prog="edgecascade", description="Run Nemotron-H language models on Jetson and CPU."
+    )
+    parser.add_argument("--version", action=_Version)
+    parser.add_argument("-v", "--verbose", action="store_true", help="say what happens on stderr")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    for module in (bundles, talk, measure, mqtt):
+        module.add(commands)
+    return parser
+
+
+class _Version(argparse.Action):
+    """Prints the version; the package's metadata are only read when asked for."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str) -> None:
+        super().__init__(option_strings, dest, nargs=0, help="print the version")
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from edgecascade.doctor import package_version
+
+        print(f"edgecascade {package_version()}")
+        parser.exit()

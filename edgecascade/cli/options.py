@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Options that several commands share, and what they mean."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from edgecascade.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from edgecascade.llm import LLM
+    from edgecascade.sampling import SamplingParams
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    """What may be asked of a generation."""
+    group = parser.add_argument_group("sampling", "what is not given is as the bundle recommends")
+    group.add_argument("--max-tokens", type=int)
+    group.add_argument("--temperature", type=float, help="0 is greedy")
+    group.add_argument("--top-p", type=float)
+    group.add_argument("--top-k", type=int)
+    group.add_argument("--min-p", type=float)
+    group.add_argument("--seed", type=int)
+    group.add_argument("--stop", action="append", default=[], help="may be given several times")
+    group.add_argument("--no-thinking", dest="thinking", action="store_false", default=None)
+    group.add_argument("--thinking-budget", type=int, metavar="TOKENS")
+
+
+def add_backend(parser: argparse.ArgumentParser) -> None:
+    """What a bundle is loaded with."""
+    parser.add_argument("--backend", default="auto", help="auto, cpu or reference")
+    parser.add_argument("--threads", type=int, help="as many as the memory can feed by default")
+    parser.add_argument("--max-context", type=int, help="tokens of a prompt and its answer")
+
+
+def load(args: argparse.Namespace, **options: Any) -> LLM:
+    """The bundle that the options name."""
+    from edgecascade.llm import LLM
+
+    return LLM.load(
+        args.bundle, args.backend, threads=args.threads, max_context=args.max_context, **options
+    )
+
+
+def sampling_params(args: argparse.Namespace) -> SamplingParams:
+    """What add_sampling() read."""
+    from edgecascade.sampling import SamplingParams
+
+    return SamplingParams(
+        **{name: getattr(args, name) for name in SamplingParams.names() if hasattr(args, name)}
+    )
+
+
+def numbers(text: str) -> list[int]:
+    """Token ids as they are written on a command line."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise InvalidRequest(f"--token-ids is {text!r}; write numbers as in 1,2,3") from error
+
+
+def positive(text: str) -> int:
+    """A whole number of 1 or more."""
+    return _at_least(text, 1)
+
+
+def at_least_two(text: str) -> int:
+    """A whole number of 2 or more."""
+    return _at_least(text, 2)
+
+
+def _at_least(text: str, low: int) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) < low:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of {low} or more")
+    return int(text)
