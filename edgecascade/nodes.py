@@ -183,6 +183,18 @@ class NodeSpec:
         return evaluate(word, {x: evaluate(letters[x], attributes) for x in letters})
 
 
+def state_name(layer: int, name: str) -> str:
+    """The graph input that is a layer's state; every other input is named as in the step or as the
+    bundle's tensor.
+    """
+    return f"layers.{layer}.state.{name}"
+
+
+def state_output(layer: int, name: str) -> str:
+    """The graph output that shares its address."""
+    return state_name(layer, name) + ".out"
+
+
 def _port(field: Field) -> Port:
     return Port(field.name, field.kind, field.shape, field.optional)
 
