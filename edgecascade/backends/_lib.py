@@ -22,6 +22,7 @@ PAGE_TOKENS = 64
 OP_COUNT = 9
 SOURCE_TYPES = {"f32": 0, "f16": 1, "bf16": 2}
 LIBRARY = Path(__file__).parent.parent / "_lib" / "libedgecascade_cpu.so"
+CUDA_LIBRARY = LIBRARY.with_name("libedgecascade_cuda.so")
 
 
 class Weight(c.Structure):
@@ -205,6 +206,13 @@ class Library:
         """One op, for tests and tools."""
         self.check(self._api.op[code](stream.handle, c.byref(step), c.addressof(args)), "op")
 
+    def op(self, code: int) -> Callable[[int, Any, int], int]:
+        """One op as a bare function of a stream's handle, a step and its struct's address, for
+        callers that may make nothing per call.
+        """
+        function: Callable[[int, Any, int], int] = self._api.op[code]
+        return function
+
     def run(self, stream: Stream, step: Step, calls: c.Array[Call]) -> None:
         """A recorded forward pass, without the interpreter lock."""
         failed = c.c_int32(-1)
@@ -263,30 +271,37 @@ class Stream:
             self.close()
 
 
+def library_path() -> Path:
+    """The CPU kernel library in use."""
+    return Path(os.environ.get("EDGECASCADE_LIBRARY", LIBRARY))
+
+
+def cuda_library_path() -> Path:
+    """The CUDA kernel library in use."""
+    return Path(os.environ.get("EDGECASCADE_CUDA_LIBRARY", CUDA_LIBRARY))
+
+
 @cache
-def _load() -> c.CDLL:
-    path = Path(os.environ.get("EDGECASCADE_LIBRARY", LIBRARY))
+def _load(path: Path, way_out: str) -> c.CDLL:
     if not path.exists():
-        raise BackendUnavailable(
-            f"the kernel library {path} is not built; run `make setup`, or `pip install .`"
-        )
+        raise BackendUnavailable(f"the kernel library {path} is not built; {way_out}")
     try:
-        library = c.CDLL(str(path))
+        return c.CDLL(str(path))
     except OSError as error:
         raise BackendUnavailable(f"the kernel library {path} does not load: {error}") from error
+
+
+@cache
+def _load_cpu(path: Path) -> c.CDLL:
+    library = _load(path, "run `make setup`, or `pip install .`")
     library.ec_cpu.argtypes, library.ec_cpu.restype = [c.c_char_p], c.POINTER(Api)
     library.ec_cpu_isas.argtypes, library.ec_cpu_isas.restype = [], c.c_char_p
     return library
 
 
-def library_path() -> Path:
-    """The kernel library in use."""
-    return Path(os.environ.get("EDGECASCADE_LIBRARY", LIBRARY))
-
-
 def cpu_isas() -> list[str]:
     """Instruction sets this machine runs, slowest first."""
-    names: bytes = _load().ec_cpu_isas()
+    names: bytes = _load_cpu(library_path()).ec_cpu_isas()
     return names.decode().split()
 
 
@@ -298,12 +313,36 @@ def cpu_library(isa: str | None = None) -> Library:
         BackendUnavailable: when the library is not built, is of another version, or the machine
         lacks the set.
     """
-    pointer = _load().ec_cpu(isa.encode() if isa else None)
+    pointer = _load_cpu(library_path()).ec_cpu(isa.encode() if isa else None)
     if not pointer:
         raise BackendUnavailable(
             f"this machine lacks the instruction set {isa!r}; it has {cpu_isas()}"
         )
-    api: Api = pointer.contents
+    return _checked(pointer.contents)
+
+
+@cache
+def cuda_library() -> Library:
+    """The CUDA table of the device that is current.
+
+    Raises:
+        BackendUnavailable: when the library is not built, is of another version, or finds no
+        device it has kernels for.
+    """
+    library = _load(
+        cuda_library_path(), "run `make setup` on a machine with the CUDA toolkit (nvcc)"
+    )
+    library.ec_cuda.argtypes, library.ec_cuda.restype = [], c.POINTER(Api)
+    pointer = library.ec_cuda()
+    if not pointer:
+        raise BackendUnavailable(
+            f"the kernel library {cuda_library_path()} has no kernels for this machine's GPU, "
+            "or there is none"
+        )
+    return _checked(pointer.contents)
+
+
+def _checked(api: Api) -> Library:
     if api.abi != ABI_VERSION:
         raise BackendUnavailable(
             f"the kernel library has ABI {api.abi}, this package needs {ABI_VERSION}; "

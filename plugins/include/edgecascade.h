@@ -270,6 +270,9 @@ typedef struct ec_api {
 const ec_api* ec_cpu(const char* isa);
 // Space-separated names that ec_cpu() accepts here, slowest first.
 const char* ec_cpu_isas(void);
+// The CUDA table, in a library of its own: streams are CUstreams, pointers are device addresses.
+// NULL when there is no device, or none that this build has kernels for.
+const ec_api* ec_cuda(void);
 
 #ifdef __cplusplus
 }
