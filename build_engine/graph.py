@@ -210,9 +210,7 @@ def to_onnx(graph: Graph) -> onnx.ModelProto:
             [tensor.name for tensor in node.outputs],
             node.name,
             domain=DOMAIN,
-            plugin_version=VERSION,
-            plugin_namespace=DOMAIN,
-            **node.attributes,
+            **{"plugin_version": VERSION, "plugin_namespace": DOMAIN, **node.attributes},
         )
         for node in graph.nodes
     ]
