@@ -3,7 +3,8 @@
 
     EdgeCascadeError
     ├── InvalidRequest        asked for what cannot be                  "invalid-request"
-    │   └── ContextExceeded   prompt and answer do not fit the context  "context-exceeded"
+    │   ├── ContextExceeded   prompt and answer do not fit the context  "context-exceeded"
+    │   └── SuiteError        a suite of prompts that breaks its format "suite-invalid"
     ├── UnsupportedModel      a checkpoint not implemented here         "unsupported-model"
     ├── CheckpointError       a damaged or incomplete checkpoint        "checkpoint-damaged"
     ├── BundleError           a damaged or incomplete bundle            "bundle-damaged"
@@ -14,6 +15,9 @@
     ├── DeadlineExceeded      time was up before it was done            "deadline-exceeded"
     ├── Cancelled             the caller took the request back          "cancelled"
     ├── NetworkError          a broker or device that is out of reach   "network-failed"
+    ├── FleetError            a fleet's repository, keys or order       "fleet-failed"
+    │   ├── UpdateRefused     not signed, not current or not for here   "update-refused"
+    │   └── UpdateFailed      an update that could not be completed     "update-failed"
     ├── RemoteError           a device that answered with an error      "remote-error"
     └── BackendError          a device or library failed                "backend-failed"
         ├── BackendUnavailable  a backend that this machine lacks         "backend-unavailable"
@@ -42,6 +46,12 @@ class ContextExceeded(InvalidRequest):
     """The tokens asked for do not fit the context."""
 
     code = "context-exceeded"
+
+
+class SuiteError(InvalidRequest):
+    """A suite is not there, or breaks its format; the message has file and line."""
+
+    code = "suite-invalid"
 
 
 class UnsupportedModel(EdgeCascadeError):
@@ -106,6 +116,31 @@ class NetworkError(EdgeCascadeError):
     """A broker or a device cannot be reached."""
 
     code = "network-failed"
+
+
+class FleetError(EdgeCascadeError):
+    """A repository, a key or an order cannot be used; `reason` is one word for programs."""
+
+    code = "fleet-failed"
+
+    def __init__(self, message: str, *, reason: str = "") -> None:
+        super().__init__(message)
+        self.reason = reason or self.code
+
+
+class UpdateRefused(FleetError):
+    """An order or a bundle is not what its operators signed, not current, or not for this device.
+
+    Trying it again changes nothing.
+    """
+
+    code = "update-refused"
+
+
+class UpdateFailed(FleetError):
+    """An update could not be completed; the device stays on what it has."""
+
+    code = "update-failed"
 
 
 class RemoteError(EdgeCascadeError):

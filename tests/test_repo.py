@@ -55,13 +55,16 @@ MAY_IMPORT = {
     "snapshots text ticket",
     "service": "bundle completion device engine errors files llm sampling scheduler session text",
     "client": "errors service text",
+    "suite": "errors text",
+    "scoring": "completion suite",
+    "evaluation": "completion errors llm sampling scoring suite text ticket",
     "fleet": "bundle device errors files manifest service verified",
     "build_engine": "backends blocks bundle device errors files inspect manifest models nodes ops "
     "sampling tensors verified",
     "doctor": "backends device errors",
     "bench": "backends bundle completion device doctor errors inspect llm sampling",
-    "cli": "backends bench bundle client completion device doctor errors fleet inspect llm "
-    "sampling service session text verified",
+    "cli": "backends bench bundle client completion device doctor errors evaluation fleet inspect "
+    "llm sampling scoring service session suite text verified",
     "__init__": "completion errors llm sampling session text",
     "__main__": "cli",
 }

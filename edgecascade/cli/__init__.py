@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line: one module for each group of commands. Only this package prints.
 
-build · inspect · generate · chat · bench · doctor · serve · ask · broker-config · unit
+build · inspect · generate · chat · bench · doctor · eval · serve · ask · broker-config · unit
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from edgecascade.cli import bundles, measure, mqtt, talk
+from edgecascade.cli import bundles, evaluate, measure, mqtt, talk
 from edgecascade.errors import EdgeCascadeError
 
 DEBUG = "EDGECASCADE_DEBUG"
@@ -69,7 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("-v", "--verbose", action="store_true", help="say what happens on stderr")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    for module in (bundles, talk, measure, mqtt):
+    for module in (bundles, talk, measure, evaluate, mqtt):
         module.add(commands)
     return parser
 

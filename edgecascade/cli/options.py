@@ -34,12 +34,16 @@ def add_backend(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-context", type=int, help="tokens of a prompt and its answer")
 
 
-def load(args: argparse.Namespace, **options: Any) -> LLM:
-    """The bundle that the options name."""
+def load(args: argparse.Namespace, bundle: str | None = None, **options: Any) -> LLM:
+    """The bundle of the command, or another one, as the options of add_backend() say."""
     from edgecascade.llm import LLM
 
     return LLM.load(
-        args.bundle, args.backend, threads=args.threads, max_context=args.max_context, **options
+        bundle or args.bundle,
+        args.backend,
+        threads=args.threads,
+        max_context=args.max_context,
+        **options,
     )
 
 
