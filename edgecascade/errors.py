@@ -18,6 +18,7 @@
     ├── FleetError            a fleet's repository, keys or order       "fleet-failed"
     │   ├── UpdateRefused     not signed, not current or not for here   "update-refused"
     │   └── UpdateFailed      an update that could not be completed     "update-failed"
+    │       └── DownloadFailed  no mirror gave a file of it               "download-failed"
     ├── RemoteError           a device that answered with an error      "remote-error"
     └── BackendError          a device or library failed                "backend-failed"
         ├── BackendUnavailable  a backend that this machine lacks         "backend-unavailable"
@@ -141,6 +142,22 @@ class UpdateFailed(FleetError):
     """An update could not be completed; the device stays on what it has."""
 
     code = "update-failed"
+
+
+class DownloadFailed(UpdateFailed):
+    """No mirror gave a file; `mirrors` says what each one did.
+
+    `final`: each of them answered, and each answer was wrong. Asking again would not help.
+    """
+
+    code = "download-failed"
+
+    def __init__(
+        self, message: str, *, reason: str, mirrors: dict[str, str], final: bool = False
+    ) -> None:
+        super().__init__(message, reason=reason)
+        self.mirrors = mirrors
+        self.final = final
 
 
 class RemoteError(EdgeCascadeError):
