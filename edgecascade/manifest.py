@@ -216,9 +216,13 @@ def _limits(value: Any, what: str) -> Limits:
     return Limits(_integer(raw, "max_context", what, least=1), raw["kv_type"])
 
 
+def is_bundle_file(name: str) -> bool:
+    """Whether a bundle may hold a file of this name: nothing absolute, no "..", no folder."""
+    return name in NEEDED | OPTIONAL | {MANIFEST} or bool(_WEIGHTS.fullmatch(name))
+
+
 def _file(name: str, value: Any, what: str) -> StoredFile:
-    # Only these names exist: nothing absolute, no "..", no folder.
-    if name not in NEEDED | OPTIONAL and not _WEIGHTS.fullmatch(name):
+    if not is_bundle_file(name) or name == MANIFEST:
         raise BundleError(f"{what}: files lists {name!r}, which is no file of a bundle")
     what = f"{what}: files[{name!r}]"
     raw = _object(value, what)
