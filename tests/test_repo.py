@@ -40,7 +40,9 @@ MAY_IMPORT = {
     "models": "errors ops tensors",
     "state": "errors tensors",
     "bundle": "errors files manifest models tensors verified",
-    "backends": "blocks bundle device errors models nodes ops sampling state tensors",
+    "trace": "bundle errors manifest models nodes ops tensors",
+    "engines": "bundle errors files manifest nodes trace",
+    "backends": "blocks bundle device engines errors models nodes ops sampling state tensors trace",
     "text": "errors",
     "inspect": "bundle device errors manifest models tensors",
     "completion": "errors text",
@@ -59,7 +61,8 @@ MAY_IMPORT = {
     "scoring": "completion suite",
     "evaluation": "completion errors llm sampling scoring suite text ticket",
     "fleet": "bundle device errors files manifest service verified",
-    "build_engine": "backends blocks bundle device errors files inspect manifest models nodes ops "
+    "build_engine": "backends blocks bundle device engines errors files inspect manifest models "
+    "nodes ops trace "
     "sampling tensors verified",
     "doctor": "backends device errors",
     "bench": "backends bundle completion device doctor errors inspect llm sampling",
