@@ -22,7 +22,9 @@ from types import ModuleType
 from typing import Any
 
 # Name -> module of this package.
-CLASSES: dict[str, str] = {}
+CLASSES: dict[str, str] = {
+    "F13": "rollouts",
+}
 
 
 @dataclass(frozen=True)
