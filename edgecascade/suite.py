@@ -175,6 +175,8 @@ def _header(value: dict[str, Any], file: str, sha256: str) -> tuple[Suite, dict[
     if value["format"] != FORMAT or isinstance(value["format"], bool):
         _refuse(f"format is {_shown(value['format'])}; this version reads {FORMAT}")
     name, splits, limit = _text(value, "suite"), value["splits"], value.get("max_tokens")
+    if "description" in value:
+        _text(value, "description")
     if not isinstance(splits, dict) or not splits or not all(map(_is_text, splits.values())):
         _refuse("splits must be an object of names, each with a line that says what it is")
     if limit is not None and (type(limit) is not int or not 0 < limit < 2**31):
