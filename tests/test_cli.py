@@ -17,6 +17,9 @@ import pytest
 from golden import TINY, Build
 
 from edgecascade.cli import main
+from edgecascade.cli.show import show
+from edgecascade.completion import Piece
+from edgecascade.text.tools import ToolCall
 
 Capture = pytest.CaptureFixture[str]
 SAMPLING = ["--max-tokens", "12", "--seed", "4"]
@@ -92,6 +95,44 @@ def test_generate_takes_ids_stdin_and_a_system_message(
     with io.TextIOWrapper(io.BytesIO(b"Go.")) as stdin:
         monkeypatch.setattr(sys, "stdin", stdin)
         assert completion("--prompt", "-", "--raw")["token_ids"] == raw["token_ids"]
+
+
+def test_calls_are_shown_each_on_its_line(capsys: Capture) -> None:
+    pieces = [
+        Piece(text="Moving", reasoning="", token_ids=(1,)),
+        Piece(text=" now.", reasoning="", token_ids=(2,)),
+        Piece(text="", reasoning="", token_ids=(3,), tool_calls=(
+            ToolCall("say", {"text": "Grüß \"dich\"", "to": None}), ToolCall("stop", {}))),
+        Piece(text="Done.", reasoning="", token_ids=(4,)),
+    ]  # fmt: skip
+    show(pieces)
+    calls = 'say(text="Grüß \\"dich\\"", to=null)\nstop()\n'
+    assert capsys.readouterr().out == f"Moving now.\n{calls}Done.\n"
+    show(pieces[2:3])
+    assert capsys.readouterr().out == f"{calls}\n"
+
+
+def test_tools_are_read_from_a_file(capsys: Capture, bundle: str, tmp_path: Path) -> None:
+    file = tmp_path / "tools.json"
+    asked = ["generate", bundle, "--prompt", "Go.", "--json", *SAMPLING]
+    file.write_text('[{"name": "stop"}]')
+    without, shown = (
+        json.loads(run(capsys, *asked, *more)[1])["usage"]["prompt_tokens"]
+        for more in ([], ["--tools", str(file)])
+    )
+    assert shown > without
+    for wrong, words in (
+        ("[3]", "tools[0] is int; it must be a dict"),
+        ("{}", "tools is dict"),
+        ("[" * 10**5, "give a JSON list of tools"),
+        ("\ud800", "give a JSON list of tools"),
+    ):
+        file.write_bytes(wrong.encode("utf-8", "surrogatepass"))
+        status, stdout, stderr = run(capsys, *asked, "--tools", str(file))
+        assert (status, stdout) == (1, "")
+        assert f"error [invalid-request]: --tools {file}: " in stderr
+        assert words in stderr
+    assert run(capsys, *asked, "--tools", str(tmp_path))[0] == 1
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,15 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from edgecascade.cli.options import add_backend, add_sampling, load, positive
-from edgecascade.cli.show import print_json
+from edgecascade.cli.options import (
+    add_backend,
+    add_conversation,
+    add_sampling,
+    load,
+    positive,
+    read_tools,
+)
+from edgecascade.cli.show import print_calls, print_json
 from edgecascade.errors import InvalidRequest
 
 
@@ -31,7 +38,7 @@ def add(commands: Any) -> None:
     ask.add_argument("text", help="what to ask; - reads it from stdin")
     ask.add_argument("--mqtt", required=True, metavar="URL", help="the broker")
     ask.add_argument("--device", help="by default any that accepts requests")
-    ask.add_argument("--system", help="the system's message")
+    add_conversation(ask)
     ask.add_argument("--timeout", type=float, default=60.0, metavar="SECONDS")
     ask.add_argument("--json", action="store_true", help="the whole answer as JSON")
     for name in ("client-id", "prefix", "username", "ca", "cert", "key"):
@@ -105,6 +112,8 @@ def _ask(args: argparse.Namespace) -> int:
         key=args.key,
     ) as client:
         options = {"timeout_s": args.timeout, **_wire_parameters(args)}
+        if (tools := read_tools(args)) is not None:
+            options["tools"] = tools
         if args.json:
             print_json(dict(client.chat(args.device, messages, **options).body))
             return 0
@@ -114,8 +123,12 @@ def _ask(args: argparse.Namespace) -> int:
                 print("\n(the device began anew)", file=sys.stderr)
             print(piece.reasoning, end="", file=sys.stderr, flush=True)
             print(piece.text, end="", flush=True)
-        print(flush=True)
         answer = stream.answer
+        if answer.reasoning:
+            print(file=sys.stderr)
+        if answer.text or not answer.tool_calls:
+            print(flush=True)
+        print_calls(answer.tool_calls)
         print(
             f"[{answer.device}; {_figures(answer.body)}; {answer.finish_reason}]", file=sys.stderr
         )

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from typing import TYPE_CHECKING, Any
 
 from edgecascade.errors import InvalidRequest
@@ -11,6 +12,8 @@ from edgecascade.errors import InvalidRequest
 if TYPE_CHECKING:
     from edgecascade.llm import LLM
     from edgecascade.sampling import SamplingParams
+
+MAX_TOOLS_BYTES = 4 << 20
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
@@ -32,6 +35,28 @@ def add_backend(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", default="auto", help="auto, cpu or reference")
     parser.add_argument("--threads", type=int, help="as many as the memory can feed by default")
     parser.add_argument("--max-context", type=int, help="tokens of a prompt and its answer")
+
+
+def add_conversation(parser: argparse.ArgumentParser) -> None:
+    """What the model is told beside the prompt."""
+    parser.add_argument("--system", help="the system's message")
+    parser.add_argument("--tools", metavar="FILE", help="JSON list of the tools it may call")
+
+
+def read_tools(args: argparse.Namespace) -> list[dict[str, Any]] | None:
+    """The tools of --tools, in the form of OpenAI's API."""
+    from edgecascade.text.tools import checked_tools
+
+    if args.tools is None:
+        return None
+    try:
+        with open(args.tools, "rb") as file:
+            data = file.read(MAX_TOOLS_BYTES + 1)
+        if len(data) > MAX_TOOLS_BYTES:
+            raise InvalidRequest(f"it is larger than {MAX_TOOLS_BYTES >> 20} MiB")
+        return checked_tools(json.loads(data))
+    except (OSError, ValueError, RecursionError) as error:  # InvalidRequest is a ValueError
+        raise InvalidRequest(f"--tools {args.tools}: {error}; give a JSON list of tools") from error
 
 
 def load(args: argparse.Namespace, bundle: str | None = None, **options: Any) -> LLM:

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from edgecascade.completion import Completion, Piece
+    from edgecascade.text.tools import ToolCall
 
 
 def show(pieces: Iterable[Piece]) -> None:
     """Stream the answer to stdout, the reasoning and the figures to stderr."""
     dim, plain = ("\x1b[2m", "\x1b[0m") if sys.stderr.isatty() else ("", "")
     completion: Completion | None = None
-    reasoning = False
+    reasoning = within_line = False
     for piece in pieces:
         if piece.reasoning:
             reasoning = True
@@ -24,12 +25,16 @@ def show(pieces: Iterable[Piece]) -> None:
         if reasoning and (piece.text or piece.tool_calls or piece.finish_reason):
             reasoning = False
             print(file=sys.stderr, flush=True)
-        for call in piece.tool_calls:
-            print(json.dumps({"name": call.name, "arguments": call.arguments}), flush=True)
         if piece.text:
             print(piece.text, end="", flush=True)
+            within_line = not piece.text.endswith("\n")
+        if piece.tool_calls:
+            print("\n" * within_line, end="")
+            print_calls(piece.tool_calls)
+            within_line = False
         completion = piece.completion
-    print(flush=True)
+    if within_line or completion is None or not completion.tool_calls:
+        print(flush=True)
     if completion is not None:
         usage, times = completion.usage, completion.timings
         print(
@@ -39,11 +44,20 @@ def show(pieces: Iterable[Piece]) -> None:
             f"seed {completion.seed}]{plain}",
             file=sys.stderr,
         )
+        for error in completion.tool_errors:
+            print(f"a call that cannot be read: {error}", file=sys.stderr)
+
+
+def print_calls(calls: Iterable[ToolCall]) -> None:
+    """A line for each: name(argument=value, ...), the values in JSON."""
+    for call in calls:
+        arguments = (f"{key}={_json(value)}" for key, value in call.arguments.items())
+        print(f"{call.name}({', '.join(arguments)})", flush=True)
 
 
 def print_json(value: Any) -> None:
     """One JSON document."""
-    print(json.dumps(value, indent=2, ensure_ascii=False))
+    print(_json(value, indent=2))
 
 
 def print_facts(facts: dict[str, str]) -> None:
@@ -66,3 +80,7 @@ def print_tables(tables: Iterable[Any]) -> None:
 def gigabytes(size: int | None) -> str:
     """A size in words."""
     return "unknown" if size is None else f"{size / 1e9:.1f} GB"
+
+
+def _json(value: Any, **how: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, **how)

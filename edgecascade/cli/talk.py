@@ -8,7 +8,15 @@ import io
 import sys
 from typing import TYPE_CHECKING, Any
 
-from edgecascade.cli.options import add_backend, add_sampling, load, numbers, sampling_params
+from edgecascade.cli.options import (
+    add_backend,
+    add_conversation,
+    add_sampling,
+    load,
+    numbers,
+    read_tools,
+    sampling_params,
+)
 from edgecascade.cli.show import print_json, show
 from edgecascade.errors import InvalidRequest
 
@@ -24,7 +32,7 @@ def add(commands: Any) -> None:
     prompt = generate.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", help="a text; - reads it from stdin")
     prompt.add_argument("--token-ids", help="numbers with commas between them")
-    generate.add_argument("--system", help="the system's message")
+    add_conversation(generate)
     generate.add_argument("--raw", action="store_true", help="continue the text, no chat template")
     generate.add_argument("--json", action="store_true", help="the whole completion as JSON")
     add_sampling(generate)
@@ -33,14 +41,18 @@ def add(commands: Any) -> None:
 
     chat = commands.add_parser("chat", help="talk to a bundle")
     chat.add_argument("bundle")
-    chat.add_argument("--system", help="the system's message")
+    add_conversation(chat)
     add_sampling(chat)
     add_backend(chat)
     chat.set_defaults(run=_chat)
 
 
 def _generate(args: argparse.Namespace) -> int:
-    options: dict[str, Any] = {"params": sampling_params(args), "raw": args.raw}
+    options: dict[str, Any] = {
+        "params": sampling_params(args),
+        "tools": read_tools(args),
+        "raw": args.raw,
+    }
     if args.token_ids is not None:
         options["prompt"] = numbers(args.token_ids)
     else:
@@ -61,13 +73,13 @@ def _generate(args: argparse.Namespace) -> int:
 
 
 def _chat(args: argparse.Namespace) -> int:
-    params = sampling_params(args)
+    params, tools = sampling_params(args), read_tools(args)
     if isinstance(sys.stdin, io.TextIOWrapper):
         # Bytes that are not UTF-8 become an error of that turn, not of the program.
         sys.stdin.reconfigure(errors="surrogateescape")
     status = 0
     with load(args) as llm:
-        session = llm.session(args.system)
+        session = llm.session(args.system, tools)
         print("Ctrl-C stops an answer, Ctrl-D ends the chat.", file=sys.stderr)
         while True:
             try:
