@@ -18,7 +18,7 @@ from edgecascade.cli.options import (
     positive,
     read_tools,
 )
-from edgecascade.cli.show import print_calls, print_json
+from edgecascade.cli.show import print_json
 from edgecascade.errors import InvalidRequest
 
 
@@ -128,7 +128,8 @@ def _ask(args: argparse.Namespace) -> int:
             print(file=sys.stderr)
         if answer.text or not answer.tool_calls:
             print(flush=True)
-        print_calls(answer.tool_calls)
+        for call in answer.tool_calls:
+            print(call)
         print(
             f"[{answer.device}; {_figures(answer.body)}; {answer.finish_reason}]", file=sys.stderr
         )

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from edgecascade.completion import Completion, Piece
-    from edgecascade.text.tools import ToolCall
 
 
 def show(pieces: Iterable[Piece]) -> None:
@@ -30,7 +29,7 @@ def show(pieces: Iterable[Piece]) -> None:
             within_line = not piece.text.endswith("\n")
         if piece.tool_calls:
             print("\n" * within_line, end="")
-            print_calls(piece.tool_calls)
+            print(*piece.tool_calls, sep="\n", flush=True)
             within_line = False
         completion = piece.completion
     if within_line or completion is None or not completion.tool_calls:
@@ -48,16 +47,9 @@ def show(pieces: Iterable[Piece]) -> None:
             print(f"a call that cannot be read: {error}", file=sys.stderr)
 
 
-def print_calls(calls: Iterable[ToolCall]) -> None:
-    """A line for each: name(argument=value, ...), the values in JSON."""
-    for call in calls:
-        arguments = (f"{key}={_json(value)}" for key, value in call.arguments.items())
-        print(f"{call.name}({', '.join(arguments)})", flush=True)
-
-
 def print_json(value: Any) -> None:
     """One JSON document."""
-    print(_json(value, indent=2))
+    print(json.dumps(value, indent=2, ensure_ascii=False))
 
 
 def print_facts(facts: dict[str, str]) -> None:
@@ -80,7 +72,3 @@ def print_tables(tables: Iterable[Any]) -> None:
 def gigabytes(size: int | None) -> str:
     """A size in words."""
     return "unknown" if size is None else f"{size / 1e9:.1f} GB"
-
-
-def _json(value: Any, **how: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, **how)

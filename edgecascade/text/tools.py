@@ -37,6 +37,12 @@ class ToolCall:
     name: str
     arguments: dict[str, Any]
 
+    def __str__(self) -> str:
+        """As a reader would write it: move(direction="forward", distance=2)."""
+        pairs = self.arguments.items()
+        values = (f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in pairs)
+        return f"{self.name}({', '.join(values)})"
+
 
 @dataclass(frozen=True)
 class ToolText:
