@@ -15,6 +15,8 @@ from edgecascade.tensors import KvState, State
 
 Array = NDArray[Any]
 
+KV_SHARE = 0.25  # of the memory that is available when the bundle is opened
+
 
 def reserve(shape: tuple[int, ...], dtype: Any) -> Array:
     """A zeroed array whose pages cost memory only once touched, however large it is."""
@@ -25,6 +27,37 @@ def reserve(shape: tuple[int, ...], dtype: Any) -> Array:
     except OSError as error:
         raise OutOfMemory(f"{size / 1e9:.2f} GB of state cannot be reserved: {error}") from error
     return np.frombuffer(memory, dtype, count=int(np.prod(shape))).reshape(shape)
+
+
+def fit_pages(
+    states: Sequence[State],
+    *,
+    slots: int,
+    context: int,
+    asked: bool,
+    page_tokens: int,
+    itemsize: int,
+    available: int | None,
+) -> tuple[int, int]:
+    """Tokens that a slot may hold, and KV pages for all slots, in a share of `available` bytes.
+
+    Raises:
+        OutOfMemory: when the context was asked for and does not fit.
+    """
+    kv_layers = [state for state in states if isinstance(state, KvState)]
+    token_bytes = sum(2 * state.kv_heads * state.head_dim * itemsize for state in kv_layers)
+    per_slot = -(-context // page_tokens)
+    fitting = per_slot * slots
+    if token_bytes and available is not None:
+        fitting = int(available * KV_SHARE) // (token_bytes * page_tokens)
+    if asked and fitting < per_slot:
+        raise OutOfMemory(
+            f"a context of {context} tokens needs "
+            f"{per_slot * page_tokens * token_bytes / 1e9:.2f} GB of keys and values; "
+            f"{fitting * page_tokens} tokens fit beside what runs here"
+        )
+    pages = max(1, min(per_slot * slots, fitting))
+    return min(context, pages * page_tokens), pages
 
 
 class PagePool:

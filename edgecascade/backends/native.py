@@ -14,7 +14,6 @@ from edgecascade.backends._lib import (
     PAGE_TOKENS,
     Call,
     NormArgs,
-    Sampling,
     Step,
     Weight,
     address,
@@ -23,19 +22,18 @@ from edgecascade.backends._lib import (
 from edgecascade.backends.base import Array, Options, Snapshot, check_tokens
 from edgecascade.backends.readahead import ReadAhead
 from edgecascade.backends.recorder import Handle, RecordedCall, Recorder, assign_buffers
+from edgecascade.backends.sampler import Sampler
 from edgecascade.bundle import Bundle
 from edgecascade.device.memory import memory_bytes
-from edgecascade.errors import BackendError, ContextExceeded, InvalidRequest, OutOfMemory
+from edgecascade.errors import BackendError, ContextExceeded, InvalidRequest
 from edgecascade.models import family
-from edgecascade.ops import OPS, Kind, Norm
+from edgecascade.ops import Kind, Norm
 from edgecascade.sampling import SampleRow
-from edgecascade.state import PagePool, StatePool, reserve
-from edgecascade.tensors import Codec, KvState, State
+from edgecascade.state import PagePool, StatePool, fit_pages, reserve
+from edgecascade.tensors import Codec, State
 
 PREFILL_CHUNK = 512  # tokens of a prompt that go through the layers together
 LOGITS_CHUNK = 64  # rows of logits held at once: 64 x 131072 x 4 bytes = 34 MB
-SAMPLE = OPS["sample"].codes[0]
-KV_SHARE = 0.25  # of the memory that is available when the bundle is opened
 
 
 class NativeBackend:
@@ -65,23 +63,15 @@ class NativeBackend:
     ) -> None:
         slots = self.slots + 1
         wanted = min(options.max_context or model_context, model_context)
-        kv_layers = [s for s in states if isinstance(s, KvState)]
-        token_bytes = sum(2 * s.kv_heads * s.head_dim * kv_dtype.itemsize for s in kv_layers)
-        per_slot = -(-wanted // PAGE_TOKENS)
-        num_pages = per_slot * slots
-        if token_bytes:
-            available = memory_bytes()
-            fitting = num_pages
-            if available is not None:
-                fitting = int(available * KV_SHARE) // (token_bytes * PAGE_TOKENS)
-            if options.max_context is not None and fitting < per_slot:
-                raise OutOfMemory(
-                    f"a context of {wanted} tokens needs "
-                    f"{per_slot * PAGE_TOKENS * token_bytes / 1e9:.2f} GB of keys and values; "
-                    f"{fitting * PAGE_TOKENS} tokens fit beside what runs here"
-                )
-            num_pages = max(1, min(num_pages, fitting))
-        self.max_context = min(wanted, num_pages * PAGE_TOKENS)
+        self.max_context, num_pages = fit_pages(
+            states,
+            slots=slots,
+            context=wanted,
+            asked=options.max_context is not None,
+            page_tokens=PAGE_TOKENS,
+            itemsize=kv_dtype.itemsize,
+            available=memory_bytes(),
+        )
         self.kv_tokens = num_pages * PAGE_TOKENS
         max_pages = -(-self.max_context // PAGE_TOKENS)
         self._pages = PagePool(num_pages, slots, max_pages, PAGE_TOKENS)
@@ -171,19 +161,17 @@ class NativeBackend:
             max_pages=self._pages.table.shape[1],
             max_context=self.max_context,
         )
-        self._sample = ARGS["sample"](vocab=self.vocab)
-        sample = (Call * 1)(Call(c.addressof(self._sample), SAMPLE, 0))
         needed = 0
         for calls, n_tok, n_seq in (
             (self._prefill, PREFILL_CHUNK, 1),
             (self._decode, slots, slots),
-            (sample, slots, slots),
         ):
             self._step.n_tok, self._step.n_seq = n_tok, n_seq
             self._step.n_out = min(n_tok, len(self._logits))
             needed = max(needed, self._library.workspace_size(self._step, calls))
         self._workspace = reserve((max(needed, 1),), np.uint8)
         self._step.workspace, self._step.workspace_bytes = address(self._workspace), needed
+        self._sampler = Sampler(self._library, self._stream, self.vocab, slots)
 
     def prefill(self, slot: int, tokens: Array) -> Array:
         """See Backend."""
@@ -230,39 +218,7 @@ class NativeBackend:
     def sample(self, logits: Array, rows: Sequence[SampleRow]) -> list[tuple[int, float]]:
         """See Backend."""
         self._check_open()
-        values = np.ascontiguousarray(logits, np.float32)
-        if values.shape != (len(rows), self.vocab) or not 0 < len(rows) <= self.slots:
-            raise InvalidRequest(
-                f"sample needs logits [1..{self.slots}, {self.vocab}] and a row for each, "
-                f"got shape {values.shape} and {len(rows)} rows"
-            )
-        params = (Sampling * len(rows))()
-        kept = [(np.asarray(r.seen, np.int32), np.asarray(r.count, np.int32)) for r in rows]
-        for param, row, (seen, count) in zip(params, rows, kept, strict=True):
-            p = row.params
-            param.seen, param.count, param.n_seen = address(seen), address(count), len(seen)
-            param.temperature, param.top_k = p.temperature, p.top_k
-            param.top_p, param.min_p = p.top_p, p.min_p
-            param.repetition, param.presence = p.repetition_penalty, p.presence_penalty
-            param.frequency = p.frequency_penalty
-        uniform = np.array([row.uniform for row in rows], np.float32)
-        token, logprob = np.zeros(len(rows), np.int32), np.zeros(len(rows), np.float32)
-        args = self._sample
-        args.logits, args.params, args.uniform = (
-            address(values),
-            c.addressof(params),
-            address(uniform),
-        )
-        args.token, args.logprob = address(token), address(logprob)
-        step = Step.from_buffer_copy(self._step)
-        step.n_tok = step.n_seq = step.n_out = len(rows)
-        try:
-            self._library.run_op(SAMPLE, self._stream, step, args)
-        except InvalidRequest as error:
-            if (values > -np.inf).any(axis=1).all():
-                raise
-            raise BackendError(str(error)) from error  # the model's numbers, not the caller's
-        return [(int(t), float(p)) for t, p in zip(token, logprob, strict=True)]
+        return self._sampler(logits, rows)
 
     def routing(self, layer: int, tokens: int) -> tuple[Array, Array]:
         """Expert ids and weights [tokens, top_k] of the last step of a mixture-of-experts layer."""

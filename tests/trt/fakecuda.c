@@ -1,0 +1,313 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// A stand-in for libcuda.so.1: device memory is the host's, streams do at once what they are told,
+// and the rules that a GPU enforces, or would break silently, are enforced loudly.
+//
+//   - Device memory can be read and written only by the stream's work: it is closed to everything
+//     else while a stream is captured, and always after fakecuda_strict(1).
+//   - While a stream is captured, allocations and waiting are refused and spoil the capture.
+//   - A graph replays exactly what was captured: copies, fills and calls with the values they had.
+#define _GNU_SOURCE
+#include <signal.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+typedef int Result;
+typedef uint64_t Address;
+typedef void (*HostFunction)(void*);
+
+enum {
+  kOk = 0,
+  kInvalid = 1,
+  kNoContext = 201,
+  kNoHandle = 400,
+  kCaptureUnsupported = 900,
+  kCaptureInvalidated = 901,
+  kIllegalState = 401
+};
+enum { kMaxRegions = 4096 };
+
+typedef struct Node {
+  enum { kCopy, kFill, kCall } kind;
+  void *to, *from;
+  size_t size;
+  int value;
+  HostFunction call;
+  void* data;
+  struct Node* next;
+} Node;
+
+typedef struct {
+  Node *first, **last;
+  int spoilt;
+} Graph;
+
+typedef struct {
+  Graph* capture;
+} Stream;
+
+typedef struct {
+  char* start;
+  size_t size;
+} Region;
+
+static Region regions[kMaxRegions];
+static int regionCount, strict, depth, device;
+static Stream* capturing;
+static _Thread_local void* current;
+
+// What a test may ask: what happened since the start.
+static struct { int64_t allocations, waits, copies, calls, launches, bytes; } counts;
+
+void fakecuda_counts(int64_t* out) { memcpy(out, &counts, sizeof counts); }
+void fakecuda_strict(int on);
+
+static void say(const char* text) {
+  if (write(2, text, strlen(text)) < 0) _exit(98);
+}
+
+static void onFault(int signal, siginfo_t* info, void* context) {
+  for (int i = 0; i < regionCount; ++i) {
+    const char* at = info->si_addr;
+    if (at >= regions[i].start && at < regions[i].start + regions[i].size) {
+      say("[fakecuda] the host touched device memory\n");
+      _exit(97);
+    }
+  }
+  struct sigaction plain = {.sa_handler = SIG_DFL};
+  sigaction(SIGSEGV, &plain, NULL);
+}
+
+static void protect(int how) {
+  for (int i = 0; i < regionCount; ++i) mprotect(regions[i].start, regions[i].size, how);
+}
+
+static int locked(void) { return strict || capturing; }
+
+// Stream work goes between unlock() and lock().
+static void unlock(void) {
+  if (depth++ == 0 && locked()) protect(PROT_READ | PROT_WRITE);
+}
+static void lock(void) {
+  if (--depth == 0 && locked()) protect(PROT_NONE);
+}
+
+void fakecuda_strict(int on) {
+  strict = on;
+  protect(locked() ? PROT_NONE : PROT_READ | PROT_WRITE);
+}
+
+static Result refuse(const char* what) {
+  fprintf(stderr, "[fakecuda] %s is not allowed while a stream is captured\n", what);
+  capturing->capture->spoilt = 1;
+  return kCaptureUnsupported;
+}
+#define NOT_CAPTURED(what) \
+  if (capturing) return refuse(what)
+#define NEEDS_CONTEXT \
+  if (!current) return kNoContext
+
+static void perform(const Node* node) {
+  unlock();
+  if (node->kind == kCopy) memmove(node->to, node->from, node->size);
+  if (node->kind == kFill) memset(node->to, node->value, node->size);
+  if (node->kind == kCall) node->call(node->data);
+  lock();
+}
+
+static Result submit(Stream* stream, Node node) {
+  NEEDS_CONTEXT;
+  if (!stream) return kNoHandle;
+  if (!capturing) {
+    perform(&node);
+    return kOk;
+  }
+  if (stream != capturing) return refuse("work on another stream");
+  Node* kept = malloc(sizeof node);
+  *kept = node;
+  kept->next = NULL;
+  *stream->capture->last = kept;
+  stream->capture->last = &kept->next;
+  return kOk;
+}
+
+Result cuInit(unsigned flags) {
+  struct sigaction action = {.sa_sigaction = onFault, .sa_flags = SA_SIGINFO};
+  sigaction(SIGSEGV, &action, NULL);
+  return kOk;
+}
+Result cuDriverGetVersion(int* out) { return *out = 12060, kOk; }
+Result cuDeviceGetCount(int* out) { return *out = 1, kOk; }
+Result cuDeviceGet(int* out, int index) { return *out = index, index ? 101 : kOk; }
+Result cuDeviceGetName(char* out, int size, int index) {
+  snprintf(out, (size_t)size, "host memory");
+  return kOk;
+}
+Result cuDeviceGetAttribute(int* out, int attribute, int index) {
+  *out = attribute == 75 ? 8 : attribute == 76 ? 7 : 1;  // compute capability 8.7
+  return kOk;
+}
+Result cuDeviceComputeCapability(int* major, int* minor, int index) {
+  *major = 8, *minor = 7;
+  return kOk;
+}
+Result cuDeviceTotalMem_v2(size_t* out, int index) { return *out = (size_t)32 << 30, kOk; }
+Result cuMemGetInfo_v2(size_t* available, size_t* total) {
+  *total = (size_t)32 << 30;
+  *available = *total - (size_t)counts.bytes;
+  return kOk;
+}
+
+Result cuDevicePrimaryCtxRetain(void** out, int index) { return *out = &device, kOk; }
+Result cuDevicePrimaryCtxRelease_v2(int index) { return kOk; }
+Result cuCtxSetCurrent(void* context) { return current = context, kOk; }
+Result cuCtxGetCurrent(void** out) { return *out = current, kOk; }
+Result cuCtxGetDevice(int* out) { return *out = 0, current ? kOk : kNoContext; }
+Result cuCtxPushCurrent_v2(void* context) { return current = context, kOk; }
+Result cuCtxPopCurrent_v2(void** out) {
+  if (out) *out = current;
+  return current = NULL, kOk;
+}
+Result cuCtxSynchronize(void) {
+  NOT_CAPTURED("cuCtxSynchronize");
+  ++counts.waits;
+  return kOk;
+}
+
+Result cuMemAlloc_v2(Address* out, size_t size) {
+  NEEDS_CONTEXT;
+  NOT_CAPTURED("cuMemAlloc");
+  const size_t page = 4096, whole = (size + page - 1) / page * page + page;
+  char* start = mmap(NULL, whole, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (start == MAP_FAILED || regionCount == kMaxRegions) return 2;
+  regions[regionCount++] = (Region){start, whole - page};  // the last page stays closed
+  if (!locked()) mprotect(start, whole - page, PROT_READ | PROT_WRITE);
+  ++counts.allocations;
+  counts.bytes += (int64_t)whole;
+  *out = (Address)start;
+  return kOk;
+}
+Result cuMemFree_v2(Address address) {
+  NOT_CAPTURED("cuMemFree");
+  for (int i = 0; i < regionCount; ++i) {
+    if ((Address)regions[i].start == address) {
+      munmap(regions[i].start, regions[i].size + 4096);
+      counts.bytes -= (int64_t)regions[i].size + 4096;
+      regions[i] = regions[--regionCount];
+      return kOk;
+    }
+  }
+  return kInvalid;
+}
+Result cuMemHostAlloc(void** out, size_t size, unsigned flags) {
+  NEEDS_CONTEXT;
+  NOT_CAPTURED("cuMemHostAlloc");
+  ++counts.allocations;
+  return posix_memalign(out, 4096, size ? size : 1) ? 2 : kOk;
+}
+Result cuMemFreeHost(void* address) {
+  free(address);
+  return kOk;
+}
+
+static Result copy(void* to, const void* from, size_t size, Stream* stream) {
+  ++counts.copies;
+  return submit(stream, (Node){.kind = kCopy, .to = to, .from = (void*)from, .size = size});
+}
+Result cuMemcpyHtoDAsync_v2(Address to, const void* from, size_t size, Stream* stream) {
+  return copy((void*)to, from, size, stream);
+}
+Result cuMemcpyDtoHAsync_v2(void* to, Address from, size_t size, Stream* stream) {
+  return copy(to, (void*)from, size, stream);
+}
+Result cuMemcpyDtoDAsync_v2(Address to, Address from, size_t size, Stream* stream) {
+  return copy((void*)to, (void*)from, size, stream);
+}
+static Result copyNow(void* to, const void* from, size_t size) {
+  NEEDS_CONTEXT;
+  NOT_CAPTURED("a copy that waits");
+  ++counts.waits;
+  perform(&(Node){.kind = kCopy, .to = to, .from = (void*)from, .size = size});
+  return kOk;
+}
+Result cuMemcpyHtoD_v2(Address to, const void* from, size_t size) {
+  return copyNow((void*)to, from, size);
+}
+Result cuMemcpyDtoH_v2(void* to, Address from, size_t size) {
+  return copyNow(to, (void*)from, size);
+}
+Result cuMemsetD8Async(Address to, unsigned char value, size_t size, Stream* stream) {
+  return submit(stream, (Node){.kind = kFill, .to = (void*)to, .value = value, .size = size});
+}
+
+Result cuStreamCreate(Stream** out, unsigned flags) {
+  NEEDS_CONTEXT;
+  return *out = calloc(1, sizeof **out), kOk;
+}
+Result cuStreamDestroy_v2(Stream* stream) {
+  free(stream);
+  return kOk;
+}
+Result cuStreamSynchronize(Stream* stream) {
+  NEEDS_CONTEXT;
+  NOT_CAPTURED("cuStreamSynchronize");
+  ++counts.waits;
+  return kOk;
+}
+// What a kernel launch is on a GPU: work with its arguments, in the stream's order.
+Result cuLaunchHostFunc(Stream* stream, HostFunction call, void* data) {
+  ++counts.calls;
+  return submit(stream, (Node){.kind = kCall, .call = call, .data = data});
+}
+
+Result cuStreamBeginCapture_v2(Stream* stream, int mode) {
+  NEEDS_CONTEXT;
+  if (!stream) return kCaptureUnsupported;
+  if (capturing) return kIllegalState;
+  stream->capture = calloc(1, sizeof(Graph));
+  stream->capture->last = &stream->capture->first;
+  capturing = stream;
+  protect(PROT_NONE);
+  return kOk;
+}
+Result cuStreamIsCapturing(Stream* stream, int* out) { return *out = capturing == stream, kOk; }
+Result cuStreamEndCapture(Stream* stream, Graph** out) {
+  if (!capturing || stream != capturing) return kIllegalState;
+  Graph* graph = stream->capture;
+  stream->capture = NULL;
+  capturing = NULL;
+  protect(locked() ? PROT_NONE : PROT_READ | PROT_WRITE);
+  *out = graph->spoilt ? NULL : graph;
+  return graph->spoilt ? kCaptureInvalidated : kOk;
+}
+Result cuGraphInstantiateWithFlags(Graph** out, Graph* graph, unsigned long long flags) {
+  return *out = graph, kOk;
+}
+Result cuGraphGetNodes(Graph* graph, void** nodes, size_t* count) {
+  *count = 0;
+  for (const Node* node = graph->first; node; node = node->next) ++*count;
+  return kOk;
+}
+Result cuGraphLaunch(Graph* graph, Stream* stream) {
+  NEEDS_CONTEXT;
+  NOT_CAPTURED("cuGraphLaunch");
+  ++counts.launches;
+  unlock();
+  for (const Node* node = graph->first; node; node = node->next) perform(node);
+  lock();
+  return kOk;
+}
+Result cuGraphDestroy(Graph* graph) { return kOk; }
+Result cuGraphExecDestroy(Graph* graph) { return kOk; }
+
+Result cuGetErrorName(Result error, const char** out) {
+  *out = error == kCaptureUnsupported   ? "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED"
+         : error == kCaptureInvalidated ? "CUDA_ERROR_STREAM_CAPTURE_INVALIDATED"
+         : error == kNoContext          ? "CUDA_ERROR_INVALID_CONTEXT"
+                                        : "CUDA_ERROR";
+  return kOk;
+}
