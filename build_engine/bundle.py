@@ -13,6 +13,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -39,7 +40,9 @@ from edgecascade.tensors import ALIGNMENT, round_up
 
 log = logging.getLogger(__name__)
 
-SPLIT_BYTES = 4 << 30  # file systems and object stores with a limit allow at least this
+# A weight file is what a fleet update sends and stores once: small enough that a change in one
+# place moves little, large enough that 17 GB are some hundred files.
+SPLIT_BYTES = 64 << 20
 SPARE_BYTES = 64 << 20  # for the small files, on top of the weights
 
 
@@ -209,12 +212,15 @@ class BundleWriter:
     def _close_sink(self) -> None:
         self._wait()
         if self._sink is not None:
-            with _os_errors(self.path):
-                self._done[self._sink.name] = self._sink.finish()
+            self._pending = self._pool.submit(self._seal, self._sink)
             self._sink = None
+
+    def _seal(self, sink: _Sink) -> None:
+        self._done[sink.name] = sink.finish()
 
     def _complete(self) -> None:
         self._close_sink()
+        self._wait()
         missing = [tensor.name for _, tensor in self._todo]
         if self._left or missing:
             raise BuildError(
@@ -245,8 +251,8 @@ class _Sink:
             data = data[self._file.write(data) :]
 
     def finish(self) -> StoredFile:
-        os.fsync(self._file.fileno())
-        self._file.close()
+        with self._file:
+            os.fsync(self._file.fileno())
         return StoredFile(self._bytes, self._digest.hexdigest())
 
     def close(self) -> None:
@@ -254,14 +260,17 @@ class _Sink:
 
 
 def _lay_out(plan: Sequence[Planned]) -> list[_File]:
-    """Split the tensors over files of at most SPLIT_BYTES and place them behind each file's
-    header.
+    """Whole tensors behind each file's header; a new file for each layer and past SPLIT_BYTES.
+
+    Where files end depends on names and shapes alone, and no file knows its number, so a tensor
+    that did not change is in the same bytes again.
     """
     groups: list[list[Planned]] = [[]]
     size = 0
     for planned in plan:
         stored = planned.tensor.stored_bytes(planned.codec)
-        if groups[-1] and size + stored > SPLIT_BYTES:
+        before = groups[-1][-1] if groups[-1] else planned
+        if _layer(before) != _layer(planned) or (groups[-1] and size + stored > SPLIT_BYTES):
             groups.append([])
             size = 0
         groups[-1].append(planned)
@@ -270,6 +279,12 @@ def _lay_out(plan: Sequence[Planned]) -> list[_File]:
         _place(f"weights-{i:05}-of-{len(groups):05}.safetensors", group)
         for i, group in enumerate(groups, 1)
     ]
+
+
+def _layer(planned: Planned) -> str:
+    """The layer of a tensor: layers.7 of layers.7.norm, and nothing for what is in none."""
+    found = re.match(r"layers\.\d+(?=\.)", planned.tensor.name)
+    return found[0] if found else ""
 
 
 def _place(name: str, group: Sequence[Planned]) -> _File:

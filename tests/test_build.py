@@ -104,6 +104,28 @@ def test_many_weight_files_hold_the_same_tensors(
         assert weights(one) == weights(many)
 
 
+def test_a_layer_that_did_not_change_is_the_same_file_again(tmp_path: Path) -> None:
+    tensors = checkpoints.arrays("BF16")
+    one = checkpoints.write(tmp_path / "one", tensors)
+    trained = checkpoints.arrays("BF16", seed=4)
+    changed = {n: trained[n] if "layers.1." in n else tensors[n] for n in tensors}
+    other = checkpoints.write(tmp_path / "other", changed)
+    for checkpoint in (one, other):
+        build(checkpoint, checkpoint / "bundle", verify=False)
+    files = [
+        {name: (folder / "bundle" / name).read_bytes() for name in os.listdir(folder / "bundle")}
+        for folder in (one, other)
+    ]
+    weights = [name for name in files[0] if name.startswith("weights-")]
+    different = [name for name in weights if files[0][name] != files[1][name]]
+    with Bundle.open(one / "bundle") as bundle:
+        assert {t.file for n, t in bundle.tensors.items() if n.startswith("layers.1.")} == set(
+            different
+        )
+    assert len(different) == 1
+    assert len(weights) > 3
+
+
 def test_build_without_the_library_packs_the_same_bytes(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -26,13 +26,13 @@ from edgecascade.files import canonical_json
 
 FILES = [
     "manifest.json",
-    "weights-00001-of-00001.safetensors",
+    *(f"weights-{i:05}-of-00006.safetensors" for i in range(1, 7)),
     "tokenizer.json",
     "chat_template.jinja",
     "generation.json",
     "report.json",
 ]
-WEIGHTS = FILES[1]
+WEIGHTS = "weights-00002-of-00006.safetensors"  # layer 0
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +148,8 @@ def first(raw: dict[str, Any]) -> dict[str, Any]:
 def rename_file(raw: dict[str, Any], name: str) -> None:
     raw["files"][name] = raw["files"].pop(WEIGHTS)
     for entry in raw["tensors"].values():
-        entry["file"] = name
+        if entry["file"] == WEIGHTS:
+            entry["file"] = name
 
 
 def shift(raw: dict[str, Any], by: int) -> None:
@@ -174,7 +175,7 @@ EDITS: dict[str, tuple[Change, str]] = {
     "size too small": (lambda raw: raw["files"]["report.json"].update(bytes=1), "promises 1"),
     "weights shorter": (
         lambda raw: raw["files"][WEIGHTS].update(bytes=4096),
-        "but weights-00001-of-00001.safetensors has 4096 bytes",
+        f"but {WEIGHTS} has 4096 bytes",
     ),
     "negative size": (lambda raw: raw["files"]["report.json"].update(bytes=-1), "bytes is -1"),
     "size a text": (lambda raw: raw["files"]["report.json"].update(bytes="9"), "bytes is '9'"),
@@ -189,8 +190,8 @@ EDITS: dict[str, tuple[Change, str]] = {
         lambda raw: raw["files"].pop("tokenizer.json"),
         "does not list: tokenizer.json",
     ),
-    "tensor left out": (lambda raw: raw["tensors"].pop("layers.0.d"), "in weights-00001"),
-    "last tensor left out": (lambda raw: raw["tensors"].pop("lm_head"), "tensors of weights-00001"),
+    "tensor left out": (lambda raw: raw["tensors"].pop("layers.0.d"), f"in {WEIGHTS}"),
+    "last tensor left out": (lambda raw: raw["tensors"].pop("lm_head"), "tensors of weights-00006"),
     "tensor in no file": (lambda raw: first(raw).update(file="report.json"), "is no weight file"),
     "tensor outside": (lambda raw: first(raw).update(offset=1 << 40), "ends at 109951"),
     "tensor unaligned": (lambda raw: shift(raw, -64), "is not a multiple of 4096"),
