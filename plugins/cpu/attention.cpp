@@ -52,24 +52,11 @@ struct Layout {
 };
 
 ec_status checkShape(const char* op, const ec_step& step, const ec_attention& args) {
-  EC_TRY(checkStepShape(op, step));
-  EC_TRY(checkPositive(op, "heads", args.heads));
-  EC_TRY(checkPositive(op, "kv_heads", args.kv_heads));
-  EC_TRY(checkPositive(op, "head_dim", args.head_dim));
-  EC_TRY(checkPositive(op, "step.max_pages", step.max_pages));
-  EC_TRY(checkPositive(op, "step.max_context", step.max_context));
-  if (args.heads % args.kv_heads != 0) {
-    return fail(EC_INVALID, "%s: heads %d is no multiple of kv_heads %d", op, args.heads,
-                args.kv_heads);
-  }
+  EC_TRY(checkAttentionShape(op, step, args));
   if (args.head_dim > kMaxHeadDim) {
     return fail(EC_UNSUPPORTED, "%s: head_dim is %d, this backend takes at most %d", op,
                 args.head_dim, static_cast<int>(kMaxHeadDim));
   }
-  if (args.kv_type != EC_F32 && args.kv_type != EC_F16) {
-    return fail(EC_INVALID, "%s: kv_type is %d, must be EC_F32 or EC_F16", op, args.kv_type);
-  }
-  if (!std::isfinite(args.scale)) return fail(EC_INVALID, "%s: scale is %g", op, args.scale);
   const double splits = step.max_context / static_cast<double>(kSplit) + 1;
   return checkValues(op, "partial results",
                      splits * step.n_tok * args.heads * (args.head_dim + 16.0));
@@ -101,11 +88,8 @@ ec_status checkPages(const char* op, const ec_step& step) {
 ec_status check(const char* op, const ec_step& step, const ec_attention& args) {
   EC_TRY(checkShape(op, step, args));
   EC_TRY(checkStep(op, step));
+  EC_TRY(checkAttentionPointers(op, step, args));
   EC_TRY(checkSequences(op, step));
-  EC_TRY(checkPointer(op, "qkv", args.qkv));
-  EC_TRY(checkPointer(op, "kv", args.kv));
-  EC_TRY(checkPointer(op, "y", args.y));
-  EC_TRY(checkPointer(op, "page_table", step.page_table));
   return checkPages(op, step);
 }
 

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What every CPU op shares: failures with a sentence, scratch memory, the rows that count, half
-// floats.
+// What every CPU op shares beside the checks of all backends: the rows that count, half floats.
 //
 // Code that is compiled once per ISA lives in namespace ec::EC_ISA; the macro comes from
 // CMakeLists.txt. Inline functions must live there too: an inline function of plain namespace ec
@@ -14,7 +13,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "edgecascade.h"
+#include "checks.h"
 
 #ifndef EC_ISA
 #define EC_ISA baseline
@@ -25,58 +24,12 @@
 
 namespace ec {
 
-constexpr int kBlockRows = 32;
-constexpr int kGroup = 64;           // columns that share a scale
-constexpr int kU4BlockBytes = 1088;  // 1024 bytes of codes, 32 fp16 scales
-constexpr int kI8BlockBytes = 2112;  // 2048 bytes of codes, 32 fp16 scales
-
-// Stores the sentence that last_error() returns on this thread; returns `status`.
-ec_status fail(ec_status status, const char* format, ...) __attribute__((format(printf, 2, 3)));
-const char* lastError();
-
 // Sequences and rows of the step that count. Call them after checkStep().
 int32_t liveSeqs(const ec_step& step);
 int32_t liveTokens(const ec_step& step);
 
 // The step's counts are positive, and its live rows lie inside it.
 ec_status checkStep(const char* op, const ec_step& step);
-// Scalars only, so that it may run before any pointer is known.
-ec_status checkStepShape(const char* op, const ec_step& step);
-ec_status checkPointer(const char* op, const char* field, const void* pointer);
-ec_status checkPositive(const char* op, const char* field, int64_t value);
-ec_status checkNorm(const char* op, const ec_norm& norm, int32_t k);
-// Shape and type of a matrix (or of `experts` of them).
-ec_status checkWeight(const char* op, const char* field, const ec_weight& w);
-uint64_t weightBytes(int32_t type, int32_t n, int32_t k);  // 0: unknown type or bad shape
-
-#define EC_TRY(expression)                        \
-  do {                                            \
-    ec_status ecTryStatus = (expression);         \
-    if (ecTryStatus != EC_OK) return ecTryStatus; \
-  } while (0)
-
-// Hands out 64-byte aligned pieces of the step's workspace. Without a step it only measures, so
-// that one layout function serves both the op and its workspace size:
-//
-//   struct Scratch { float* h; explicit Scratch(Arena& arena, ...) : h(arena.take<float>(n)) {} };
-//   Arena arena(step); Scratch scratch(arena, ...); EC_TRY(arena.status("linear"));
-class Arena {
- public:
-  Arena();
-  explicit Arena(const ec_step& step);
-  template <class T>
-  T* take(int64_t count) {
-    return static_cast<T*>(takeBytes(count, sizeof(T)));
-  }
-  size_t bytes() const;                    // taken so far, with room to align the base
-  ec_status status(const char* op) const;  // EC_WORKSPACE when the workspace was too small
-
- private:
-  void* takeBytes(int64_t count, size_t size);
-  std::byte* base_;
-  size_t capacity_;
-  size_t used_;
-};
 
 namespace EC_ISA {
 

@@ -12,17 +12,6 @@
 namespace ec::EC_ISA {
 namespace {
 
-ec_status checkShape(const ec_step& step, const ec_embed& args) {
-  EC_TRY(checkStepShape("embed", step));
-  EC_TRY(checkWeight("embed", "table", args.table));
-  if (args.table.type != EC_F32 && args.table.type != EC_F16) {
-    return fail(EC_UNSUPPORTED,
-                "embed: table.type is %d; rows can be looked up in EC_F32 and EC_F16",
-                args.table.type);
-  }
-  return EC_OK;
-}
-
 void widenRow(const uint16_t* row, int64_t d, float* x) {
   int64_t i = 0;
   for (; i + kWidth <= d; i += kWidth) store(x + i, loadHalf(row + i));
@@ -33,15 +22,13 @@ void widenRow(const uint16_t* row, int64_t d, float* x) {
 
 ec_status embedWorkspace(const ec_step& step, const ec_embed& args, size_t* bytes) {
   *bytes = 0;
-  return checkShape(step, args);
+  return checkEmbedShape(step, args);
 }
 
 ec_status embed(Pool&, const ec_step& step, const ec_embed& args) {
-  EC_TRY(checkShape(step, args));
+  EC_TRY(checkEmbedShape(step, args));
   EC_TRY(checkStep("embed", step));
-  EC_TRY(checkPointer("embed", "tokens", args.tokens));
-  EC_TRY(checkPointer("embed", "table.data", args.table.data));
-  EC_TRY(checkPointer("embed", "x", args.x));
+  EC_TRY(checkEmbedPointers(args));
   const int32_t rows = liveTokens(step);
   for (int32_t t = 0; t < rows; ++t) {
     if (args.tokens[t] < 0 || args.tokens[t] >= args.table.n) {

@@ -30,12 +30,6 @@ struct Scratch {
         x(arena, step.n_out, args.w.k, !isBlockType(args.w.type), isBlockType(args.w.type)) {}
 };
 
-ec_status checkShape(const ec_step& step, const ec_head& args) {
-  EC_TRY(checkStepShape("head", step));
-  EC_TRY(checkWeight("head", "w", args.w));
-  return checkNorm("head", args.norm, args.w.k);
-}
-
 ec_status checkRows(const ec_step& step) {
   for (int32_t i = 0; i < step.n_out; ++i) {
     if (step.out_row[i] < 0 || step.out_row[i] >= step.n_tok) {
@@ -49,7 +43,7 @@ ec_status checkRows(const ec_step& step) {
 }  // namespace
 
 ec_status headWorkspace(const ec_step& step, const ec_head& args, size_t* bytes) {
-  EC_TRY(checkShape(step, args));
+  EC_TRY(checkHeadShape(step, args));
   Arena arena;
   Scratch scratch(arena, step, args);
   *bytes = arena.bytes();
@@ -57,13 +51,10 @@ ec_status headWorkspace(const ec_step& step, const ec_head& args, size_t* bytes)
 }
 
 ec_status head(Pool& pool, const ec_step& step, const ec_head& args) {
-  EC_TRY(checkShape(step, args));
+  EC_TRY(checkHeadShape(step, args));
   if (step.n_out == 0) return EC_OK;  // a chunk of a prompt that is not its last
   EC_TRY(checkStep("head", step));
-  EC_TRY(checkPointer("head", "step.out_row", step.out_row));
-  EC_TRY(checkPointer("head", "x", args.x));
-  EC_TRY(checkPointer("head", "w.data", args.w.data));
-  EC_TRY(checkPointer("head", "logits", args.logits));
+  EC_TRY(checkHeadPointers(step, args));
   EC_TRY(checkRows(step));
   Arena arena(step);
   Scratch scratch(arena, step, args);

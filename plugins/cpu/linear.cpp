@@ -24,20 +24,10 @@ struct Scratch {
         x(arena, step.n_tok, args.w.k, !isBlockType(args.w.type), isBlockType(args.w.type)) {}
 };
 
-ec_status checkShape(const ec_step& step, const ec_linear& args) {
-  EC_TRY(checkStepShape("linear", step));
-  EC_TRY(checkWeight("linear", "w", args.w));
-  EC_TRY(checkNorm("linear", args.norm, args.w.k));
-  if (args.act != EC_IDENTITY && args.act != EC_RELU2) {
-    return fail(EC_INVALID, "linear: act is %d; use EC_IDENTITY or EC_RELU2", args.act);
-  }
-  return EC_OK;
-}
-
 }  // namespace
 
 ec_status linearWorkspace(const ec_step& step, const ec_linear& args, size_t* bytes) {
-  EC_TRY(checkShape(step, args));
+  EC_TRY(checkLinearShape(step, args));
   Arena arena;
   Scratch scratch(arena, step, args);
   *bytes = arena.bytes();
@@ -45,11 +35,9 @@ ec_status linearWorkspace(const ec_step& step, const ec_linear& args, size_t* by
 }
 
 ec_status linear(Pool& pool, const ec_step& step, const ec_linear& args) {
-  EC_TRY(checkShape(step, args));
+  EC_TRY(checkLinearShape(step, args));
   EC_TRY(checkStep("linear", step));
-  EC_TRY(checkPointer("linear", "x", args.x));
-  EC_TRY(checkPointer("linear", "w.data", args.w.data));
-  EC_TRY(checkPointer("linear", "y", args.y));
+  EC_TRY(checkLinearPointers(args));
   Arena arena(step);
   Scratch scratch(arena, step, args);
   EC_TRY(arena.status("linear"));

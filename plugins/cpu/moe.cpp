@@ -68,59 +68,6 @@ struct Scratch {
         sums(arena.take<float>(roundUp<int64_t>(args.down.n, kBlockRows) * step.n_tok)) {}
 };
 
-ec_status checkPair(const char* upName, const ec_weight& up, const char* downName,
-                    const ec_weight& down) {
-  EC_TRY(checkWeight("moe", upName, up));
-  EC_TRY(checkWeight("moe", downName, down));
-  if (up.n == down.k && up.k == down.n) return EC_OK;
-  return fail(EC_INVALID,
-              "moe: %s is [%d][%d] and %s is [%d][%d]; one must be the other's transpose", upName,
-              up.n, up.k, downName, down.n, down.k);
-}
-
-ec_status checkChoice(const ec_step& step, const ec_moe& args) {
-  const int32_t experts = args.up.experts;
-  EC_TRY(checkPositive("moe", "up.experts", experts));
-  if (args.down.experts != experts) {
-    return fail(EC_INVALID, "moe: up has %d experts, down has %d", experts, args.down.experts);
-  }
-  if (args.top_k < 1 || args.top_k > experts) {
-    return fail(EC_INVALID, "moe: top_k is %d, outside 1..%d experts", args.top_k, experts);
-  }
-  if (args.n_group < 1 || experts % args.n_group != 0) {
-    return fail(EC_INVALID, "moe: n_group is %d, which does not divide %d experts", args.n_group,
-                experts);
-  }
-  if (args.topk_group < 1 || args.topk_group > args.n_group) {
-    return fail(EC_INVALID, "moe: topk_group is %d, outside 1..n_group = %d", args.topk_group,
-                args.n_group);
-  }
-  if (args.top_k > args.topk_group * (experts / args.n_group)) {
-    return fail(EC_INVALID, "moe: top_k is %d, but %d groups of %d experts hold fewer", args.top_k,
-                args.topk_group, experts / args.n_group);
-  }
-  if (int64_t{step.n_tok} * args.top_k > std::numeric_limits<int32_t>::max()) {
-    return fail(EC_INVALID, "moe: %d tokens x top_k %d is too many for one step", step.n_tok,
-                args.top_k);
-  }
-  return EC_OK;
-}
-
-ec_status checkShape(const ec_step& step, const ec_moe& args) {
-  EC_TRY(checkStepShape("moe", step));
-  EC_TRY(checkPair("up", args.up, "down", args.down));
-  EC_TRY(checkNorm("moe", args.norm, args.up.k));
-  EC_TRY(checkChoice(step, args));
-  if (!args.shared_up.data != !args.shared_down.data) {
-    return fail(EC_INVALID, "moe: shared_up and shared_down must be both there or both absent");
-  }
-  if (!args.shared_up.data) return EC_OK;
-  EC_TRY(checkPair("shared_up", args.shared_up, "shared_down", args.shared_down));
-  if (args.shared_up.k == args.up.k) return EC_OK;
-  return fail(EC_INVALID, "moe: shared_up.k is %d, up.k is %d; they must be equal",
-              args.shared_up.k, args.up.k);
-}
-
 ec_status checkForcedIds(const ec_moe& args, int64_t slots) {
   for (int64_t i = 0; i < slots; ++i) {
     if (args.ids[i] < 0 || args.ids[i] >= args.up.experts) {
@@ -350,7 +297,7 @@ void down(Pool& pool, const ec_moe& args, const Scratch& s, int64_t tokens, int6
 }  // namespace
 
 ec_status moeWorkspace(const ec_step& step, const ec_moe& args, size_t* bytes) {
-  EC_TRY(checkShape(step, args));
+  EC_TRY(checkMoeShape(step, args));
   Arena arena;
   Scratch scratch(arena, step, args);
   *bytes = arena.bytes();
@@ -358,18 +305,9 @@ ec_status moeWorkspace(const ec_step& step, const ec_moe& args, size_t* bytes) {
 }
 
 ec_status moe(Pool& pool, const ec_step& step, const ec_moe& args) {
-  EC_TRY(checkShape(step, args));
+  EC_TRY(checkMoeShape(step, args));
   EC_TRY(checkStep("moe", step));
-  EC_TRY(checkPointer("moe", "x", args.x));
-  EC_TRY(checkPointer("moe", "up.data", args.up.data));
-  EC_TRY(checkPointer("moe", "down.data", args.down.data));
-  EC_TRY(checkPointer("moe", "ids", args.ids));
-  EC_TRY(checkPointer("moe", "weights", args.weights));
-  EC_TRY(checkPointer("moe", "y", args.y));
-  if (!args.force) {
-    EC_TRY(checkPointer("moe", "router", args.router));
-    EC_TRY(checkPointer("moe", "bias", args.bias));
-  }
+  EC_TRY(checkMoePointers(args));
   Arena arena(step);
   Scratch s(arena, step, args);
   EC_TRY(arena.status("moe"));

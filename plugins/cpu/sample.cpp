@@ -57,12 +57,6 @@ struct Scratch {
         partial(arena.take<BlockSum>(step.n_out * blocks)) {}
 };
 
-ec_status checkShape(const ec_step& step, const ec_sample& args) {
-  EC_TRY(checkPositive("sample", "vocab", args.vocab));
-  EC_TRY(checkPositive("sample", "step.n_out", step.n_out));
-  return checkValues("sample", "logits", static_cast<double>(step.n_out) * args.vocab);
-}
-
 ec_status checkRow(const ec_sample& args, int32_t row) {
   const ec_sampling& p = args.params[row];
   const auto refuse = [row](const char* field, double value, const char* range) {
@@ -327,7 +321,7 @@ int32_t draw(const ec_sampling& p, float uniform, Ranking ranking) {
 }  // namespace
 
 ec_status sampleWorkspace(const ec_step& step, const ec_sample& args, size_t* bytes) {
-  EC_TRY(checkShape(step, args));
+  EC_TRY(checkSampleShape(step, args));
   Arena arena;
   Scratch(arena, step, args);
   *bytes = arena.bytes();
@@ -335,12 +329,8 @@ ec_status sampleWorkspace(const ec_step& step, const ec_sample& args, size_t* by
 }
 
 ec_status sample(Pool& pool, const ec_step& step, const ec_sample& args) {
-  EC_TRY(checkShape(step, args));
-  EC_TRY(checkPointer("sample", "logits", args.logits));
-  EC_TRY(checkPointer("sample", "params", args.params));
-  EC_TRY(checkPointer("sample", "uniform", args.uniform));
-  EC_TRY(checkPointer("sample", "token", args.token));
-  EC_TRY(checkPointer("sample", "logprob", args.logprob));
+  EC_TRY(checkSampleShape(step, args));
+  EC_TRY(checkSamplePointers(args));
   for (int32_t row = 0; row < step.n_out; ++row) EC_TRY(checkRow(args, row));
   Arena arena(step);
   const Scratch scratch(arena, step, args);

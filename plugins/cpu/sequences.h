@@ -11,17 +11,9 @@ namespace ec::EC_ISA {
 inline int64_t atMost(int64_t value, int64_t bound) { return value < bound ? value : bound; }
 inline int64_t ceilDiv(int64_t value, int64_t by) { return (value + by - 1) / by; }
 
-// Sizes are computed in 64 bits: no product of the arguments may come near 2^63.
-inline ec_status checkValues(const char* op, const char* what, double values) {
-  if (values <= 1e12) return EC_OK;
-  return fail(EC_INVALID, "%s: the step's %s would have %.3g values", op, what, values);
-}
-
 // Slots and past lengths of the live sequences are usable, and no slot is written by two of them.
 inline ec_status checkSequences(const char* op, const ec_step& step) {
-  EC_TRY(checkPointer(op, "start", step.start));
-  EC_TRY(checkPointer(op, "slot", step.slot));
-  EC_TRY(checkPointer(op, "past", step.past));
+  EC_TRY(checkSequencePointers(op, step));
   const int32_t live = liveSeqs(step);
   for (int32_t s = 0; s < live; ++s) {
     if (step.slot[s] < 0) return fail(EC_INVALID, "%s: slot[%d] is %d", op, s, step.slot[s]);
