@@ -13,7 +13,10 @@ import json
 import logging
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from edgecascade.files import canonical_json
 
@@ -60,17 +63,55 @@ def remember(path: Path, before: Facts, sha256: str) -> None:
     try:
         if _facts(path) != before:
             return
-        stamp = _stamp_path(path)
-        stamp.parent.mkdir(parents=True, exist_ok=True)
-        part = stamp.with_name(f"{stamp.name}.{os.getpid()}.part")
-        part.write_bytes(canonical_json({**before, "sha256": sha256}))
-        os.replace(part, stamp)
+        _write_stamp(path, {**before, "sha256": sha256})
     except (OSError, RuntimeError) as error:
         log.debug("no stamp for %s: %s", path, error)
 
 
-def _facts(path: Path) -> Facts:
-    stat = os.stat(path)
+@contextmanager
+def same_content(path: Path) -> Iterator[None]:
+    """Around a change of a file's names, which moves its ctime but none of its bytes.
+
+    A stamp that fits before is made to fit after; the stamp of a file without names goes, too.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:  # absent or a link: it has no stamp
+        yield
+        return
+    try:
+        before = _facts(fd)
+        stamp = _stamp_of(fd)
+        yield
+        if stamp is None or {**stamp, "sha256": ""} != {**before, "sha256": ""}:
+            return
+        with suppress(OSError):  # a stamp that does not fit costs only time
+            if os.stat(fd).st_nlink:
+                _write_stamp(fd, {**_facts(fd), "sha256": stamp["sha256"]})
+            else:
+                _stamp_path(fd).unlink(missing_ok=True)
+    finally:
+        os.close(fd)
+
+
+def _stamp_of(fd: int) -> dict[str, Any] | None:
+    try:
+        stamp = json.loads(_stamp_path(fd).read_bytes())
+        return stamp if isinstance(stamp, dict) else None
+    except (OSError, ValueError, RuntimeError):
+        return None
+
+
+def _write_stamp(file: Path | int, stamp: dict[str, Any]) -> None:
+    path = _stamp_path(file)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part.write_bytes(canonical_json(stamp))
+    os.replace(part, path)
+
+
+def _facts(file: Path | int) -> Facts:
+    stat = os.stat(file)
     return {
         "device": stat.st_dev,
         "inode": stat.st_ino,
@@ -80,6 +121,6 @@ def _facts(path: Path) -> Facts:
     }
 
 
-def _stamp_path(path: Path) -> Path:
-    stat = os.stat(path)
+def _stamp_path(file: Path | int) -> Path:
+    stat = os.stat(file)
     return cache_folder() / "verified" / f"{stat.st_dev}-{stat.st_ino}.json"

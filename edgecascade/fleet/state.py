@@ -17,8 +17,9 @@ from typing import Any
 
 from edgecascade.errors import UpdateFailed
 from edgecascade.files import canonical_json
+from edgecascade.fleet import strict
 from edgecascade.fleet.jobs import JobState
-from edgecascade.fleet.orders import Order, order_from_json, order_to_json
+from edgecascade.fleet.orders import Order
 
 SCHEMA = 1
 MAX_STATE_BYTES = 1 << 20
@@ -75,7 +76,7 @@ class Verdict:
     key: str  # the sequence of orders it belongs to
     seq: int
     state: JobState
-    evidence: Mapping[str, Any] = field(default_factory=dict)
+    evidence: dict[str, Any] = field(default_factory=dict)
     release: str = ""
     condemned: bool = False
     bundle_from: str = ""
@@ -91,8 +92,8 @@ class DeviceState:
     previous: Slot | None = None  # what it goes back to
     golden: Slot | None = None  # the first that was ever kept; never collected
     update: Update | None = None
-    seqs: Mapping[str, int] = field(default_factory=dict)  # highest order seen, by Order.key
-    floors: Mapping[str, int] = field(default_factory=dict)  # highest release kept, by name
+    seqs: dict[str, int] = field(default_factory=dict)  # highest order seen, by Order.key
+    floors: dict[str, int] = field(default_factory=dict)  # highest release kept, by name
     verdicts: tuple[Verdict, ...] = ()  # the latest last
 
     @property
@@ -111,14 +112,13 @@ class DeviceState:
         others = tuple(v for v in self.verdicts if v.order != verdict.order)
         return replace(self, verdicts=(*others, verdict)[-MAX_VERDICTS:])
 
+    def revised(self, revision: int) -> DeviceState:
+        """The same, about to be stored."""
+        return replace(self, revision=revision)
+
     def to_bytes(self) -> bytes:
         """The file's content."""
-        update = self.update
-        body = {
-            **asdict(self),
-            "update": update and {**asdict(update), "order": order_to_json(update.order)},
-        }
-        text = canonical_json({"schema": SCHEMA, "state": body})
+        text = canonical_json({"schema": SCHEMA, "state": asdict(self)})
         return hashlib.sha256(text).hexdigest().encode() + b"\n" + text
 
 
@@ -138,9 +138,12 @@ def read_state(data: bytes) -> DeviceState:
                 f"the device's state file has schema {document['schema']!r}, this version reads "
                 f"{SCHEMA}; install the version that wrote it"
             )
-        return _state(document["state"])
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UpdateFailed(f"the device's state file holds something else: {error!r}") from None
+        update = document["state"]["update"]
+        if update is not None:
+            update["phase"] = Phase(update["phase"])
+        return strict.read(DeviceState, document["state"], "the device's state")
+    except (ValueError, TypeError, KeyError) as error:
+        raise UpdateFailed(f"the device's state file holds something else: {error}") from None
 
 
 def slot_to_bytes(slot: Slot) -> bytes:
@@ -157,26 +160,3 @@ def cut_evidence(evidence: Mapping[str, Any]) -> dict[str, Any]:
         if len(json.dumps(kept)) > MAX_EVIDENCE_BYTES:
             kept[key] = "too long to keep"
     return kept
-
-
-def _state(raw: dict[str, Any]) -> DeviceState:
-    slots = {name: _slot(raw.pop(name)) for name in ("active", "previous", "golden")}
-    update, verdicts = raw.pop("update"), raw.pop("verdicts")
-    state = DeviceState(
-        **raw,
-        **slots,
-        update=None if update is None else _update(update),
-        verdicts=tuple(Verdict(**verdict) for verdict in verdicts),
-    )
-    if type(state.revision) is not int or not isinstance(state.seqs, dict):
-        raise ValueError("revision or seqs of another type")
-    return state
-
-
-def _slot(raw: dict[str, Any] | None) -> Slot | None:
-    return None if raw is None else Slot(**raw)
-
-
-def _update(raw: dict[str, Any]) -> Update:
-    order, target = order_from_json(raw.pop("order")), Slot(**raw.pop("target"))
-    return Update(order, target, Phase(raw.pop("phase")), **raw)

@@ -3,8 +3,8 @@
 
     state, effects = update(state, event, now)
 
-    OFFERED > WAITING > DOWNLOADING > VERIFYING > STAGING > (REHEARSING) > DRAINING > PROBATION > end
-                  the old bundle answers                              | switched | the new one
+    OFFERED > WAITING > DOWNLOADING > VERIFYING > STAGING > (REHEARSING) > DRAINING > PROBATION
+                  the old bundle answers                              | switched | new one
 
 The caller stores the state before it performs the effects. Each effect can be performed again; most
 answer with an event. So a crash needs no code of its own: `Booted` performs what the stored phase
@@ -85,11 +85,6 @@ def update(state: DeviceState, event: Event, now: float) -> Step:
     return _answered(state, current, event, now)
 
 
-def key_of(order: Order) -> str:
-    """The sequence that an order belongs to: its group's, or the device's own."""
-    return "device" if order.device else f"group:{order.group}"
-
-
 def _answered(state: DeviceState, current: Update, event: Event, now: float) -> Step:
     phase = current.phase
     if isinstance(event, Failed):
@@ -104,7 +99,7 @@ def _answered(state: DeviceState, current: Update, event: Event, now: float) -> 
             return _failed(state, current, what, now)
         return _enter(state, current, Phase.STAGING, now)
     if isinstance(event, Staged) and phase is Phase.STAGING:
-        if state.active is not None and event.room_for_two:
+        if state.active is not None and event.room_for_two and not current.proven:
             return _enter(state, current, Phase.REHEARSING, now)
         return _switch_when_open(state, current, now)
     if isinstance(event, Tried) and phase in ON_TRIAL:
@@ -193,7 +188,7 @@ def _ticked(state: DeviceState, current: Update, now: float) -> Step:
 
 
 def _ordered(state: DeviceState, event: Ordered, now: float) -> Step:
-    order, key = event.order, key_of(event.order)
+    order, key = event.order, event.order.key
     seen = state.seqs.get(key, -1)
     if order.seq < seen or (order.seq == seen and _other_order_had(state, order)):
         return state, ()  # a replay; answering it would overwrite what the operator knows
@@ -219,13 +214,13 @@ def _other_order_had(state: DeviceState, order: Order) -> bool:
     """Whether this place in the sequence is another order's."""
     had = {verdict.order for verdict in state.verdicts if _same_place(verdict, order)}
     current = state.update
-    if current and key_of(current.order) == key_of(order) and current.order.seq == order.seq:
+    if current and current.order.key == order.key and current.order.seq == order.seq:
         had.add(current.order.order)
     return bool(had - {order.order})
 
 
 def _same_place(verdict: Verdict, order: Order) -> bool:
-    return (verdict.key, verdict.seq) == (key_of(order), order.seq)
+    return (verdict.key, verdict.seq) == (order.key, order.seq)
 
 
 def _install(state: DeviceState, event: Ordered, now: float) -> Step:
@@ -263,7 +258,9 @@ def _install(state: DeviceState, event: Ordered, now: float) -> Step:
     if state.active is not None and state.active.release == target.release:
         after, effects = _end(state, order, target, "SUCCEEDED", {"reason": "already-installed"})
         return after, (*before, *effects)
-    after = replace(state, update=Update(order, target, Phase.OFFERED))
+    # The same bundle under other options: what it answers is known.
+    proven = state.active is not None and state.active.manifest == target.manifest
+    after = replace(state, update=Update(order, target, Phase.OFFERED, proven=proven))
     queued = replace(_progress(after), state="QUEUED")
     return after, (*before, queued, *_work(after, now))
 
@@ -315,7 +312,7 @@ def _roll_back(state: DeviceState, event: Ordered, now: float) -> Step:
     if back is None or back == state.active:
         evidence = {"reason": "nothing-before", "message": "there is no bundle to go back to"}
         return _end(state, order, state.active, "FAILED", evidence)
-    after = replace(state, update=Update(order, back, Phase.VERIFYING))
+    after = replace(state, update=Update(order, back, Phase.VERIFYING, proven=True))
     return after, (_progress(after), *_work(after, now))
 
 
@@ -462,8 +459,8 @@ def _end(
 ) -> Step:
     verdict = Verdict(
         order=order.order,
-        key=key_of(order),
-        seq=state.seqs.get(key_of(order), order.seq),
+        key=order.key,
+        seq=state.seqs.get(order.key, order.seq),
         state=outcome,
         evidence=cut_evidence(evidence),
         release=target.release if target else "",

@@ -1,0 +1,332 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Performs what the updater asks for. Killed anywhere, it goes on from the state file.
+
+    events --> update() --> store the state --> perform the effects --> events
+
+The state is durable before any effect of it begins. What takes long (fetching, hashing, trying)
+goes through `spawn`, which the agent gives a thread and a test runs at once.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import logging
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from edgecascade.errors import EdgeCascadeError, FleetError, UpdateFailed, UpdateRefused
+from edgecascade.fleet import events as ev
+from edgecascade.fleet import release as releases
+from edgecascade.fleet.floor import raise_floor, read_floor
+from edgecascade.fleet.fs import Files, replace_file
+from edgecascade.fleet.orders import Order
+from edgecascade.fleet.release import Release
+from edgecascade.fleet.state import (
+    MAX_STATE_BYTES,
+    DeviceState,
+    Phase,
+    Slot,
+    read_state,
+    slot_to_bytes,
+)
+from edgecascade.fleet.store import Store
+from edgecascade.fleet.updater import update
+
+log = logging.getLogger(__name__)
+
+STATE = "state.json"
+GOLDEN = "golden.json"
+REST_S = 30.0  # after the disk failed, before it is tried again
+
+Evidence = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came of an effect, with when it was asked for: a late one is told from a present one."""
+
+    event: ev.Event
+    boots: int
+    halts: int | None
+
+
+Work = Callable[[], Answer]
+
+
+class Host(Protocol):
+    """What the executor cannot do itself: networks, processes, clocks.
+
+    `download`, `try_out`, `drain` and `soak` block, and are called where `spawn` runs them; all
+    others return at once. A failure is an OSError or an EdgeCascadeError.
+    """
+
+    def now(self) -> float:
+        """Seconds since 1970, never below what was known before."""
+
+    def report(self, report: ev.Report, revision: int) -> None:
+        """Publish a report; a later one has a higher or the same revision."""
+
+    def wake(self, at: float) -> None:
+        """Call `tick` at this time or soon after."""
+
+    def download(
+        self,
+        order: Order,
+        release: Release,
+        missing: Mapping[str, int],
+        keep: Callable[[str], None],
+    ) -> None:
+        """Bring the missing blobs to partial/, and `keep` each when it is whole."""
+
+    def halt(self) -> None:
+        """Make a running `download`, `try_out` or `soak` end; nobody waits for its answer."""
+
+    def room_for_two(self, release: Release) -> bool:
+        """Whether memory has room for a trial beside the running service."""
+
+    def try_out(self, slot: Slot, release: Release) -> tuple[bool, Evidence]:
+        """Load the bundle in a child process and hold it against its health checks."""
+
+    def drain(self) -> None:
+        """End the service, after its requests or after a bounded time."""
+
+    def start(self, slot: Slot | None) -> None:
+        """See that the service runs on this bundle and on no other."""
+
+    def soak(self, slot: Slot, release: Release) -> tuple[bool, Evidence]:
+        """Run the service on the bundle and watch it for the release's soak time."""
+
+
+class Executor:
+    """The updates of one device. Its methods are called from one thread."""
+
+    def __init__(
+        self,
+        files: Files,
+        host: Host,
+        *,
+        store: Store | None = None,
+        spawn: Callable[[Work], None] | None = None,
+    ) -> None:
+        self.files = files
+        self.host = host
+        self.store = store or Store(files)
+        self.state = DeviceState()
+        self._spawn = spawn or self._now
+        self._events: deque[ev.Event] = deque()
+        self._busy = False
+        self._boots = self._halts = 0  # since which answers count
+        self._stale = False  # the disk failed: what it holds is to be read anew
+        self._deferred: dict[str, ev.Ordered] = {}
+        self._documents: dict[str, bytes] = {}
+
+    def boot(self) -> None:
+        """Begin, or go on where the last process was stopped."""
+        self._stale = True
+        self.tick()
+
+    def offer(self, order: Order, document: bytes | None = None, refusal: str = "") -> None:
+        """An order that was verified, and the release document it names, if it installs one."""
+        target = None
+        if document is not None:
+            release = releases.parse(document)
+            sha256 = hashlib.sha256(document).hexdigest()
+            target = Slot(
+                release.name, release.version, release.seq, sha256, release.manifest.sha256
+            )
+            self._documents = {sha256: document}
+        self.post(ev.Ordered(order, target, refusal))
+
+    def tick(self) -> None:
+        """Time has passed."""
+        self.post(ev.Ticked())
+
+    def post(self, news: ev.Event | Answer) -> None:
+        """Take an event, and all that follows from it here and now."""
+        if isinstance(news, Answer):
+            if news.boots != self._boots or news.halts not in (None, self._halts):
+                return
+            news = news.event
+        self._events.append(news)
+        if self._busy:
+            return
+        self._busy = True
+        try:
+            if self._stale:
+                self._events.appendleft(self._read())
+            while self._events:
+                self._step(self._events.popleft())
+        except OSError as error:
+            self._rest(error)
+        finally:
+            self._busy = False
+
+    def _rest(self, error: OSError) -> None:
+        """The disk failed: nothing is known of the last write, so begin again, a little later."""
+        log.error("updates rest for %.0f s: %s", REST_S, error)
+        self._events.clear()
+        self._stale = True
+        self._boots += 1
+        self.host.halt()
+        update = self.state.update
+        unproven = update is not None and update.phase is Phase.PROBATION
+        self.host.start(self.state.previous if unproven else self.state.active)
+        self.host.wake(self.host.now() + REST_S)
+
+    def _read(self) -> ev.Booted:
+        """Read the state; where it is lost, begin from the golden bundle and the floor."""
+        self.store.prepare()
+        self.state, note = self._recovered()
+        self._stale = False
+        self._keep_golden()
+        return ev.Booted(note)
+
+    def _recovered(self) -> tuple[DeviceState, str]:
+        kept, note = self._read_slots(STATE)
+        if kept is not None:
+            return kept, ""
+        golden, more = self._read_slots(GOLDEN)
+        floor = read_floor(self.files)
+        if golden is None and not note and not floor.orders:
+            return DeviceState(), ""  # a new device
+        log.error("state lost: %s", note or "no state file")
+        slot = golden.golden if golden else None
+        state = DeviceState(
+            active=slot, golden=slot, seqs=dict(floor.orders), floors=dict(floor.releases)
+        )
+        return state, "; ".join(filter(None, ("the state file was lost", note, more)))
+
+    def _read_slots(self, path: str) -> tuple[DeviceState | None, str]:
+        try:
+            data = self.files.read(path, MAX_STATE_BYTES)
+            return (None if data is None else read_state(data)), ""
+        except UpdateFailed as error:
+            return None, str(error)
+        except OSError as error:
+            if error.errno != errno.EIO:  # of a passing trouble nothing follows
+                raise
+            return None, str(error)
+
+    def _step(self, event: ev.Event) -> None:
+        state, effects = update(self.state, event, self.host.now())
+        if state != self.state:
+            self._store(state)
+        for effect in effects:
+            self._perform(effect)
+        if self.state.update is None and self._deferred:
+            self._events.extend(self._deferred.values())
+            self._deferred = {}
+
+    def _store(self, state: DeviceState) -> None:
+        for slot in state.slots:
+            if slot.release in self._documents:
+                self.store.put_release(slot.release, self._documents.pop(slot.release))
+        # The clock makes it grow even past the loss of the file.
+        state = state.revised(max(self.state.revision + 1, int(self.host.now())))
+        replace_file(self.files, STATE, state.to_bytes())
+        self.state = state
+        self._keep_golden()
+
+    def _keep_golden(self) -> None:
+        if self.state.golden is not None:
+            wanted = slot_to_bytes(self.state.golden)
+            if self.files.read(GOLDEN, MAX_STATE_BYTES) != wanted:
+                replace_file(self.files, GOLDEN, wanted)
+
+    def _perform(self, effect: ev.Effect) -> None:
+        match effect:
+            case ev.Report():
+                self.host.report(effect, self.state.revision)
+            case ev.Wake():
+                self.host.wake(effect.at)
+            case ev.Halt():
+                self._halts += 1
+                self.host.halt()
+            case ev.Start():
+                self.host.start(effect.slot)
+            case ev.Defer():
+                self._deferred[effect.event.order.key] = effect.event
+            case ev.RaiseFloor():
+                raise_floor(self.files, orders=effect.seqs, releases=effect.floors)
+            case ev.Collect():
+                self._collect(effect)
+            case ev.Check():
+                boots = self._boots
+                self._spawn(lambda: Answer(self._check(effect), boots, None))
+            case ev.Download():
+                self._begin(effect.order.order, lambda: self._download(effect))
+            case ev.Drain():
+                self._begin(effect.order, lambda: self._drain(effect))
+            case _:
+                self._begin(effect.order, lambda: self._for_target(effect))
+
+    def _begin(self, order: str, work: Callable[[], ev.Event]) -> None:
+        boots, halts = self._boots, self._halts
+        self._spawn(lambda: Answer(_attempt(order, work), boots, halts))
+
+    def _now(self, work: Work) -> None:
+        self.post(work())
+
+    def _download(self, effect: ev.Download) -> ev.Event:
+        release = self.store.release(effect.target.release)
+        missing = self.store.missing(release)
+        if missing:
+            self.host.download(effect.order, release, missing, self.store.adopt)
+        still = self.store.missing(release)
+        if still:
+            raise UpdateFailed(f"blobs did not come: {', '.join(still)}", reason="incomplete")
+        return ev.Downloaded(effect.order.order)
+
+    def _drain(self, effect: ev.Drain) -> ev.Event:
+        self.host.drain()
+        return ev.Drained(effect.order)
+
+    def _for_target(self, effect: ev.Measure | ev.Verify | ev.Stage | ev.Try | ev.Soak) -> ev.Event:
+        order, target = effect.order, effect.target
+        release = self.store.release(target.release)
+        match effect:
+            case ev.Measure():
+                others = [slot for slot in self.state.slots if slot != self.state.previous]
+                return ev.Measured(
+                    order,
+                    self.store.need_bytes(release),
+                    self.files.free_bytes(),
+                    self.store.spare_bytes(self.state.previous, others),
+                )
+            case ev.Verify():
+                return ev.Verified(order, self.store.verify(release))
+            case ev.Stage():
+                self.store.stage(release)
+                return ev.Staged(order, self.host.room_for_two(release))
+            case ev.Try():
+                return ev.Tried(order, *self.host.try_out(target, release))
+            case ev.Soak():
+                return ev.Soaked(order, *self.host.soak(target, release))
+
+    def _check(self, effect: ev.Check) -> ev.Event:
+        try:
+            reason = self.store.check(effect.slot)
+        except OSError as error:
+            reason = f"cannot be read: {error}"
+        return ev.Checked(effect.slot.manifest, not reason, reason)
+
+    def _collect(self, effect: ev.Collect) -> None:
+        try:
+            self.store.collect(effect.keep)
+        except OSError as error:  # what stays is collected after the next update
+            log.error("cannot remove what is not needed any more: %s", error)
+
+
+def _attempt(order: str, work: Callable[[], ev.Event]) -> ev.Event:
+    try:
+        return work()
+    except FleetError as error:
+        final = isinstance(error, UpdateRefused) or getattr(error, "final", False)
+        return ev.Failed(order, error.reason, str(error), final=final)
+    except EdgeCascadeError as error:
+        return ev.Failed(order, error.code, str(error))
+    except OSError as error:
+        return ev.Failed(order, "disk-failed", str(error))

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The highest numbers a device has seen, which outlive every other file of it.
+
+Whoever can make a device lose its state must not make it take an old order or an old release again.
+So the numbers are kept twice, each copy with its checksum; the second is touched only when the
+first is durable.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+
+from edgecascade.files import canonical_json
+from edgecascade.fleet import strict
+from edgecascade.fleet.fs import Files, replace_file
+
+log = logging.getLogger(__name__)
+
+COPIES = ("floor-a", "floor-b")
+MAX_FLOOR_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Floor:
+    """What must not be gone below: `orders` by key, `releases` by bundle, `metadata` by role."""
+
+    orders: dict[str, int] = field(default_factory=dict)
+    releases: dict[str, int] = field(default_factory=dict)
+    metadata: dict[str, int] = field(default_factory=dict)
+
+    def to_bytes(self) -> bytes:
+        """A copy's content."""
+        text = canonical_json(asdict(self))
+        return hashlib.sha256(text).hexdigest().encode() + b"\n" + text
+
+    def raised(self, other: Floor) -> Floor:
+        """The higher of both, number by number."""
+        return Floor(
+            _highest(self.orders, other.orders),
+            _highest(self.releases, other.releases),
+            _highest(self.metadata, other.metadata),
+        )
+
+
+def read_floor(files: Files) -> Floor:
+    """The highest numbers of all copies that are whole."""
+    floor = Floor()
+    for path in COPIES:
+        floor = floor.raised(_copy(files, path))
+    return floor
+
+
+def raise_floor(
+    files: Files,
+    *,
+    orders: Mapping[str, int] | None = None,
+    releases: Mapping[str, int] | None = None,
+    metadata: Mapping[str, int] | None = None,
+) -> None:
+    """Raise what is lower; durable when this returns. Copies that were damaged are mended."""
+    more = Floor(dict(orders or {}), dict(releases or {}), dict(metadata or {}))
+    floor = read_floor(files).raised(more)
+    for path in COPIES:
+        if _copy(files, path) != floor:
+            replace_file(files, path, floor.to_bytes())
+
+
+def _copy(files: Files, path: str) -> Floor:
+    data = files.read(path, MAX_FLOOR_BYTES)
+    if data is None:
+        return Floor()
+    digest, _, text = data.partition(b"\n")
+    if hashlib.sha256(text).hexdigest().encode() != digest:
+        log.error("%s is damaged; its other copy stands in", path)
+        return Floor()
+    return strict.read(Floor, json.loads(text), path)
+
+
+def _highest(one: Mapping[str, int], other: Mapping[str, int]) -> dict[str, int]:
+    return {key: max(one.get(key, 0), other.get(key, 0)) for key in sorted({*one, *other})}
