@@ -213,20 +213,21 @@ def _share(hits: Sequence[bool]) -> Share | None:
 def _difference(sample: Sample, answer: Completion) -> str:
     """What an answer has other than expected; nothing when it is right."""
     if len(answer.tool_calls) != len(sample.calls):
-        return f"{len(answer.tool_calls)} calls, expected {len(sample.calls)}"
-    for number, (got, want) in enumerate(zip(answer.tool_calls, sample.calls, strict=True), 1):
-        if got.name != want.name:
-            return f"call {number} is {got.name!r}, expected {want.name!r}"
-        if not same_json(got.arguments, want.arguments):
-            return f"call {number} has {got.arguments}, expected {want.arguments}"
+        got, want = (
+            " ".join(map(str, calls)) or "none" for calls in (answer.tool_calls, sample.calls)
+        )
+        return f"calls are {got}, expected {want}"
+    for number, (call, right) in enumerate(zip(answer.tool_calls, sample.calls, strict=True), 1):
+        if call.name != right.name or not same_json(call.arguments, right.arguments):
+            return f"call {number} is {call}, expected {right}"
     if sample.schema is not None:
         try:
-            right = same_json(loads(answer.text), loads(sample.content))
+            same = same_json(loads(answer.text), loads(sample.content))
         except ValueError:
-            right = False
+            same = False
     else:
-        right = answer.text.strip() == sample.content.strip()
-    return "" if right else f"content is {answer.text!r}, expected {sample.content!r}"
+        same = answer.text.strip() == sample.content.strip()
+    return "" if same else f"content is {answer.text!r}, expected {sample.content!r}"
 
 
 def _fault(sample: Sample, answer: Completion) -> str | None:
