@@ -279,6 +279,13 @@ def _keep(plan: Plan, progress: Progress, now: float) -> Progress:
     return replace(progress, seq=progress.seq + 1, signed_at=now)
 
 
+def at_least(progress: Progress, first_seq: int, now: float) -> Progress:
+    """Within the epoch of the keys, in which sequence numbers begin at `first_seq`."""
+    if progress.seq >= first_seq:
+        return progress
+    return replace(progress, seq=first_seq + int(now), signed_at=now)
+
+
 def pause(progress: Progress, now: float) -> Progress:
     """Hold everything that has not been activated."""
     if progress.state != "running":
@@ -307,6 +314,14 @@ def rollback(progress: Progress, now: float) -> Progress:
     if progress.state == "rolled-back":
         raise InvalidRequest("the rollout is rolled-back already")
     return _turn(progress, now, state="rolled-back", reason="by the operator")
+
+
+def going_back(fleet: Fleet) -> int:
+    """After a rollback: reachable devices that are still on the new bundle, or on the way."""
+    return sum(
+        seen.online and seen.job is not None and (not seen.job.ended or _has_it(seen))
+        for seen in fleet.values()
+    )
 
 
 def stage_s(plan: Plan, devices: int) -> float:

@@ -126,6 +126,7 @@ class Link:
         self._in_flight = 0
         self._up = threading.Event()
         self._stopping = threading.Event()
+        self._again = threading.Event()  # subscribe once more
         self._beat = time.monotonic()
         self._thread: threading.Thread | None = None
         self._wake_read, self._wake_write = os.pipe()
@@ -180,6 +181,11 @@ class Link:
             self._waiting.append(message)
         self._wake()
         return True
+
+    def refresh(self) -> None:
+        """Subscribe again: every retained message comes once more, and the births go out."""
+        self._again.set()
+        self._wake()
 
     def flush(self, timeout_s: float) -> bool:
         """Wait until the broker has acknowledged everything; False if it does not in time."""
@@ -375,6 +381,8 @@ class Link:
         """From here on nothing that is sent to us is missed: say that we are there."""
         with self._lock:
             self._waiting.extendleft(reversed(list(self._births())))
+        if connection.acknowledged:
+            return  # a refresh
         connection.acknowledged = True
         self.counters.connects += 1
         self.reason = "connected"
@@ -414,6 +422,9 @@ class Link:
             if readable and client.loop_read():
                 return
             self._settle(connection)
+            if connection.acknowledged and self._again.is_set():
+                self._again.clear()
+                client.subscribe(self._subscriptions())
             self._pump(connection)
             if client.want_write() and client.loop_write():
                 return

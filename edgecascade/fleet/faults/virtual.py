@@ -1,0 +1,271 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Devices that only talk: thousands of them in one process, each with its own connection.
+
+They speak MQTT 5 themselves, a few bytes of it, since a client library would take megabytes for
+each. An order is verified and its cohort computed as on a device; what it asks for takes a moment
+and ends as the fleet's dice say. Used to try rollouts against a real broker.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import struct
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from random import Random
+
+from edgecascade.errors import UpdateRefused
+from edgecascade.fleet.jobs import Job
+from edgecascade.fleet.orders import Order, OrderKeys, verify
+from edgecascade.fleet.state import Phase
+from edgecascade.service import wire
+from edgecascade.service.topics import DEFAULT_PREFIX, Topics
+
+KEEPALIVE_S = 600
+AT_ONCE = 200  # connections that are being made
+WAY = (
+    Phase.DOWNLOADING,
+    Phase.VERIFYING,
+    Phase.STAGING,
+    Phase.DRAINING,
+    Phase.PROBATION,
+)
+CONNACK, PUBLISH, PUBACK, SUBACK = 0x20, 0x30, 0x40, 0x90
+
+
+@dataclass(frozen=True)
+class Behaviour:
+    """What devices do: shares that fail or fall silent on trial, and how long a phase takes."""
+
+    fails: float = 0.0
+    vanishes: float = 0.0
+    phase_s: float = 0.2
+    seed: int = 1
+
+
+@dataclass
+class VirtualFleet:
+    """Devices of one group on one broker. All methods run on one event loop."""
+
+    port: int
+    keys: OrderKeys
+    group: str = "fleet"
+    behaviour: Behaviour = field(default_factory=Behaviour)
+    prefix: str = DEFAULT_PREFIX
+    now: float = 0.0  # orders are judged by this time
+    counts: Counter[str] = field(default_factory=Counter)
+    devices: list[Device] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.topics = Topics(self.prefix)
+        self.random = Random(self.behaviour.seed)
+        self._verified: dict[bytes, Order | None] = {}
+
+    async def connect(self, count: int) -> None:
+        """Connect so many devices, say that they are there, and listen to orders."""
+        gate = asyncio.Semaphore(AT_ONCE)
+
+        async def one(number: int) -> Device:
+            async with gate:
+                return await Device(self, f"v{number:05d}").open()
+
+        self.devices += await asyncio.gather(*(one(number) for number in range(count)))
+
+    def close(self) -> None:
+        """Cut all connections, as a power cut does."""
+        for device in self.devices:
+            device.cut()
+
+    @property
+    def exposed(self) -> int:
+        """Devices that switched to the new bundle, whatever came of it."""
+        return sum(device.exposed for device in self.devices)
+
+    def order_in(self, envelope: bytes) -> Order | None:
+        """The order, verified once for all devices."""
+        if envelope not in self._verified:
+            try:
+                self._verified[envelope] = verify(envelope, self.keys, self.now)
+            except UpdateRefused:
+                self._verified[envelope] = None
+                self.counts["refused"] += 1
+        return self._verified[envelope]
+
+
+class Device(asyncio.Protocol):
+    """One connection; the agent's side of an update without the update."""
+
+    def __init__(self, fleet: VirtualFleet, name: str) -> None:
+        self.fleet, self.name = fleet, name
+        self.agent = f"{name}-agent"
+        self.exposed = False
+        self.seq = 0
+        self.job: Job | None = None
+        self._ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._buffer = bytearray()
+        self._transport: asyncio.Transport | None = None
+        self._timer: asyncio.TimerHandle | None = None
+
+    async def open(self) -> Device:
+        """Connect, subscribe, publish the retained status."""
+        loop = asyncio.get_running_loop()
+        await loop.create_connection(lambda: self, "127.0.0.1", self.fleet.port)
+        await self._ready
+        return self
+
+    def cut(self) -> None:
+        """Lose power."""
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._transport is not None:
+            self._transport.abort()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Send CONNECT with the last will."""
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+        topic = self.fleet.topics.status(self.agent).encode()
+        body = (
+            _text(b"MQTT")
+            + bytes((5, 0x02 | 0x04 | 0x08 | 0x20))  # clean start, will at QoS 1, retained
+            + struct.pack("!H", KEEPALIVE_S)
+            + b"\0"
+            + _text(self.agent.encode())
+            + b"\0"
+            + _text(topic)
+            + _text(self._status("offline"))
+        )
+        self._send(0x10, body)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        """Count it; nobody comes back."""
+        self.fleet.counts["lost connections"] += 1
+        if not self._ready.done():
+            self._ready.set_exception(ConnectionError(f"{self.name} was disconnected: {error}"))
+
+    def data_received(self, data: bytes) -> None:
+        """Take whole packets out of what has arrived."""
+        self._buffer += data
+        while (packet := _take(self._buffer)) is not None:
+            kind, body = packet
+            if kind == CONNACK:
+                self._connected(body)
+            elif kind == SUBACK:
+                self._publish(self.fleet.topics.status(self.agent), self._status("online"))
+            elif kind == PUBACK and not self._ready.done():
+                self._ready.set_result(None)
+            elif kind & 0xF0 == PUBLISH:
+                self._message(kind, body)
+
+    def _connected(self, body: bytes) -> None:
+        if body[1]:
+            self._ready.set_exception(ConnectionError(f"{self.name} is refused: 0x{body[1]:02x}"))
+            return
+        topic = self.fleet.topics.announce(self.fleet.group).encode()
+        self._send(0x82, struct.pack("!H", 1) + b"\0" + _text(topic) + b"\x01")
+
+    def _message(self, kind: int, body: bytes) -> None:
+        (size,) = struct.unpack_from("!H", body)
+        at = 2 + size
+        if kind & 0x06:
+            self._send(PUBACK, body[at : at + 2])
+            at += 2
+        at += 1 + body[at]  # properties: none, or a few short ones
+        self.fleet.counts["orders"] += 1
+        order = self.fleet.order_in(bytes(body[at:]))
+        if order is not None and order.seq > self.seq:
+            self.seq = order.seq
+            self._obey(order)
+
+    def _obey(self, order: Order) -> None:
+        fleet, job = self.fleet, self.job
+        if not order.concerns(self.name, (fleet.group,)):
+            return
+        if job is None or job.order != order.order:
+            if order.action == "install":
+                self.job = Job(order.order, order.seq, self.name, "QUEUED", bundle_to=order.version)
+                self._report(self.job)
+                self._later(0)
+            return
+        going = not job.ended
+        if order.action == "install" and job.phase == "paused":
+            self._later(0)
+        elif order.action == "pause" and going and job.phase != Phase.PROBATION.value:
+            self._stop(job, "IN_PROGRESS", "paused")
+        elif (order.action == "abort" and going) or (
+            order.action == "rollback" and (going or job.state == "SUCCEEDED")
+        ):
+            self._stop(job, "CANCELED", "")
+
+    def _stop(self, job: Job, state: str, phase: str) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._report(replace(job, state=state, phase=phase))  # type: ignore[arg-type]
+
+    def _later(self, step: int) -> None:
+        delay = self.fleet.behaviour.phase_s * self.fleet.random.uniform(0.5, 1.5)
+        self._timer = asyncio.get_running_loop().call_later(delay, self._advance, step)
+
+    def _advance(self, step: int) -> None:
+        fleet, job = self.fleet, self.job
+        assert job is not None
+        if step < len(WAY):
+            if WAY[step] is Phase.PROBATION:
+                self.exposed = True
+            self._report(replace(job, state="IN_PROGRESS", phase=WAY[step].value))
+            if WAY[step] is Phase.PROBATION and fleet.random.random() < fleet.behaviour.vanishes:
+                self.cut()
+            else:
+                self._later(step + 1)
+        elif fleet.random.random() < fleet.behaviour.fails:
+            self._report(replace(job, state="FAILED", phase="", evidence={"reason": "dice"}))
+        else:
+            self._report(replace(job, state="SUCCEEDED", phase="", progress=1.0))
+
+    def _report(self, job: Job) -> None:
+        self.job = replace(job, version=job.version + 1)
+        self.fleet.counts["reports"] += 1
+        self._publish(self.fleet.topics.job(self.agent, job.order), self.job.to_bytes())
+
+    def _status(self, word: str) -> bytes:
+        groups = [self.fleet.group]
+        return wire.encode(
+            {"kind": "agent", "status": word, "device": self.name, "groups": groups, "bundle": ""}
+        )
+
+    def _publish(self, topic: str, payload: bytes) -> None:
+        body = _text(topic.encode()) + struct.pack("!H", 1) + b"\0" + payload
+        self._send(PUBLISH | 0x02 | 0x01, body)  # QoS 1, retained
+
+    def _send(self, kind: int, body: bytes) -> None:
+        assert self._transport is not None
+        self._transport.write(bytes((kind,)) + _length(len(body)) + body)
+
+
+def _text(data: bytes) -> bytes:
+    return struct.pack("!H", len(data)) + data
+
+
+def _length(number: int) -> bytes:
+    out = bytearray()
+    while True:
+        number, low = number >> 7, number & 0x7F
+        out.append(low | (0x80 if number else 0))
+        if not number:
+            return bytes(out)
+
+
+def _take(buffer: bytearray) -> tuple[int, bytes] | None:
+    """The first whole packet, removed from the buffer: its first byte, and its body."""
+    size = shift = 0
+    for at in range(1, min(len(buffer), 5)):
+        size |= (buffer[at] & 0x7F) << shift
+        shift += 7
+        if not buffer[at] & 0x80:
+            end = at + 1 + size
+            if len(buffer) < end:
+                return None
+            packet = buffer[0], bytes(buffer[at + 1 : end])
+            del buffer[:end]
+            return packet
+    return None

@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A rollout on the operator's disk: what was asked for, where it stands, and the order to retain.
+
+One small file for each rollout. It is replaced before anything is published, so a controller that
+is killed in between publishes the same order when it comes back.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from edgecascade.errors import FleetError, InvalidRequest
+from edgecascade.files import canonical_json, fsync_folder, write_file
+from edgecascade.fleet import strict
+from edgecascade.fleet.orders import ID, Action, Cohort, Order
+from edgecascade.fleet.rollout import FIRST, Fleet, Plan, Progress, State, at_risk
+
+SCHEMA = 1
+MAX_BYTES = 16 << 20
+LOCK_S = 30.0
+ACTIONS: dict[State, Action] = {
+    "running": "install",
+    "done": "install",  # devices that come late still get it
+    "paused": "pause",
+    "aborted": "abort",
+    "rolled-back": "rollback",
+}
+
+
+@dataclass(frozen=True)
+class Record:
+    """Everything about a rollout that outlives the controller.
+
+    `order` has what does not change: release, group, window, mirrors. `risk` has, of each device
+    that was last heard on trial, which report that was and when: [version, time].
+    """
+
+    order: Order
+    plan: Plan
+    progress: Progress
+    risk: dict[str, Any] = field(default_factory=dict)
+
+    def to_order(self) -> Order:
+        """The order that is to be retained now: a function of this record alone."""
+        plan, progress = self.plan, self.progress
+        action = ACTIONS[progress.state]
+        one = action == "install" and plan.stages[progress.stage] == FIRST
+        whole = one or action != "install"
+        percent = 100.0 if whole else plan.stages[progress.stage]
+        rates = [rate for rate in (progress.kbit_s, self.order.limits.kbit_s) if rate]
+        return replace(
+            self.order,
+            seq=progress.seq,
+            action=action,
+            device=progress.first if one else None,
+            cohort=Cohort(self.order.cohort.salt, percent),
+            limits=replace(self.order.limits, kbit_s=min(rates) if rates else None),
+            expires=max(progress.signed_at, self.order.not_before) + plan.valid_s,
+        )
+
+    def moved(self, progress: Progress, fleet: Fleet) -> Record:
+        """The record with another progress, and who is on trial now."""
+        risk = {name: [seen.job.version, seen.heard] for name, seen in at_risk(fleet) if seen.job}
+        return replace(self, progress=progress, risk=risk)
+
+    def heard(self, device: str, version: int, now: float) -> float:
+        """When a report was heard first, by this controller or the one before it."""
+        known = self.risk.get(device)
+        return float(known[1]) if known and known[0] == version else now
+
+
+class Records:
+    """The folder of them. Who changes one holds the lock."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other commands from changing a record.
+
+        Raises:
+            FleetError: when another one holds it for long.
+        """
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with open(self.folder / "lock", "ab") as lock:
+            end = time.monotonic() + LOCK_S
+            while True:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() > end:
+                        raise FleetError(
+                            f"another command works on {self.folder}; end it first", reason="locked"
+                        ) from None
+                    time.sleep(0.05)
+            yield
+
+    def write(self, record: Record) -> None:
+        """Replace a record; it is on the disk when this returns."""
+        path = self._path(record.order.order)
+        part = path.with_suffix(".part")
+        part.unlink(missing_ok=True)
+        write_file(part, canonical_json({"schema": SCHEMA, **asdict(record)}))
+        os.replace(part, path)
+        fsync_folder(self.folder)
+
+    def read(self, order: str) -> Record:
+        """The record of an order.
+
+        Raises:
+            InvalidRequest: when there is none.
+            FleetError: when it is damaged.
+        """
+        if not ID.fullmatch(order):
+            raise InvalidRequest(f"order is {order!r}; give {ID.pattern}")
+        try:
+            data = self._path(order).read_bytes()
+        except FileNotFoundError:
+            known = ", ".join(sorted(self._names())) or "none"
+            raise InvalidRequest(f"no rollout {order!r} in {self.folder}; known: {known}") from None
+        return _parse(data, str(self._path(order)))
+
+    def all(self) -> list[Record]:
+        """All records, the oldest first."""
+        return sorted(map(self.read, self._names()), key=lambda record: record.progress.seq)
+
+    def latest(self, group: str | None = None) -> Record:
+        """The newest rollout, of a group or of all.
+
+        Raises:
+            InvalidRequest: when there is none.
+        """
+        mine = [record for record in self.all() if group in (None, record.order.group)]
+        if not mine:
+            raise InvalidRequest(f"no rollout in {self.folder}; start one with fleet rollout")
+        return mine[-1]
+
+    def check_newest(self, record: Record) -> None:
+        """Only the newest order of a group is obeyed by its devices.
+
+        Raises:
+            InvalidRequest: when there is a newer one.
+        """
+        newest = self.latest(record.order.group)
+        if newest.order.order != record.order.order:
+            raise InvalidRequest(
+                f"{newest.order.order} came after {record.order.order}; "
+                "devices obey the newest order of their group only"
+            )
+
+    def next_seq(self, group: str, first: int, now: float) -> int:
+        """A number above all before it. It holds the time, so that lost records repeat none."""
+        known = [record.progress.seq for record in self.all() if record.order.group == group]
+        return max(first + int(now), *(seq + 1 for seq in known), 1)
+
+    def _path(self, order: str) -> Path:
+        return self.folder / f"{order}.json"
+
+    def _names(self) -> list[str]:
+        return [path.stem for path in self.folder.glob("*.json")]
+
+
+def _parse(data: bytes, where: str) -> Record:
+    try:
+        if len(data) > MAX_BYTES:
+            raise ValueError(f"it has {len(data)} bytes")
+        raw = json.loads(data)
+        if raw.pop("schema") != SCHEMA:
+            raise ValueError("it was written by another version")
+        return strict.read(Record, raw, "rollout")
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise FleetError(f"{where} is damaged: {error}", reason="record") from None
