@@ -14,9 +14,11 @@ import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 
-from edgecascade.files import canonical_json
+from edgecascade.errors import UpdateFailed
 from edgecascade.fleet import strict
 from edgecascade.fleet.fs import Files, replace_file
+from edgecascade.fleet.trust import Seen
+from edgecascade.service import wire
 
 log = logging.getLogger(__name__)
 
@@ -26,15 +28,15 @@ MAX_FLOOR_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Floor:
-    """What must not be gone below: `orders` by key, `releases` by bundle, `metadata` by role."""
+    """What must not be gone below: `orders` by key, `releases` by bundle, and metadata."""
 
     orders: dict[str, int] = field(default_factory=dict)
     releases: dict[str, int] = field(default_factory=dict)
-    metadata: dict[str, int] = field(default_factory=dict)
+    metadata: Seen = field(default_factory=Seen)
 
     def to_bytes(self) -> bytes:
         """A copy's content."""
-        text = canonical_json(asdict(self))
+        text = wire.encode(asdict(self))
         return hashlib.sha256(text).hexdigest().encode() + b"\n" + text
 
     def raised(self, other: Floor) -> Floor:
@@ -42,7 +44,7 @@ class Floor:
         return Floor(
             _highest(self.orders, other.orders),
             _highest(self.releases, other.releases),
-            _highest(self.metadata, other.metadata),
+            self.metadata.merged(other.metadata),
         )
 
 
@@ -59,13 +61,16 @@ def raise_floor(
     *,
     orders: Mapping[str, int] | None = None,
     releases: Mapping[str, int] | None = None,
-    metadata: Mapping[str, int] | None = None,
+    metadata: Seen | None = None,
 ) -> None:
     """Raise what is lower; durable when this returns. Copies that were damaged are mended."""
-    more = Floor(dict(orders or {}), dict(releases or {}), dict(metadata or {}))
-    floor = read_floor(files).raised(more)
-    for path in COPIES:
-        if _copy(files, path) != floor:
+    more = Floor(dict(orders or {}), dict(releases or {}), metadata or Seen())
+    copies = {path: _copy(files, path) for path in COPIES}
+    floor = more
+    for copy in copies.values():
+        floor = floor.raised(copy)
+    for path, copy in copies.items():
+        if copy != floor:
             replace_file(files, path, floor.to_bytes())
 
 
@@ -77,7 +82,10 @@ def _copy(files: Files, path: str) -> Floor:
     if hashlib.sha256(text).hexdigest().encode() != digest:
         log.error("%s is damaged; its other copy stands in", path)
         return Floor()
-    return strict.read(Floor, json.loads(text), path)
+    try:
+        return strict.read(Floor, json.loads(text), path, defaults=True)
+    except strict.BadDocument as error:  # never taken for nothing: a floor does not sink
+        raise UpdateFailed(f"{error}; install the version that wrote it", reason="floor") from None
 
 
 def _highest(one: Mapping[str, int], other: Mapping[str, int]) -> dict[str, int]:

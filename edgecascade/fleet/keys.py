@@ -18,6 +18,7 @@ from edgecascade.fleet.needs import fleet_extra
 
 if TYPE_CHECKING:
     from securesystemslib.signer import CryptoSigner, SSlibKey
+    from securesystemslib.signer import Key as PublicKey
 
 _FILE = re.compile(r"([a-z][a-z0-9-]{0,63})-(\d{1,4})\.pem")
 
@@ -30,14 +31,18 @@ def public_key(raw: str) -> SSlibKey:
     return SSlibKey.from_crypto(Ed25519PublicKey.from_public_bytes(bytes.fromhex(raw)))
 
 
-def public_hex(key: SSlibKey) -> str:
+def public_hex(key: PublicKey) -> str:
     """The 64 hex digits of an ed25519 key."""
     with fleet_extra():
+        from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
         from cryptography.hazmat.primitives.serialization import load_pem_public_key
-    text = key.keyval["public"]
+    text = str(key.keyval["public"])
     if not text.startswith("-----BEGIN"):
-        return str(text)
-    return load_pem_public_key(text.encode()).public_bytes_raw().hex()
+        return text
+    loaded = load_pem_public_key(text.encode())
+    if not isinstance(loaded, Ed25519PublicKey):
+        raise FleetError(f"key {key.keyid} is of another kind; expected ed25519", reason="key")
+    return loaded.public_bytes_raw().hex()
 
 
 class Key(NamedTuple):
@@ -54,7 +59,7 @@ class Key(NamedTuple):
     @property
     def public(self) -> str:
         """64 hex digits."""
-        return public_hex(self.signer.public_key)  # type: ignore[arg-type]
+        return public_hex(self.signer.public_key)
 
 
 class KeyFolders:

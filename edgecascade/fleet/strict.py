@@ -11,6 +11,7 @@ from __future__ import annotations
 import types
 from collections.abc import Callable
 from dataclasses import MISSING, fields, is_dataclass
+from functools import lru_cache
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from edgecascade.service import wire
@@ -30,16 +31,26 @@ def parse(kind: type[T], data: bytes, what: str, *, schema: int, limit: int) -> 
     """
     if len(data) > limit:
         raise BadDocument(f"{what} has {len(data)} bytes; at most {limit} are read")
+    raw = json_object(data, what)
+    found = raw.pop("schema", None)
+    if found != schema or type(found) is not int:
+        raise BadDocument(f"{what} has schema {found!r}, this version reads {schema}")
+    return read(kind, raw, what)
+
+
+def json_object(data: bytes, what: str) -> dict[str, Any]:
+    """The JSON object in the bytes.
+
+    Raises:
+        BadDocument: for anything else.
+    """
     try:
         raw = wire.decode(data)
     except wire.BadJson as error:
         raise BadDocument(f"{what} is {error}") from None
     if not isinstance(raw, dict):
         raise BadDocument(f"{what} is {type(raw).__name__}; expected an object")
-    found = raw.pop("schema", None)
-    if found != schema or type(found) is not int:
-        raise BadDocument(f"{what} has schema {found!r}, this version reads {schema}")
-    return read(kind, raw, what)
+    return raw
 
 
 def read(kind: type[T], value: Any, what: str, *, defaults: bool = False) -> T:
@@ -87,7 +98,7 @@ def _read_object(kind: Any, value: Any, what: str, defaults: bool) -> Any:
     unknown = value.keys() - known.keys()
     if missing or unknown:
         raise BadDocument(f"{what}: unknown keys {sorted(unknown)}, missing keys {sorted(missing)}")
-    hints = get_type_hints(kind)
+    hints = _hints(kind)
     read_fields = {
         name: _read(hints[name], each, f"{what}.{name}", defaults) for name, each in value.items()
     }
@@ -98,6 +109,11 @@ def _read_object(kind: Any, value: Any, what: str, defaults: bool) -> Any:
         raise
     except ValueError as error:
         raise BadDocument(f"{what}: {error}") from None
+
+
+@lru_cache(maxsize=64)
+def _hints(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind)
 
 
 def _has_default(field: Any) -> bool:
