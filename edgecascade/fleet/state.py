@@ -16,10 +16,10 @@ from enum import Enum
 from typing import Any
 
 from edgecascade.errors import UpdateFailed
-from edgecascade.files import canonical_json
 from edgecascade.fleet import strict
 from edgecascade.fleet.jobs import JobState
 from edgecascade.fleet.orders import Order
+from edgecascade.service import wire
 
 SCHEMA = 1
 MAX_STATE_BYTES = 1 << 20
@@ -66,6 +66,7 @@ class Update:
     not_before: float = 0.0
     proven: bool = False  # a child process has loaded it and answered as it must
     paused: bool = False
+    behind: Slot | None = None  # on probation: what was the previous one until the switch
 
 
 @dataclass(frozen=True)
@@ -99,8 +100,8 @@ class DeviceState:
     @property
     def slots(self) -> tuple[Slot, ...]:
         """All bundles that must stay, each once."""
-        target = self.update.target if self.update else None
-        every = (self.active, self.previous, self.golden, target)
+        moving = (self.update.target, self.update.behind) if self.update else ()
+        every = (self.active, self.previous, self.golden, *moving)
         return tuple(dict.fromkeys(slot for slot in every if slot is not None))
 
     def verdict(self, order: str) -> Verdict | None:
@@ -118,7 +119,7 @@ class DeviceState:
 
     def to_bytes(self) -> bytes:
         """The file's content."""
-        text = canonical_json({"schema": SCHEMA, "state": asdict(self)})
+        text = wire.encode({"schema": SCHEMA, "state": asdict(self)})
         return hashlib.sha256(text).hexdigest().encode() + b"\n" + text
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 
 from edgecascade.errors import BundleError, FleetError, UpdateFailed
 from edgecascade.fleet import release
@@ -60,7 +61,7 @@ class Store:
                 f"release document {sha256} is missing or damaged; order the release again",
                 reason="release-lost",
             )
-        return release.parse(data)
+        return _parsed(data)
 
     def missing(self, wanted: Release) -> dict[str, int]:
         """Blobs of a release that are not in the store, with their sizes."""
@@ -197,6 +198,11 @@ class Store:
         if self.files.is_folder(folder):
             self.files.remove(f"{folder}/{MANIFEST}")
         remove_tree(self.files, folder)
+
+
+@lru_cache(maxsize=8)
+def _parsed(document: bytes) -> Release:
+    return release.parse(document)
 
 
 def _files(wanted: Release) -> dict[str, StoredFile]:

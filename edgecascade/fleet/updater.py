@@ -342,7 +342,7 @@ def _switch_when_open(state: DeviceState, current: Update, now: float) -> Step:
 def _activate(state: DeviceState, current: Update, now: float) -> Step:
     """The switch: one write of the state file names the new bundle and counts the first attempt."""
     switched = replace(state, active=current.target, previous=state.active)
-    return _enter(switched, current, Phase.PROBATION, now)
+    return _enter(switched, replace(current, behind=state.previous), Phase.PROBATION, now)
 
 
 def _checked(state: DeviceState, event: Checked, now: float) -> Step:
@@ -416,7 +416,7 @@ def _give_up(
 ) -> Step:
     """End an update on the bundle that was there before it."""
     if current.phase is Phase.PROBATION:
-        state = replace(state, active=state.previous, previous=None)
+        state = replace(state, active=state.previous, previous=current.behind)
     ended = replace(state, update=None)
     after, report = _end(
         ended, current.order, current.target, outcome, evidence, condemned=condemned
@@ -438,7 +438,8 @@ def _keep(state: DeviceState, current: Update, evidence: Mapping[str, Any]) -> S
     rolled_back = current.order.action == "rollback"
     outcome: JobState = "CANCELED" if rolled_back else "SUCCEEDED"
     reason = {"reason": "rolled-back"} if rolled_back else {}
-    after, report = _end(kept, current.order, target, outcome, {**evidence, **reason})
+    before = state.previous
+    after, report = _end(kept, current.order, target, outcome, {**evidence, **reason}, before)
     return after, (RaiseFloor(after.seqs, after.floors), *report, Collect(after.slots))
 
 
@@ -454,6 +455,7 @@ def _end(
     target: Slot | None,
     outcome: JobState,
     evidence: Mapping[str, Any],
+    before: Slot | None = None,
     *,
     condemned: bool = False,
 ) -> Step:
@@ -465,7 +467,7 @@ def _end(
         evidence=cut_evidence(evidence),
         release=target.release if target else "",
         condemned=condemned,
-        bundle_from=_shown(state.active),
+        bundle_from=_shown(before or state.active),
         bundle_to=_shown(target),
     )
     return state.with_verdict(verdict), (_verdict_report(verdict),)
