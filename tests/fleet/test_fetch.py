@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Blobs come from mirrors that fail: resumed, bounded, paced. Class F8 of the faults has the rest."""
+"""Blobs come from mirrors that fail: resumed, bounded, paced. The faults of F8 are apart."""
 
 from __future__ import annotations
 
