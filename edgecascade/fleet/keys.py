@@ -90,7 +90,11 @@ class KeyFolders:
             from securesystemslib.signer import CryptoSigner
         folder = self.folders[0]
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        taken = [int(m[2]) for p in folder.iterdir() if (m := _FILE.fullmatch(p.name))]
+        taken = [
+            int(match[2])
+            for path in folder.iterdir()
+            if (match := _FILE.fullmatch(path.name)) and match[1] == role
+        ]
         path = folder / f"{role}-{max(taken, default=0) + 1}.pem"
         private = Ed25519PrivateKey.generate()
         self._write(path, private)
