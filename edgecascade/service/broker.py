@@ -25,6 +25,7 @@ from pathlib import Path
 from types import TracebackType
 
 from edgecascade.errors import InvalidRequest, NetworkError
+from edgecascade.service.leash import leashed
 from edgecascade.service.topics import DEFAULT_PREFIX, Topics, is_name
 
 log = logging.getLogger(__name__)
@@ -38,17 +39,6 @@ TRIES = 3  # a free port may be taken before the broker listens there
 
 # CONNECT of MQTT 5 with clean start and no client id; both brokers answer it with CONNACK.
 _CONNECT = b"\x10\x0d\x00\x04MQTT\x05\x02\x00\x0a\x00\x00\x00"
-
-# Asks the kernel to kill this process with its parent, then becomes the broker. A parent that is
-# gone before the request is seen by its changed id.
-_LEASH = """
-import ctypes, os, sys
-if sys.platform == "linux":
-    ctypes.CDLL(None).prctl(1, 9)
-    if os.getppid() != int(sys.argv[1]):
-        os._exit(1)
-os.execv(sys.argv[2], sys.argv[2:])
-"""
 
 # The kernel means the thread that started it when it says parent: one that stays.
 _SPAWNER = ThreadPoolExecutor(1, "broker-spawner")
@@ -195,11 +185,10 @@ class LocalBroker:
         self.stop()
 
     def _spawn(self) -> None:
-        leash = [sys.executable, "-c", _LEASH, str(os.getpid())]
         with open(self._folder / "log", "wb") as out:
             self._process = _SPAWNER.submit(
                 subprocess.Popen,
-                leash + self._command(),
+                leashed(self._command()),
                 cwd=self._folder,
                 stdin=subprocess.DEVNULL,
                 stdout=out,

@@ -144,6 +144,7 @@ class Service:
         Raises:
             NetworkError: when another client took this device's name at the broker.
         """
+        units.notify("STATUS=loaded")  # though the broker may be out of reach
         drained_at: float | None = None
         period_s = units.watchdog_period_s()
         alive_at = 0.0
