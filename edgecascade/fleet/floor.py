@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import threading
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 
@@ -24,6 +25,7 @@ log = logging.getLogger(__name__)
 
 COPIES = ("floor-a", "floor-b")
 MAX_FLOOR_BYTES = 1 << 20
+_ONE = threading.Lock()  # orders are seen on one thread, metadata on another
 
 
 @dataclass(frozen=True)
@@ -64,14 +66,14 @@ def raise_floor(
     metadata: Seen | None = None,
 ) -> None:
     """Raise what is lower; durable when this returns. Copies that were damaged are mended."""
-    more = Floor(dict(orders or {}), dict(releases or {}), metadata or Seen())
-    copies = {path: _copy(files, path) for path in COPIES}
-    floor = more
-    for copy in copies.values():
-        floor = floor.raised(copy)
-    for path, copy in copies.items():
-        if copy != floor:
-            replace_file(files, path, floor.to_bytes())
+    floor = Floor(dict(orders or {}), dict(releases or {}), metadata or Seen())
+    with _ONE:
+        copies = {path: _copy(files, path) for path in COPIES}
+        for copy in copies.values():
+            floor = floor.raised(copy)
+        for path, copy in copies.items():
+            if copy != floor:
+                replace_file(files, path, floor.to_bytes())
 
 
 def _copy(files: Files, path: str) -> Floor:

@@ -183,13 +183,15 @@ class ServiceConfig:
         )
 
 
-def from_mapping(given: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """The values of a mapping, each of its field's type.
+def from_mapping(
+    given: Mapping[str, Any], source: str, kind: type[Any] = ServiceConfig
+) -> dict[str, Any]:
+    """The values of a mapping, each of the type of its field in `kind`.
 
     Raises:
         InvalidRequest: for a key that is not read or a value of another type.
     """
-    types = {field.name: str(field.type) for field in fields(ServiceConfig)}
+    types = {field.name: str(field.type) for field in fields(kind)}
     values = {}
     for name, value in given.items():
         if name not in types:
@@ -220,8 +222,8 @@ def _is_text(value: object) -> bool:
     return isinstance(value, str)
 
 
-def read_file(path: str | Path) -> dict[str, Any]:
-    """The values of a YAML file.
+def read_file(path: str | Path, kind: type[Any] = ServiceConfig) -> dict[str, Any]:
+    """The values of a YAML file, each of the type of its field in `kind`.
 
     Raises:
         InvalidRequest: naming the key, or the line that is no YAML.
@@ -248,7 +250,7 @@ def read_file(path: str | Path) -> dict[str, Any]:
         raise InvalidRequest(f"config {str(path)!r} is not YAML: {error}") from error
     if not isinstance(given, dict):
         raise InvalidRequest(f"config {str(path)!r} holds no keys; see docs/mqtt.md")
-    return from_mapping(given, str(path))
+    return from_mapping(given, str(path), kind)
 
 
 HELP = {
