@@ -240,18 +240,15 @@ class Controller:
             FleetError: when somebody else signs orders for the group.
         """
         while True:
-            began = time.monotonic()
             turn = self.turn()
-            cost = time.monotonic() - began
             show(turn)
             if turn.settled and turn.record.progress.ended:
                 return turn
-            if began - self._refreshed_at > REFRESH_S:
-                self._refreshed_at = began
+            if time.monotonic() - self._refreshed_at > REFRESH_S:
+                self._refreshed_at = time.monotonic()
                 self._operator.refresh()
             self._operator.wait(REST_S)
-            # However much is heard, decisions take a tenth of the time.
-            time.sleep(min(REST_S, max(TURN_S, 10 * cost)))
+            time.sleep(TURN_S)
 
     def turn(self) -> Turn:
         """Look, decide, write down, announce."""

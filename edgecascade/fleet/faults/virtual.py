@@ -35,9 +35,13 @@ CONNACK, PUBLISH, PUBACK, SUBACK = 0x20, 0x30, 0x40, 0x90
 
 @dataclass(frozen=True)
 class Behaviour:
-    """What devices do: shares that fail or fall silent on trial, and how long a phase takes."""
+    """What devices do: shares that fail or fall silent on trial, and how long a phase takes.
+
+    The first `spared` devices never fail: a fault that only a larger stage shows.
+    """
 
     fails: float = 0.0
+    spared: int = 0
     vanishes: float = 0.0
     phase_s: float = 0.2
     seed: int = 1
@@ -53,6 +57,7 @@ class VirtualFleet:
     behaviour: Behaviour = field(default_factory=Behaviour)
     prefix: str = DEFAULT_PREFIX
     now: float = 0.0  # orders are judged by this time
+    exposed: int = 0  # devices that switched to the new bundle, whatever came of it
     counts: Counter[str] = field(default_factory=Counter)
     devices: list[Device] = field(default_factory=list)
 
@@ -76,11 +81,6 @@ class VirtualFleet:
         for device in self.devices:
             device.cut()
 
-    @property
-    def exposed(self) -> int:
-        """Devices that switched to the new bundle, whatever came of it."""
-        return sum(device.exposed for device in self.devices)
-
     def order_in(self, envelope: bytes) -> Order | None:
         """The order, verified once for all devices."""
         if envelope not in self._verified:
@@ -98,7 +98,6 @@ class Device(asyncio.Protocol):
     def __init__(self, fleet: VirtualFleet, name: str) -> None:
         self.fleet, self.name = fleet, name
         self.agent = f"{name}-agent"
-        self.exposed = False
         self.seq = 0
         self.job: Job | None = None
         self._ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -210,14 +209,15 @@ class Device(asyncio.Protocol):
         fleet, job = self.fleet, self.job
         assert job is not None
         if step < len(WAY):
-            if WAY[step] is Phase.PROBATION:
-                self.exposed = True
+            fleet.exposed += WAY[step] is Phase.PROBATION
             self._report(replace(job, state="IN_PROGRESS", phase=WAY[step].value))
             if WAY[step] is Phase.PROBATION and fleet.random.random() < fleet.behaviour.vanishes:
                 self.cut()
             else:
                 self._later(step + 1)
-        elif fleet.random.random() < fleet.behaviour.fails:
+        elif (
+            fleet.random.random() < fleet.behaviour.fails and fleet.exposed > fleet.behaviour.spared
+        ):
             self._report(replace(job, state="FAILED", phase="", evidence={"reason": "dice"}))
         else:
             self._report(replace(job, state="SUCCEEDED", phase="", progress=1.0))
