@@ -60,7 +60,7 @@ MAY_IMPORT = {
     "suite": "errors text",
     "scoring": "completion suite",
     "evaluation": "completion errors llm sampling scoring suite text ticket",
-    "fleet": "bundle device errors files manifest service verified",
+    "fleet": "bundle completion device errors files llm manifest service tensors verified",
     "build_engine": "backends blocks bundle device engines errors files inspect manifest models "
     "nodes ops trace "
     "sampling tensors verified",
@@ -71,7 +71,7 @@ MAY_IMPORT = {
     "__init__": "completion errors llm sampling session text",
     "__main__": "cli",
 }
-LAZY_ONLY = {"matplotlib", "onnx", "pycuda", "safetensors", "tensorrt", "torch", "transformers"}
+LAZY_ONLY = {"matplotlib", "onnx", "onnxruntime", "pycuda", "safetensors", "tensorrt", "torch", "transformers"}
 DEVICE_MODULES = {"tensorrt": "backends", "pycuda": "backends", "ctypes": "backends"}
 
 

@@ -161,10 +161,13 @@ class Store:
         for name in self.files.names("bundles"):
             if name not in folders:
                 self._remove_folder(f"bundles/{name}")
-        for folder, kept in (("blobs", blobs), ("partial", blobs), ("releases", releases)):
+        for folder, kept in (("blobs", blobs), ("releases", releases)):
             for name in self.files.names(folder):
                 if name not in kept:
                     remove_tree(self.files, f"{folder}/{name}")
+        for name in self.files.names("partial"):
+            if name not in blobs or self.files.size(f"blobs/{name}") is not None:
+                remove_tree(self.files, f"partial/{name}")
 
     def _blobs_of(self, slot: Slot) -> dict[str, int]:
         try:

@@ -168,6 +168,8 @@ def _booted(state: DeviceState, event: Booted, now: float) -> Step:
         again += (Check(state.active) if state.active else Start(None),)
     if current is not None:
         again += (_progress(state),)
+    elif not event.note:  # else more may be there than is known of, and worth keeping
+        again += (Collect(state.slots),)
     return state, (*again, *_work(state, now))
 
 

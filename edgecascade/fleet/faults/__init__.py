@@ -23,6 +23,7 @@ from typing import Any
 
 # Name -> module of this package.
 CLASSES: dict[str, str] = {
+    "F1": "crash",
     "F8": "http",
     "F13": "rollouts",
 }

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from edgecascade.fleet import release as releases
 from edgecascade.fleet.events import Report
 from edgecascade.fleet.executor import Executor
 from edgecascade.fleet.floor import read_floor
