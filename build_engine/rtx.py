@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,7 +17,7 @@ from types import ModuleType
 
 from edgecascade.errors import BackendUnavailable
 
-MODULE = "tensorrt_rtx"
+PACKAGES = ("tensorrt_rtx_libs", "tensorrt_rtx_bindings")
 LIBRARY = "libtensorrt_rtx.so"
 
 
@@ -26,8 +27,8 @@ def libraries() -> Path:
     Raises:
         BackendUnavailable: when it is not installed.
     """
-    spec = find_spec("tensorrt_rtx_libs")
-    if spec is None or find_spec(MODULE) is None or spec.origin is None:
+    spec, bindings = (find_spec(name) for name in PACKAGES)
+    if spec is None or spec.origin is None or bindings is None:
         raise BackendUnavailable(
             "TensorRT-RTX is not installed: pip install 'edgecascade[check]' (Linux on x86-64)"
         )
@@ -51,7 +52,5 @@ def loader_path() -> Iterator[Path]:
 def import_rtx() -> ModuleType:
     """The module; `loader_path` must be in place."""
     libraries()
-    import tensorrt_rtx  # type: ignore[import-not-found, import-untyped, unused-ignore]
-
-    found: ModuleType = tensorrt_rtx
-    return found
+    import_module(PACKAGES[0])  # loads the libraries that the bindings link to
+    return import_module(PACKAGES[1])
