@@ -13,17 +13,18 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from build_engine.accept import Accepted, accept
 from build_engine.compile_job import CACHE, ONNX, PLAN, Job, profile_of
 from build_engine.graph import to_onnx
 from build_engine.rtx import loader_path
 from edgecascade import errors
 from edgecascade.bundle import Bundle
-from edgecascade.engines import EngineKey, write_engine
+from edgecascade.engines import EngineKey, remove_engine, write_engine
 from edgecascade.errors import BuildError, EdgeCascadeError, InvalidRequest
 from edgecascade.trace import Graph, dims, profiles, trace_bundle
 
@@ -46,6 +47,7 @@ class Compiled:
     timing_cache: bytes
     key: EngineKey | None
     facts: dict[str, Any]
+    accepted: Accepted | None = None
 
 
 def build_engine(
@@ -55,11 +57,12 @@ def build_engine(
     workspace_bytes: int = WORKSPACE_BYTES,
     progress: Progress | None = None,
 ) -> tuple[Path, Compiled]:
-    """Compile a bundle's engine and store it in the bundle.
+    """Compile a bundle's engine, store it in the bundle, and prove it by its tokens.
 
     Raises:
         BackendUnavailable: when the builder, or what its plugins call, is not here.
-        BuildError: when the builder refuses the graph, or the engine cannot be written.
+        BuildError: when the builder refuses the graph, the engine cannot be written, or it answers
+        with other tokens than the bundle was verified with; then it is removed.
     """
     graph = trace_bundle(bundle)
     made = compile_graph(
@@ -76,7 +79,14 @@ def build_engine(
         path = write_engine(bundle, made.key, made.plan, made.facts, made.timing_cache)
     except OSError as error:
         raise BuildError(f"cannot write the engine into {bundle.path}: {error}") from error
-    return path, made
+    if builder == "rtx":  # nothing to run it on
+        return path, made
+    try:
+        accepted = accept(bundle)
+    except BaseException:
+        remove_engine(bundle, made.key)
+        raise
+    return path, replace(made, accepted=accepted)
 
 
 def compile_graph(

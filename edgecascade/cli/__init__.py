@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line: one module for each group of commands. Only this package prints.
 
-build · inspect · generate · chat · bench · doctor · eval · serve · ask · broker-config · unit
+build · inspect · engine · generate · chat · bench · doctor · eval · serve · ask
+broker-config · unit · faults
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from edgecascade.cli import bundles, evaluate, measure, mqtt, talk
+from edgecascade.cli import bundles, engines, evaluate, measure, mqtt, talk
 from edgecascade.errors import EdgeCascadeError
 
 DEBUG = "EDGECASCADE_DEBUG"
@@ -69,7 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("-v", "--verbose", action="store_true", help="say what happens on stderr")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    for module in (bundles, talk, measure, evaluate, mqtt):
+    for module in (bundles, engines, talk, measure, evaluate, mqtt):
         module.add(commands)
     return parser
 

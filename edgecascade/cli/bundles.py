@@ -7,6 +7,7 @@ import argparse
 import sys
 from typing import Any
 
+from edgecascade.cli.engines import add_options, compile_engine
 from edgecascade.cli.show import print_facts, print_json, print_tables
 
 
@@ -18,6 +19,8 @@ def add(commands: Any) -> None:
     build.add_argument("--precision", default="speed", help="exact, quality, balanced or speed")
     build.add_argument("--overwrite", action="store_true", help="replace an existing bundle")
     build.add_argument("--no-verify", action="store_true", help="do not run the built bundle")
+    build.add_argument("--engine", action="store_true", help="compile its TensorRT engine too")
+    add_options(build)
     build.set_defaults(run=_build)
 
     inspect = commands.add_parser("inspect", help="what is in a bundle and where it fits")
@@ -62,6 +65,8 @@ def _build(args: argparse.Namespace) -> int:
         f"{report.stored_bytes / 1e6:,.1f} MB ({report.precision}); "
         f"packed in {report.pack_s:.1f} s, verified in {report.verify_s:.1f} s"
     )
+    if args.engine:
+        compile_engine(args.out, args)
     return 0
 
 
