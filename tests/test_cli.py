@@ -18,7 +18,7 @@ from golden import TINY, Build
 
 from edgecascade.cli import main
 from edgecascade.cli.show import show
-from edgecascade.completion import Piece
+from edgecascade.completion import Completion, Piece, Timings, Usage
 from edgecascade.text.tools import ToolCall
 
 Capture = pytest.CaptureFixture[str]
@@ -98,18 +98,22 @@ def test_generate_takes_ids_stdin_and_a_system_message(
 
 
 def test_calls_are_shown_each_on_its_line(capsys: Capture) -> None:
-    pieces = [
-        Piece(text="Moving", reasoning="", token_ids=(1,)),
-        Piece(text=" now.", reasoning="", token_ids=(2,)),
-        Piece(text="", reasoning="", token_ids=(3,), tool_calls=(
-            ToolCall("say", {"text": "Grüß \"dich\"", "to": None}), ToolCall("stop", {}))),
-        Piece(text="Done.", reasoning="", token_ids=(4,)),
-    ]  # fmt: skip
-    show(pieces)
-    calls = 'say(text="Grüß \\"dich\\"", to=null)\nstop()\n'
-    assert capsys.readouterr().out == f"Moving now.\n{calls}Done.\n"
-    show(pieces[2:3])
-    assert capsys.readouterr().out == f"{calls}\n"
+    calls = (ToolCall("say", {"text": 'Grüß "dich"', "to": None}), ToolCall("stop", {}))
+    lines = 'say(text="Grüß \\"dich\\"", to=null)\nstop()\n'
+    end = Completion(
+        text="", reasoning="", tool_calls=calls, tool_errors=("no tool 'fly'",), token_ids=(5,),
+        finish_reason="tool_calls", logprobs=None, usage=Usage(1, 0, 5, 0),
+        timings=Timings(0, 0, 0, 0, 0), seed=0, bundle_id="",
+    )  # fmt: skip
+    called = Piece(text="", reasoning="", token_ids=(3,), tool_calls=calls)
+    over = Piece(text="", reasoning="", token_ids=(5,), finish_reason="stop", completion=end)
+    talk = [Piece(text=text, reasoning="", token_ids=(1,)) for text in ("Moving", " now.")]
+    assert show([*talk, called, *talk, over]) == end
+    out, err = capsys.readouterr()
+    assert out == f"Moving now.\n{lines}Moving now.\n"
+    assert "a call that cannot be read: no tool 'fly'" in err
+    show([called, over])
+    assert capsys.readouterr().out == lines
 
 
 def test_tools_are_read_from_a_file(capsys: Capture, bundle: str, tmp_path: Path) -> None:

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from edgecascade.completion import Completion, Piece
 
 
-def show(pieces: Iterable[Piece]) -> None:
-    """Stream the answer to stdout, the reasoning and the figures to stderr."""
+def show(pieces: Iterable[Piece]) -> Completion:
+    """Stream the answer to stdout, the reasoning and the figures to stderr; the whole of it."""
     dim, plain = ("\x1b[2m", "\x1b[0m") if sys.stderr.isatty() else ("", "")
     completion: Completion | None = None
     reasoning = within_line = False
@@ -32,19 +32,20 @@ def show(pieces: Iterable[Piece]) -> None:
             print(*piece.tool_calls, sep="\n", flush=True)
             within_line = False
         completion = piece.completion
-    if within_line or completion is None or not completion.tool_calls:
+    assert completion is not None  # the last piece carries it
+    if within_line or not completion.tool_calls:
         print(flush=True)
-    if completion is not None:
-        usage, times = completion.usage, completion.timings
-        print(
-            f"{dim}[{usage.prompt_tokens} tokens read, {usage.cached_tokens} of them kept; first "
-            f"token after {times.first_token_s:.2f} s; {usage.completion_tokens} tokens made, "
-            f"{times.decode_tokens_per_s:.1f}/s; {completion.finish_reason}; "
-            f"seed {completion.seed}]{plain}",
-            file=sys.stderr,
-        )
-        for error in completion.tool_errors:
-            print(f"a call that cannot be read: {error}", file=sys.stderr)
+    usage, times = completion.usage, completion.timings
+    print(
+        f"{dim}[{usage.prompt_tokens} tokens read, {usage.cached_tokens} of them kept; first "
+        f"token after {times.first_token_s:.2f} s; {usage.completion_tokens} tokens made, "
+        f"{times.decode_tokens_per_s:.1f}/s; {completion.finish_reason}; "
+        f"seed {completion.seed}]{plain}",
+        file=sys.stderr,
+    )
+    for error in completion.tool_errors:
+        print(f"a call that cannot be read: {error}", file=sys.stderr)
+    return completion
 
 
 def print_json(value: Any) -> None:

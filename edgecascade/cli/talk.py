@@ -6,6 +6,8 @@ from __future__ import annotations
 import argparse
 import io
 import sys
+from collections.abc import Sequence
+from contextlib import closing, suppress
 from typing import TYPE_CHECKING, Any
 
 from edgecascade.cli.options import (
@@ -23,6 +25,9 @@ from edgecascade.errors import InvalidRequest
 if TYPE_CHECKING:
     from edgecascade.sampling import SamplingParams
     from edgecascade.session import Session
+    from edgecascade.text.tools import ToolCall
+
+Said = str | list[dict[str, Any]]  # a user's text, or the results of tools
 
 
 def add(commands: Any) -> None:
@@ -81,26 +86,39 @@ def _chat(args: argparse.Namespace) -> int:
     with load(args) as llm:
         session = llm.session(args.system, tools)
         print("Ctrl-C stops an answer, Ctrl-D ends the chat.", file=sys.stderr)
-        while True:
-            try:
-                text = input("> " if sys.stdin.isatty() else "")
-            except EOFError:
-                return status
-            if text.strip():
-                status = _turn(session, text, params) or status
+        with suppress(EOFError):
+            while True:
+                said: Said = _line("> ")
+                while said:
+                    failed, calls = _turn(session, said, params)
+                    status, said = failed or status, _results(calls)
+    return status
 
 
-def _turn(session: Session, text: str, params: SamplingParams) -> int:
-    """One turn of a chat. What is wrong with it does not end the conversation."""
+def _line(prompt: str) -> str:
+    """A line of the user's, without white space around it."""
+    return input(prompt if sys.stdin.isatty() else "").strip()
+
+
+def _results(calls: Sequence[ToolCall]) -> list[dict[str, Any]]:
+    """What the called tools gave, if the user wants to say it: an empty line ends the asking."""
+    results = []
+    for call in calls:
+        if not (text := _line(f"{call.name}: ")):
+            return []
+        results.append({"role": "tool", "content": text})
+    return results
+
+
+def _turn(session: Session, said: Said, params: SamplingParams) -> tuple[int, Sequence[ToolCall]]:
+    """One turn: its status, and what was called. What is wrong with it does not end the chat."""
     try:
-        stream = session.stream(text, params=params)
-        try:
-            show(stream)
-        finally:
-            stream.close()
+        with closing(session.stream(said, params=params)) as stream:
+            answer = show(stream)
     except KeyboardInterrupt:
         print("\n(stopped; this turn is forgotten)", file=sys.stderr)
+        return 0, ()
     except InvalidRequest as error:
         print(f"error [{error.code}]: {error}", file=sys.stderr)
-        return 1
-    return 0
+        return 1, ()
+    return 0, answer.tool_calls
