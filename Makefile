@@ -8,7 +8,7 @@ KERNEL_SOURCES := $(shell find plugins -name CMakeLists.txt -o -name '*.cmake' -
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench clean
+.PHONY: help setup demo test check bench faults clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,6 +31,9 @@ check: $(VENV)/.kernels  ## format, lint, types and import directions
 
 bench: $(VENV)/.kernels  ## kernels against this machine's own ceilings
 	$(VENV)/bin/python benchmarks/kernels.py
+
+faults: $(VENV)/.kernels  ## power cuts, kills, bad disks and networks against fleet updates, counted; 5 minutes
+	$(VENV)/bin/edgecascade faults --json build/faults.json
 
 clean:  ## remove the environment and everything built
 	rm -rf $(VENV) build dist edgecascade/_lib *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line: one module for each group of commands. Only this package prints.
 
-build · inspect · engine · generate · chat · bench · doctor · eval · serve · ask
-broker-config · unit · faults
+build · inspect · engine · generate · chat · bench · doctor · eval · serve · ask · broker-config
+unit · fleet · faults
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from edgecascade.cli import bundles, engines, evaluate, faults, measure, mqtt, talk
+from edgecascade.cli import bundles, engines, evaluate, faults, fleet, measure, mqtt, talk
 from edgecascade.errors import EdgeCascadeError
 
 DEBUG = "EDGECASCADE_DEBUG"
@@ -70,7 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("-v", "--verbose", action="store_true", help="say what happens on stderr")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    for module in (bundles, engines, talk, measure, evaluate, mqtt, faults):
+    for module in (bundles, engines, talk, measure, evaluate, mqtt, faults, fleet):
         module.add(commands)
     return parser
 
