@@ -111,11 +111,16 @@ def compile_graph(
         profile_of({t.name: dims(t, p) for t in graph.inputs.values()})
         for p in profiles(graph, max_context)
     ]
+    job = Job("", builder, ranges, workspace_bytes, None if bundle is None else str(bundle))
+    return compile_onnx(model.SerializeToString(), job, progress)
+
+
+def compile_onnx(model: bytes, job: Job, progress: Progress | None = None) -> Compiled:
+    """Compile an ONNX model as the job says, in a folder of its own."""
     with TemporaryDirectory(prefix="edgecascade-engine-") as folder:
-        job = Job(folder, builder, ranges, workspace_bytes, None if bundle is None else str(bundle))
-        Path(folder, ONNX).write_bytes(model.SerializeToString())
-        Path(folder, "job.json").write_text(json.dumps(asdict(job)))
-        with environment(builder) as variables:
+        Path(folder, ONNX).write_bytes(model)
+        Path(folder, "job.json").write_text(json.dumps(asdict(replace(job, folder=folder))))
+        with environment(job.builder) as variables:
             result = _run(Path(folder, "job.json"), variables, progress)
         key = result["key"]
         return Compiled(
