@@ -18,7 +18,7 @@ import ast
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, NamedTuple
 
 from edgecascade.errors import InvalidRequest
@@ -206,8 +206,13 @@ def weight_dtype(ec_type: int) -> str:
 
 def evaluate(text: str, names: Attributes) -> int:
     """The value of a sum of products such as "2HP+2GN+H" or "heads * head_dim"."""
+    return _value(_parse(text), names)
+
+
+@cache
+def _parse(text: str) -> ast.expr:
     explicit = re.sub(r"(?<=[\dA-Z)])(?=[A-Z(])", "*", text)
-    return _value(ast.parse(explicit, mode="eval").body, names)
+    return ast.parse(explicit, mode="eval").body
 
 
 def _value(node: ast.expr, names: Attributes) -> int:
