@@ -283,7 +283,7 @@ def test_logits_without_a_number_are_the_backends_failure(opened: Open, executor
 def test_an_unknown_backend_is_refused_with_the_known_ones(build: Build) -> None:
     with (
         Bundle.open(build("moe", "speed")) as bundle,
-        pytest.raises(InvalidRequest, match=r"'tpu'; choose auto, cpu, reference"),
+        pytest.raises(InvalidRequest, match=r"'tpu'; choose auto, tensorrt, cpu, reference"),
     ):
         open_backend("tpu", bundle)
 

@@ -329,15 +329,18 @@ def cuda_library() -> Library:
         BackendUnavailable: when the library is not built, is of another version, or finds no
         device it has kernels for.
     """
-    library = _load(
-        cuda_library_path(), "run `make setup` on a machine with the CUDA toolkit (nvcc)"
-    )
+    return open_cuda_library(cuda_library_path())
+
+
+@cache
+def open_cuda_library(path: Path) -> Library:
+    """A CUDA table by its path; see cuda_library."""
+    library = _load(path, "run `make setup` on a machine with the CUDA toolkit (nvcc)")
     library.ec_cuda.argtypes, library.ec_cuda.restype = [], c.POINTER(Api)
     pointer = library.ec_cuda()
     if not pointer:
         raise BackendUnavailable(
-            f"the kernel library {cuda_library_path()} has no kernels for this machine's GPU, "
-            "or there is none"
+            f"the kernel library {path} has no kernels for this machine's GPU, or there is none"
         )
     return _checked(pointer.contents)
 

@@ -37,6 +37,7 @@ Copy = Callable[[int, int, int, int], None]  # to, from, bytes, stream
 Shapes = Sequence[Sequence[int]]
 ITEM_BYTES = {"int32": 4, "float32": 4, "float16": 2}
 ALIGNMENT = 256
+PRESENT = ALIGNMENT  # stands for an address that is not known yet: NULL would mean absent
 
 
 @dataclass
@@ -60,6 +61,8 @@ class NodeCall:
         self._step_reference, self._args_address = c.byref(self._step), c.addressof(self._args)
         ports = spec.present(attributes)
         self._targets = [self._target(port) for port in ports]
+        for target, name in self._targets:
+            setattr(target, name, PRESENT)
         self._states = [
             (ports.index(port), place, port)
             for place, port in enumerate(spec.outputs)

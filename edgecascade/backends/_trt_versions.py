@@ -41,9 +41,10 @@ def import_tensorrt() -> ModuleType:
 
 def release(trt: ModuleType) -> tuple[int, int]:
     """Major and minor version."""
-    match = re.match(r"(\d+)\.(\d+)", trt.__version__)
+    version = getattr(trt, "__version__", None)  # a folder called tensorrt imports too
+    match = re.match(r"(\d+)\.(\d+)", str(version))
     if match is None:
-        raise BackendUnavailable(f"TensorRT calls its version {trt.__version__!r}")
+        raise BackendUnavailable(f"the module tensorrt is not NVIDIA's: version {version}")
     return int(match[1]), int(match[2])
 
 

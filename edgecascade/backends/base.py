@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgecascade.bundle import Bundle
-from edgecascade.errors import BackendUnavailable, InvalidRequest
+from edgecascade.errors import BackendUnavailable, BundleError, InvalidRequest
 from edgecascade.sampling import SampleRow
 
 Array = NDArray[Any]
@@ -22,10 +22,11 @@ log = logging.getLogger(__name__)
 
 # Name -> (module, class). "auto" tries them in this order.
 BACKENDS = {
+    "tensorrt": ("edgecascade.backends.tensorrt", "TensorRTBackend"),
     "cpu": ("edgecascade.backends.native", "NativeBackend"),
     "reference": ("edgecascade.backends.reference", "ReferenceBackend"),
 }
-AUTO = ("cpu", "reference")
+AUTO = ("tensorrt", "cpu", "reference")
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ def open_backend(name: str, bundle: Bundle, **options: Any) -> Backend:
     for candidate in AUTO:
         try:
             backend = _open(candidate, bundle, chosen)
-        except BackendUnavailable as error:
+        except (BackendUnavailable, BundleError) as error:  # an engine may be damaged, or of others
             reasons.append(f"{candidate}: {error}")
             continue
         log.info("backend %s%s", candidate, f" ({'; '.join(reasons)})" if reasons else "")

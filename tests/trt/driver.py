@@ -13,10 +13,10 @@ bindings cannot make them outside of a network.
 from __future__ import annotations
 
 import ctypes
-import gc
 import math
 import pickle
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,6 +27,7 @@ import numpy as np
 import onnx
 
 GUARD = 256  # bytes before and behind every tensor between plugins
+SPARE = 4096  # bytes looked at of what a profile's largest shapes would use
 PATTERN = 0x5A
 
 Dims = tuple[int, ...]
@@ -92,6 +93,9 @@ class Play:
         self.enqueued = 0
         self.contexts = 0
 
+    def dtype(self, name: str) -> Any:
+        return self.trt.DataType.__members__[name]
+
     def description(self, tensor: Tensor, dims: Dims, layout: Any = None) -> Any:
         made = self.trt.PluginTensorDesc()
         made.dims, made.type = self.trt.Dims(list(dims)), tensor.dtype
@@ -130,16 +134,20 @@ class Play:
             ]
         )
 
-    def read(self, address: int, size: int) -> bytes:
-        made = ctypes.create_string_buffer(size)
-        need(self.cuda.cuMemcpyDtoH_v2(made, ctypes.c_uint64(address), size) == 0, "device copy")
-        return made.raw
+    @contextmanager
+    def memory(self) -> Iterator[None]:
+        """Device memory can be looked at in here."""
+        self.cuda.fakecuda_unlock()
+        try:
+            yield
+        finally:
+            self.cuda.fakecuda_lock()
 
-    def write(self, address: int, data: bytes) -> None:
-        need(
-            self.cuda.cuMemcpyHtoD_v2(ctypes.c_uint64(address), data, len(data)) == 0,
-            "device copy",
-        )
+    def alloc(self, size: int) -> int:
+        address = ctypes.c_uint64()
+        made = self.cuda.cuMemAlloc_v2(ctypes.byref(address), ctypes.c_size_t(size))
+        need(made == 0, "device memory")
+        return address.value
 
     def counts(self) -> np.ndarray[Any, Any]:
         """allocations, waits, copies, calls, launches, bytes of fakecuda.c."""
@@ -235,7 +243,6 @@ class Layer:
         need(sys.getrefcount(first) >= 3, "a plugin keeps the fields that it serializes (10.3)")
         self.values = {f.name: np.array(f.data) for f in first}
         del first
-        gc.collect()
         again = {f.name: np.array(f.data) for f in copy.get_fields_to_serialize()}
         need(_same(self.values, again), "get_fields_to_serialize can be asked again")
 
@@ -354,7 +361,7 @@ class PlanLayer:
         self.name, self.workspace = stored["name"], stored["workspace"]
         self.inputs = [tensors[name] for name in stored["inputs"]]
         self.outputs = [
-            Tensor(name, getattr(play.trt, kind), dims) for name, kind, dims in stored["outputs"]
+            Tensor(name, play.dtype(kind), dims) for name, kind, dims in stored["outputs"]
         ]
         tensors |= {t.name: t for t in self.outputs}
         creator = play.creators.get(stored["creator"])
@@ -377,7 +384,7 @@ class Engine:
         self.play = play
         stored = pickle.loads(plan)
         self.profiles: list[Profile] = stored["profiles"]
-        tensors = {n: Tensor(n, getattr(play.trt, k), dims) for n, k, dims in stored["inputs"]}
+        tensors = {n: Tensor(n, play.dtype(k), dims) for n, k, dims in stored["inputs"]}
         self.inputs = dict(tensors)
         self.layers = [PlanLayer(self, layer, tensors) for layer in stored["layers"]]
         self.tensors = tensors
@@ -464,6 +471,7 @@ class Context:
         self.addresses: dict[str, int] = {}
         self._memory, self._memory_size = 0, 0
         self._prepared: dict[str, Dims] = {}
+        self._timed: list[Any] = []
         self.play.contexts += 1
 
     def set_optimization_profile_async(self, index: int, stream: int) -> bool:
@@ -496,8 +504,8 @@ class Context:
             self._execute(stream)
         except ContractError:
             raise
-        except Exception as error:  # as the bindings do
-            print(f"[driver] {type(error).__name__}: {error}", file=sys.stderr)
+        except Exception:  # noqa: BLE001  whatever a plugin raises, the bindings print and go on
+            traceback.print_exc()
             return False
         return True
 
@@ -510,9 +518,39 @@ class Context:
         checking = self.play.checking and not capturing.value
         for layer, plugin, call in zip(self.engine.layers, self.plugins, self._calls, strict=True):
             ins, outs, in_desc, out_desc = call
+            if checking and layer.states and plugin not in self._timed:
+                self._timed.append(plugin)
+                self._time(layer, plugin, call, shapes, stream)
             with self._watched(layer, shapes, ins, outs) if checking else _unwatched():
                 plugin.enqueue(in_desc, out_desc, list(ins), list(outs), self._workspace, stream)
             self.play.enqueued += 1
+
+    def _time(
+        self, layer: PlanLayer, plugin: Any, call: Any, shapes: dict[str, Dims], stream: int
+    ) -> None:
+        """What a builder does to time a plugin: run it with outputs of its own. The states that
+        go in must stay as they are, and those that come out be what the real step makes of them.
+        """
+        play = self.play
+        ins, outs, in_desc, out_desc = call
+        sizes = [_volume(shapes[t.name]) * t.dtype.itemsize for t in layer.outputs]
+        elsewhere = [play.alloc(size) for size in sizes]
+        with play.memory():
+            before = {at: ctypes.string_at(ins[at], sizes[o]) for at, o in layer.states.items()}
+        plugin.enqueue(in_desc, out_desc, list(ins), elsewhere, self._workspace, stream)
+        with play.memory():
+            for at, place in layer.states.items():
+                same = ctypes.string_at(ins[at], sizes[place]) == before[at]
+                need(same, f"timing leaves {layer.inputs[at].name} alone")
+        plugin.enqueue(in_desc, out_desc, list(ins), list(outs), self._workspace, stream)
+        with play.memory():
+            for at, place in layer.states.items():
+                made = ctypes.string_at(outs[place], sizes[place])
+                same = made == ctypes.string_at(elsewhere[place], sizes[place])
+                need(same, f"{layer.inputs[at].name} becomes the same wherever it lies")
+                ctypes.memmove(ins[at], before[at], sizes[place])
+        for address in elsewhere:
+            play.cuda.cuMemFree_v2(ctypes.c_uint64(address))
 
     def _prepare(self) -> dict[str, Dims]:
         engine, play = self.engine, self.play
@@ -521,7 +559,7 @@ class Context:
             need(min(dims, default=0) >= 0, f"{name} has a shape")
         shapes = engine.infer(dict(given))
         need(self._memory, "a context has activation memory")
-        memory = Memory(engine, engine.shapes(self.profile, 2))
+        self._map = memory = Memory(engine, engine.shapes(self.profile, 2))
         self._workspace = self._memory + memory.workspace[0]
         where = {n: self._memory + at for n, (at, _) in memory.places.items()} | self.addresses
         missing = [n for n in (*engine.inputs, *engine.outputs) if not where.get(n)]
@@ -551,14 +589,15 @@ class Context:
         """A plugin's work may change its outputs and its workspace, and nothing else."""
         play = self.play
         outside = self._outside(layer, shapes)
-        for address, size in outside:
-            play.write(address, bytes([PATTERN]) * size)
         inputs = [
-            (tensor, address, _volume(shapes[tensor.name]) * tensor.dtype.itemsize)
+            (tensor.name, address, _volume(shapes[tensor.name]) * tensor.dtype.itemsize)
             for at, (tensor, address) in enumerate(zip(layer.inputs, ins, strict=True))
             if at not in layer.states
         ]
-        before = [play.read(address, size) for _, address, size in inputs]
+        with play.memory():
+            for address, size in outside:
+                ctypes.memset(address, PATTERN, size)
+            before = [ctypes.string_at(address, size) for _, address, size in inputs]
         counts = play.counts()
         yield
         made = play.counts() - counts
@@ -566,25 +605,26 @@ class Context:
         need(not made[1], f"{layer.name} waits in enqueue")
         need(not made[2], f"{layer.name} copies a state that is updated in place")
         need(made[3] == 1, f"{layer.name} starts one kernel on the stream, not {made[3]}")
-        for address, size in outside:
-            intact = play.read(address, size) == bytes([PATTERN]) * size
-            need(intact, f"{layer.name} wrote outside of its outputs and workspace")
-        for (tensor, address, size), was in zip(inputs, before, strict=True):
-            need(play.read(address, size) == was, f"{layer.name} changed its input {tensor.name}")
+        with play.memory():
+            for address, size in outside:
+                intact = ctypes.string_at(address, size) == bytes([PATTERN]) * size
+                need(intact, f"{layer.name} wrote outside of its outputs and workspace")
+            for (name, address, size), was in zip(inputs, before, strict=True):
+                same = ctypes.string_at(address, size) == was
+                need(same, f"{layer.name} changed its input {name}")
 
     def _outside(self, layer: PlanLayer, shapes: dict[str, Dims]) -> list[tuple[int, int]]:
         """Memory that a layer has no business with: behind and before its outputs, and behind its
         own workspace.
         """
-        memory = Memory(self.engine, self.engine.shapes(self.profile, 2))
-        found = []
+        memory, found = self._map, []
         for tensor in layer.outputs:
             if tensor.name in memory.places:
                 at, most = memory.places[tensor.name]
                 size = _volume(shapes[tensor.name]) * tensor.dtype.itemsize
-                found += [(at - GUARD, GUARD), (at + size, most - size + GUARD)]
+                found += [(at - GUARD, GUARD), (at + size, min(most - size, SPARE) + GUARD)]
         at, most = memory.workspace
-        found.append((at + layer.workspace, most - layer.workspace + GUARD))
+        found.append((at + layer.workspace, min(most - layer.workspace, SPARE) + GUARD))
         return [(self._memory + start, size) for start, size in found]
 
 

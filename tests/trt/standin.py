@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -24,6 +25,7 @@ BINDINGS = {
     "10.16": "tensorrt-cu13-bindings==10.16.1.11",
     "11.4": "tensorrt-cu13-bindings==11.4.0.106",
 }
+Prepared = Callable[[str], Path]  # a release -> the folder with all that it needs
 STUBS = ("nvinfer", "nvinfer_plugin", "nvonnxparser")
 
 
