@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from edgecascade.cli import bundles, engines, evaluate, faults, fleet, measure, mqtt, talk
+from edgecascade.cli import agent, bundles, engines, evaluate, faults, fleet, measure, mqtt, talk
 from edgecascade.errors import EdgeCascadeError
 
 DEBUG = "EDGECASCADE_DEBUG"
@@ -70,7 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("-v", "--verbose", action="store_true", help="say what happens on stderr")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    for module in (bundles, engines, talk, measure, evaluate, mqtt, faults, fleet):
+    for module in (agent, bundles, engines, talk, measure, evaluate, mqtt, faults, fleet):
         module.add(commands)
     return parser
 

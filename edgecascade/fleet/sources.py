@@ -390,18 +390,18 @@ def blocks(body: Body, patience: Patience) -> Iterator[bytes]:
 
 
 def read_file(source: Source, path: str, limit: int, patience: Patience) -> bytes:
-    """A small file of unknown size, at most `limit` bytes.
+    """The first `limit` bytes of a small file of unknown size.
 
     Raises:
-        SourceFault: when the source does not give it, or more.
+        SourceFault: when the source does not give it.
     """
     body = source.open(path, 0, None, None)
     data = bytearray()
     try:
         for block in blocks(body, patience):
             data += block
-            if len(data) > limit:
-                raise SourceFault("wrong-size", f"{path} has more than {limit} bytes", lasting=True)
+            if len(data) >= limit:
+                break
     finally:
         body.close()
-    return bytes(data)
+    return bytes(data[:limit])

@@ -13,36 +13,24 @@ from edgecascade.errors import InvalidRequest
 # Half of this passes between two signs of life, so one may be late.
 WATCHDOG_S = 30
 
-
-def unit(bundle: str, config: str, *, program: str, user: str = "edgecascade") -> str:
-    """A unit that starts when the service is ready to answer, and again when it hangs.
-
-    Raises:
-        InvalidRequest: for a path that systemd would read otherwise.
-    """
-    for path in (bundle, config, program):
-        if not PurePosixPath(path).is_absolute() or set(path) & set(" \t\n\"'\\%$"):
-            raise InvalidRequest(
-                f"path is {path!r}; a unit needs an absolute one without spaces, quotes, % or $"
-            )
-    return f"""\
+_UNIT = """\
 [Unit]
-Description=EdgeCascade language model over MQTT
+Description={description}
 Wants=network-online.target
 After=network-online.target
 
 [Service]
 Type=notify
 NotifyAccess=main
-ExecStart={program} serve {bundle} --config {config}
-# Ready means: the bundle is loaded and the broker has accepted the connection.
+ExecStart={command}
+# Ready means: {ready}.
 TimeoutStartSec=infinity
-WatchdogSec={WATCHDOG_S}
+WatchdogSec={watchdog_s}
 Restart=always
 RestartSec=2
 # SIGTERM drains: what runs is finished, what comes is sent elsewhere.
-TimeoutStopSec=60
-User={user}
+TimeoutStopSec={stop_s}
+{kill}User={user}
 StateDirectory=edgecascade
 CacheDirectory=edgecascade
 Environment=XDG_CACHE_HOME=/var/cache/edgecascade
@@ -56,6 +44,51 @@ LockPersonality=yes
 [Install]
 WantedBy=multi-user.target
 """
+
+
+def unit(bundle: str, config: str, *, program: str, user: str = "edgecascade") -> str:
+    """A unit that starts when the service is ready to answer, and again when it hangs.
+
+    Raises:
+        InvalidRequest: for a path that systemd would read otherwise.
+    """
+    _check_paths(bundle, config, program)
+    return _UNIT.format(
+        description="EdgeCascade language model over MQTT",
+        command=f"{program} serve {bundle} --config {config}",
+        ready="the bundle is loaded and the broker has accepted the connection",
+        watchdog_s=WATCHDOG_S,
+        stop_s=60,
+        user=user,
+        kill="",
+    )
+
+
+def agent_unit(config: str, *, program: str, user: str = "edgecascade") -> str:
+    """A unit for the agent, which starts the service itself and ends it when it ends.
+
+    Raises:
+        InvalidRequest: for a path that systemd would read otherwise.
+    """
+    _check_paths(config, program)
+    return _UNIT.format(
+        description="EdgeCascade agent: updates the model and keeps it served",
+        command=f"{program} agent --config {config}",
+        ready="the state is read; the service may still be loading",
+        watchdog_s=WATCHDOG_S,
+        stop_s=120,
+        user=user,
+        kill="# The agent lets its service drain; both are killed when that takes too long.\n"
+        "KillMode=mixed\n",
+    )
+
+
+def _check_paths(*paths: str) -> None:
+    for path in paths:
+        if not PurePosixPath(path).is_absolute() or set(path) & set(" \t\n\"'\\%$"):
+            raise InvalidRequest(
+                f"path is {path!r}; a unit needs an absolute one without spaces, quotes, % or $"
+            )
 
 
 def notify(words: str) -> bool:

@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""agent: the program that updates a device and keeps its service running"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgecascade.cli.show import print_json
+from edgecascade.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from edgecascade.fleet.settings import AgentSettings
+    from edgecascade.fleet.state import Verdict
+
+POLL_S = 0.5
+
+
+def add(commands: Any) -> None:
+    """The command and its options."""
+    from edgecascade.fleet.settings import add_options
+
+    agent = commands.add_parser(
+        "agent",
+        help="update a device, and keep its service running",
+        description="run: work until Ctrl-C or SIGTERM. install FOLDER: take the orders of a "
+        "published folder, such as a memory stick. status: how the device stands. unit: print a "
+        "systemd unit.",
+    )
+    agent.add_argument(
+        "action", nargs="?", default="run", choices=("run", "install", "status", "unit")
+    )
+    agent.add_argument("folder", nargs="?", help="of install: the published folder")
+    add_options(agent)
+    agent.add_argument("--json", action="store_true", help="of status and install: as JSON")
+    agent.add_argument("--user", default="edgecascade", help="of unit")
+    agent.add_argument(
+        "--timeout", type=float, default=7200.0, metavar="SECONDS", help="of install"
+    )
+    agent.set_defaults(run=_agent)
+
+
+def _agent(args: argparse.Namespace) -> int:
+    if (args.folder is not None) != (args.action == "install"):
+        raise InvalidRequest("agent install takes a folder; nothing else does")
+    if args.action == "unit":
+        return _unit(args)
+    if args.action == "status":
+        return _status(args)
+    from edgecascade.fleet.settings import from_options
+
+    settings = from_options(args)
+    return _install(args, settings) if args.action == "install" else _run(settings)
+
+
+def _run(settings: AgentSettings) -> int:
+    from edgecascade.fleet.agent import Agent
+
+    agent = Agent(settings)
+
+    def stop(number: int, frame: object) -> None:
+        signal.signal(number, signal.default_int_handler)  # the second time it is meant
+        agent.stop()
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    where = settings.mqtt and settings.address().shown
+    print(
+        f"agent {settings.name} of {settings.device_id} at {where or 'no broker'}, "
+        f"groups {', '.join(settings.groups)}; Ctrl-C ends it",
+        file=sys.stderr,
+    )
+    try:
+        agent.run()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return 0
+
+
+def _install(args: argparse.Namespace, settings: AgentSettings) -> int:
+    from dataclasses import replace
+
+    from edgecascade.fleet.agent import ANSWER, REQUEST, Agent, own
+    from edgecascade.fleet.intake import said_name
+    from edgecascade.fleet.orders import MAX_ENVELOPE_BYTES
+
+    folder = Path(args.folder).resolve()
+    names = []
+    for group in settings.groups:
+        with (
+            contextlib.suppress(FileNotFoundError),
+            open(folder / "orders" / f"{group}.json", "rb") as source,
+        ):
+            names.append(said_name(source.read(MAX_ENVELOPE_BYTES))[0])
+    if not names:
+        groups = ", ".join(settings.groups)
+        raise InvalidRequest(f"{folder} has no order for the groups {groups} in orders/")
+    end = time.monotonic() + args.timeout
+    try:
+        own(settings.folder).close()
+    except InvalidRequest:  # an agent runs: it shall do it
+        (settings.folder / ANSWER).unlink(missing_ok=True)
+        part = settings.folder / f"{REQUEST}.part"
+        part.write_text(str(folder), encoding="utf-8")
+        os.replace(part, settings.folder / REQUEST)
+        return _wait(settings.folder, names, end, json=args.json)
+    agent = Agent(replace(settings, mqtt="", service=None, repository=()))
+    agent.install(str(folder))
+    agent.run(
+        lambda: (
+            bool(agent.refusal)
+            or all(agent.verdict(name) for name in names)
+            or time.monotonic() > end
+        )
+    )
+    return _show([agent.verdict(name) for name in names], agent.refusal, json=args.json)
+
+
+def _wait(root: Path, names: list[str], end: float, *, json: bool) -> int:
+    from edgecascade.fleet.agent import ANSWER
+
+    verdicts: list[Verdict | None] = []
+    while time.monotonic() < end:
+        time.sleep(POLL_S)
+        state = _state(root)
+        verdicts = [state.verdict(name) for name in names]
+        if (root / ANSWER).exists():
+            return _show(verdicts, (root / ANSWER).read_text(encoding="utf-8"), json=json)
+        if all(verdicts):
+            break
+    return _show(verdicts, "", json=json)
+
+
+def _show(verdicts: list[Verdict | None], refusal: str, *, json: bool) -> int:
+    from dataclasses import asdict
+
+    found = [verdict for verdict in verdicts if verdict is not None]
+    if json:
+        print_json({"verdicts": [asdict(v) for v in found], "refusal": refusal})
+    else:
+        for verdict in found:
+            said = " ".join(f"{key}: {value}" for key, value in verdict.evidence.items())
+            print(f"{verdict.order}: {verdict.state} {verdict.bundle_to}  {said}".rstrip())
+        if refusal or len(found) < len(verdicts):
+            print(refusal or "no verdict in time", file=sys.stderr)
+    done = len(found) == len(verdicts) and all(v.state == "SUCCEEDED" for v in found)
+    return 0 if done and not refusal else 1
+
+
+def _state(root: Path) -> Any:
+    from edgecascade.fleet.executor import STATE
+    from edgecascade.fleet.state import DeviceState, read_state
+
+    try:
+        return read_state((root / STATE).read_bytes())
+    except FileNotFoundError:
+        return DeviceState()
+
+
+def _status(args: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    from edgecascade.fleet.agent import own
+    from edgecascade.fleet.orders import order_to_json
+    from edgecascade.fleet.settings import AgentSettings
+    from edgecascade.service.config import read_file
+
+    root = args.root or (read_file(args.config, AgentSettings)["root"] if args.config else None)
+    if root is None or not Path(root).is_dir():
+        raise InvalidRequest(f"root is {root!r}; give the device's folder: --root DIR")
+    state = _state(Path(root))
+    try:
+        own(Path(root)).close()
+        running = False
+    except InvalidRequest:
+        running = True
+    update = state.update
+    facts = {
+        "agent_runs": running,
+        "active": state.active and asdict(state.active),
+        "previous": state.previous and asdict(state.previous),
+        "golden": state.golden and asdict(state.golden),
+        "update": update and {**asdict(update), "order": order_to_json(update.order)},
+        "verdicts": [asdict(verdict) for verdict in state.verdicts],
+    }
+    if args.json:
+        print_json(facts)
+        return 0
+    for name in ("active", "previous", "golden"):
+        slot = getattr(state, name)
+        print(f"{name:9} {f'{slot.name} {slot.version}  {slot.manifest}' if slot else '-'}")
+    word = f"{update.order.order}: {update.phase.value}" if update else "-"
+    print(f"{'update':9} {word}\n{'agent':9} {'runs' if running else 'does not run'}")
+    for verdict in state.verdicts:
+        reason = verdict.evidence.get("reason", "")
+        print(f"{verdict.order}: {verdict.state} {verdict.bundle_to} {reason}".rstrip())
+    return 0
+
+
+def _unit(args: argparse.Namespace) -> int:
+    from edgecascade.service.units import agent_unit
+
+    if args.config is None:
+        raise InvalidRequest("agent unit needs --config FILE")
+    program = os.path.abspath(sys.argv[0])
+    print(agent_unit(os.path.abspath(args.config), program=program, user=args.user), end="")
+    return 0

@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Keeps one program running: started, watched, started again, ended. Here that is `serve`.
+
+    child.want(command)     from now on this one, and no other; returns at once
+    child.state             what became of it
+    child.end(30)           let it finish its work, then make it end
+
+It speaks systemd's language to us: STATUS=loaded, READY=1 and WATCHDOG=1 (service/units.py). It
+ends when we do, whatever way that is, so that no two services have one device's name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from edgecascade.service.leash import leashed
+
+log = logging.getLogger(__name__)
+
+TURN_S = 0.2
+WATCHDOG_S = 30.0  # without a sign of life for so long, once it is loaded, it hangs
+FIRST_PAUSE_S = 0.5  # before it is started again; doubled for each further time
+LONGEST_PAUSE_S = 30.0
+STEADY_S = 60.0  # a run of this length begins the count anew
+TAIL_BYTES = 2000
+MAX_LOG_BYTES = 1 << 20
+
+Command = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ChildState:
+    """How the program is. Times are time.monotonic()."""
+
+    command: Command | None = None  # what runs, or is about to be started again
+    pid: int | None = None
+    started_at: float = 0.0
+    loaded_at: float | None = None  # the bundle is in memory
+    ready_at: float | None = None  # and the broker knows it
+    ended_at: float = 0.0  # when the last one ended
+    crashes: int = 0  # since this command was wanted
+    last_words: str = ""  # how the last crash looked
+
+
+class Child:
+    """One program at a time. Its methods may be called from any thread.
+
+    `before` is called before each start, and should end when its event is set.
+    """
+
+    def __init__(
+        self,
+        *,
+        environment: Mapping[str, str] | None = None,
+        grace_s: float = 40.0,
+        before: Callable[[Command, threading.Event], None] = lambda command, stopped: None,
+        on_change: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._environment = dict(environment or os.environ)
+        self._grace_s, self._before, self._on_change = grace_s, before, on_change
+        self._other = threading.Event()  # something else is wanted now
+        self._changed = threading.Condition()
+        self._wanted: Command | None = None
+        self._closing = False
+        self._state = ChildState()
+        self._beat = 0.0
+        self._process: subprocess.Popen[bytes] | None = None
+        self._folder = Path(tempfile.mkdtemp(prefix="edgecascade-child-"))
+        self._log = self._folder / "log"
+        self._ear = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+        self._ear.bind(str(self._folder / "notify"))
+        self._ear.settimeout(TURN_S)
+        # This thread starts the program, and the kernel ends it with this thread.
+        self._thread = threading.Thread(target=self._run, name="child", daemon=True)
+        self._thread.start()
+
+    @property
+    def state(self) -> ChildState:
+        """How it is now."""
+        with self._changed:
+            return self._state
+
+    def want(self, command: Command | None) -> None:
+        """Run this, and nothing else, from now on. What runs already is left alone."""
+        with self._changed:
+            if command != self._wanted:
+                self._wanted = command
+                self._other.set()
+                self._state = replace(self._state, crashes=0, last_words="")
+                self._changed.notify_all()
+
+    def end(self, timeout_s: float) -> bool:
+        """Make it end and wait for that; whether it did in time."""
+        self.want(None)
+        with self._changed:
+            return self._changed.wait_for(lambda: self._state.pid is None, timeout_s)
+
+    def wait(self, test: Callable[[ChildState], bool], timeout_s: float) -> bool:
+        """Until its state is so, at most for a time; whether it is."""
+        with self._changed:
+            return self._changed.wait_for(lambda: test(self._state), timeout_s)
+
+    def close(self) -> None:
+        """End it and the thread."""
+        with self._changed:
+            self._wanted, self._closing = None, True
+            self._other.set()
+            self._changed.notify_all()
+        self._thread.join()
+        self._ear.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    # From here on everything runs on the child's thread.
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._closing or self._wanted is not None)
+                command = self._wanted
+                self._other.clear()
+            if command is None:
+                return
+            try:
+                self._before(command, self._other)
+                if self._wanted == command:
+                    self._serve(command)
+            except OSError as error:
+                self._crashed(f"cannot be started: {error}")
+
+    def _serve(self, command: Command) -> None:
+        """One run of the program, and the pause after it if it ended by itself."""
+        self._start(command)
+        assert self._process is not None
+        while self._wanted == command and self._process.poll() is None:
+            self._listen()
+            if self._log.stat().st_size > MAX_LOG_BYTES:
+                os.truncate(self._log, 0)
+            if self._hangs():
+                self._process.kill()
+        if self._wanted == command:
+            status = self._process.wait()
+            self._gone()
+            self._crashed(f"ended with status {status}: {self._tail()}")
+        else:
+            self._stop(self._process)
+            self._gone()
+
+    def _start(self, command: Command) -> None:
+        environment = {
+            **self._environment,
+            "NOTIFY_SOCKET": str(self._folder / "notify"),
+            "WATCHDOG_USEC": str(int(WATCHDOG_S * 1e6)),
+        }
+        self._drop_old_words()
+        self._log.unlink(missing_ok=True)
+        with open(self._log, "ab") as out:
+            self._process = subprocess.Popen(
+                leashed(command),
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+                env=environment,
+                start_new_session=True,  # Ctrl-C is for us; it is told to drain
+            )
+        log.info("started %s as %d", " ".join(command), self._process.pid)
+        self._set(command=command, pid=self._process.pid, started_at=time.monotonic(),
+                  loaded_at=None, ready_at=None)  # fmt: skip
+
+    def _listen(self) -> None:
+        try:
+            words = self._ear.recv(4096)
+        except (TimeoutError, OSError):
+            return
+        now = self._beat = time.monotonic()
+        if b"STATUS=loaded" in words and self._state.loaded_at is None:
+            self._set(loaded_at=now)
+        elif b"READY=1" in words and self._state.ready_at is None:
+            self._set(ready_at=now)
+
+    def _hangs(self) -> bool:
+        loaded = self._state.loaded_at is not None
+        return loaded and time.monotonic() - self._beat > WATCHDOG_S
+
+    def _stop(self, process: subprocess.Popen[bytes]) -> None:
+        """The way systemd does it: ask, wait, kill."""
+        with contextlib.suppress(ProcessLookupError):
+            process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(self._grace_s)
+        except subprocess.TimeoutExpired:
+            log.error("the service does not end within %g s", self._grace_s)
+            process.kill()
+            process.wait()
+
+    def _gone(self) -> None:
+        self._process = None
+        self._set(command=None, pid=None, loaded_at=None, ready_at=None, ended_at=time.monotonic())
+
+    def _crashed(self, words: str) -> None:
+        ran_s = self._state.ended_at - self._state.started_at
+        crashes = 1 if ran_s > STEADY_S else self._state.crashes + 1
+        log.error("the service %s", words)
+        self._set(crashes=crashes, last_words=words)
+        pause_s = min(FIRST_PAUSE_S * 2 ** (crashes - 1), LONGEST_PAUSE_S)
+        wanted = self._wanted
+        with self._changed:
+            self._changed.wait_for(lambda: self._closing or self._wanted != wanted, pause_s)
+
+    def _set(self, **changes: object) -> None:
+        with self._changed:
+            self._state = replace(self._state, **changes)  # type: ignore[arg-type]
+            self._changed.notify_all()
+        self._on_change()
+
+    def _drop_old_words(self) -> None:
+        self._ear.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                self._ear.recv(4096)
+        self._ear.settimeout(TURN_S)
+
+    def _tail(self) -> str:
+        try:
+            with open(self._log, "rb") as log_file:
+                size = log_file.seek(0, os.SEEK_END)
+                log_file.seek(max(0, size - TAIL_BYTES))
+                return log_file.read().decode(errors="replace").strip()
+        except OSError:
+            return ""

@@ -1,0 +1,349 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the executor cannot do itself, done on this device: downloads, trials, the service."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from edgecascade.errors import DownloadFailed, FleetError, UpdateFailed
+from edgecascade.files import canonical_json, write_file
+from edgecascade.fleet import delta as deltas
+from edgecascade.fleet import events as ev
+from edgecascade.fleet import probation
+from edgecascade.fleet.child import Child, ChildState, Command
+from edgecascade.fleet.executor import Evidence, Work
+from edgecascade.fleet.fetch import Blob, Downloader, DownloadStopped, Pace
+from edgecascade.fleet.orders import Order
+from edgecascade.fleet.release import DeltaRef, Release
+from edgecascade.fleet.settings import AgentSettings
+from edgecascade.fleet.sources import Patience, Source, source_of
+from edgecascade.fleet.state import Slot
+
+log = logging.getLogger(__name__)
+
+START_S = 120.0  # from the start of the program until its bundle begins to load
+TURN_S = 0.5
+CRASHES = 2  # so often in a row is no accident
+ANSWER_S = 60.0  # to one question, over the broker
+QUESTION = ({"role": "user", "content": "Are you there?"},)
+
+
+class Voice(Protocol):
+    """The agent, as the host needs it."""
+
+    def now(self) -> float:
+        """See executor.Host."""
+
+    def report(self, report: ev.Report, revision: int) -> None:
+        """See executor.Host."""
+
+    def wake(self, at: float) -> None:
+        """See executor.Host."""
+
+    def progress(self, order: str, share: float) -> None:
+        """So much of a download is done."""
+
+    def ask(self, messages: tuple[Mapping[str, Any], ...], timeout_s: float) -> Evidence:
+        """Ask the service a question as its clients do: `bundle` that answered, or `unasked`."""
+
+
+class DeviceHost:
+    """See executor.Host. `sticks` names the folder that an order came from."""
+
+    def __init__(
+        self,
+        settings: AgentSettings,
+        voice: Voice,
+        release_of: Callable[[Slot], Release],
+        on_change: Callable[[], None],
+        patience: Patience = Patience(),  # noqa: B008  frozen
+    ) -> None:
+        self.sticks: dict[str, str] = {}
+        self._settings, self._voice, self._release_of = settings, voice, release_of
+        self._patience = patience
+        self._root = settings.folder
+        self._lock = threading.Lock()
+        self._halts = 0
+        self._mine = threading.local()
+        self._stoppers: set[Callable[[], None]] = set()
+        self.child = Child(grace_s=settings.drain_s, before=self._prepare, on_change=on_change)
+
+    def close(self) -> None:
+        """Stop what runs; the service drains."""
+        self.halt()
+        self.child.close()
+
+    def spawn(self, work: Work, post: Callable[[Any], None]) -> None:
+        """Do this on a thread of its own; a `halt` from now on concerns it."""
+        halts = self._halts
+
+        def run() -> None:
+            self._mine.halts = halts
+            post(work())
+
+        threading.Thread(target=run, name="work", daemon=True).start()
+
+    def now(self) -> float:
+        """See executor.Host."""
+        return self._voice.now()
+
+    def report(self, report: ev.Report, revision: int) -> None:
+        """See executor.Host."""
+        self._voice.report(report, revision)
+
+    def wake(self, at: float) -> None:
+        """See executor.Host."""
+        self._voice.wake(at)
+
+    def halt(self) -> None:
+        """See executor.Host."""
+        with self._lock:
+            self._halts += 1
+            stoppers = list(self._stoppers)
+        for stop in stoppers:
+            stop()
+
+    @contextmanager
+    def _stoppable(self, stop: Callable[[], None]) -> Iterator[None]:
+        """While this runs, `halt` calls `stop`."""
+        with self._lock:
+            if self._halts != self._mine.halts:
+                raise UpdateFailed("halted before it began", reason="stopped")
+            self._stoppers.add(stop)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._stoppers.discard(stop)
+
+    # ---- downloads ----------------------------------------------------------------------------
+
+    def download(
+        self,
+        order: Order,
+        release: Release,
+        missing: Mapping[str, int],
+        keep: Callable[[str], None],
+    ) -> None:
+        """See executor.Host."""
+        loader = _Loader(self, order, keep, sum(missing.values()))
+        try:
+            with self._stoppable(loader.stop):
+                made = loader.differences(release, missing)
+                loader.whole({sha256: size for sha256, size in missing.items()
+                              if sha256 not in made})  # fmt: skip
+        except DownloadStopped as error:
+            raise UpdateFailed(str(error), reason="stopped") from error
+
+    def sources(self, order: Order) -> list[Source]:
+        """Where blobs may be, the nearest first."""
+        stick = self.sticks.get(order.order)
+        places = [f"{stick}/blobs"] if stick else []
+        places += [*self._settings.caches, *order.mirrors]
+        places += [f"{each.rstrip('/')}/blobs/" for each in self._settings.repository]
+        return [
+            source_of(place, patience=self._patience, redirects=self._settings.redirects)
+            for place in dict.fromkeys(places)
+        ]
+
+    # ---- trials -------------------------------------------------------------------------------
+
+    def room_for_two(self, release: Release) -> bool:
+        """See executor.Host."""
+        return probation.room_for_two(release)
+
+    def try_out(self, slot: Slot, release: Release) -> tuple[bool, Evidence]:
+        """See executor.Host."""
+        trial = probation.Trial(self.folder_of(slot), release.health)
+        with self._stoppable(trial.stop):
+            return trial.run()
+
+    def soak(self, slot: Slot, release: Release) -> tuple[bool, Evidence]:
+        """See executor.Host."""
+        if not self._settings.mqtt and self._settings.service is None:
+            return True, {"unasked": "no service is configured"}
+        stopped = threading.Event()
+        with self._stoppable(stopped.set):
+            before, command = self.child.state, self._command(slot)
+            self.child.want(command)
+            allowed_s = START_S + release.health.load_s
+            began = time.monotonic()
+
+            def settled(state: ChildState) -> bool:
+                loaded = state.command == command and state.loaded_at is not None
+                return loaded or state.crashes >= CRASHES
+
+            while not self.child.wait(settled, TURN_S):
+                if stopped.is_set():
+                    return False, {"reason": "stopped"}
+                if time.monotonic() - began > allowed_s:
+                    return False, {"reason": "hang", "message": f"not loaded in {allowed_s:g} s"}
+            state = self.child.state
+            if state.loaded_at is None:
+                return False, {"reason": "crash-loop", "message": state.last_words}
+            seen: dict[str, Any] = {"service_load_s": round(state.loaded_at - state.started_at, 2)}
+            if before.command is None and before.ended_at:
+                seen["down_s"] = round(state.loaded_at - before.ended_at, 2)
+            answered = self._answers(slot, release, allowed_s - (time.monotonic() - began))
+            seen |= answered
+            if "reason" in answered:
+                return False, seen
+            crashes = self.child.state.crashes
+            good, watched = probation.soak(
+                release.health, lambda: self._trouble(slot, crashes), stopped.wait
+            )
+            return good, {**seen, **watched}
+
+    def _answers(self, slot: Slot, release: Release, left_s: float) -> dict[str, Any]:
+        """Ask over the broker, where there is one: what no client gets is no service."""
+        ready = self.child.wait(lambda s: s.ready_at is not None, min(ANSWER_S, max(1.0, left_s)))
+        if not ready:
+            return {"unasked": "the service has not reached its broker"}
+        prompts = [p.messages for p in release.health.prompts if p.messages]
+        said = dict(self._voice.ask(prompts[0] if prompts else QUESTION, ANSWER_S))
+        if said.get("bundle") not in (None, slot.manifest):
+            message = f"bundle {said['bundle']} answered instead of {slot.manifest}"
+            return {"reason": "wrong-bundle", "message": message}
+        return said
+
+    def _trouble(self, slot: Slot, crashes: int) -> str:
+        state = self.child.state
+        return state.last_words if state.crashes > crashes else ""
+
+    # ---- the service --------------------------------------------------------------------------
+
+    def drain(self) -> None:
+        """See executor.Host."""
+        self.child.end(self._settings.drain_s + START_S)
+
+    def start(self, slot: Slot | None) -> None:
+        """See executor.Host."""
+        if slot is None or not (self._settings.mqtt or self._settings.service):
+            self.child.want(None)
+        else:
+            self.child.want(self._command(slot))
+
+    def folder_of(self, slot: Slot) -> Path:
+        """The bundle's folder."""
+        return self._root / "bundles" / slot.manifest
+
+    def _command(self, slot: Slot) -> Command:
+        """`serve` with the device's own settings over the release's."""
+        try:
+            config = self._release_of(slot).config
+        except FleetError as error:  # a damaged document must not keep the device silent
+            log.error("%s; serving without its configuration", error)
+            config = {}
+        text = canonical_json(self._settings.service_values(config))  # JSON is YAML
+        path = self._root / f"serve-{hashlib.sha256(text).hexdigest()[:16]}.yaml"
+        if not path.exists() or path.read_bytes() != text:
+            part = path.with_suffix(".part")
+            part.unlink(missing_ok=True)
+            write_file(part, text)
+            part.chmod(0o600)
+            os.replace(part, path)
+        words = (sys.executable, "-m", "edgecascade", "serve", str(self.folder_of(slot)))
+        return (*words, "--config", str(path), *self._settings.serve_options)
+
+    def _prepare(self, command: Command, stopped: threading.Event) -> None:
+        """Before each start: JetPack may have changed meanwhile, and with it the engine."""
+        found = probation.prepare(Path(command[4]), stopped=stopped)
+        if found:
+            log.warning("engine: %s", found)
+
+
+class _Loader:
+    """One download of an update: differences first, then whole blobs."""
+
+    def __init__(
+        self, host: DeviceHost, order: Order, keep: Callable[[str], None], total: int
+    ) -> None:
+        self._host, self._order, self._keep, self._total = host, order, keep, max(1, total)
+        self._partial = host._root / "partial"
+        self._came = 0
+        self._lock = threading.Lock()
+        self._stopped = False
+        self._loader: Downloader | None = None
+
+    def stop(self) -> None:
+        with self._lock:
+            self._stopped = True
+            if self._loader is not None:
+                self._loader.stop()
+
+    def whole(self, missing: Mapping[str, int]) -> None:
+        blobs = [Blob(sha256, size) for sha256, size in missing.items()]
+        self._fetch(blobs, lambda blob, path: self._keep(blob.sha256))
+
+    def differences(self, release: Release, missing: Mapping[str, int]) -> set[str]:
+        """Make what can be made of blobs that are here; the blobs that could be made."""
+        blobs = self._host._root / "blobs"
+        chosen: dict[str, DeltaRef] = {}
+        for each in release.deltas:
+            better = each.target not in chosen or each.size < chosen[each.target].size
+            if each.target in missing and (blobs / each.base).is_file() and better:
+                chosen[each.target] = each
+        made: set[str] = set()
+
+        def keep(blob: Blob, path: Path) -> None:
+            for target, each in chosen.items():
+                if each.sha256 == blob.sha256 and self._restore(each, path, missing[target]):
+                    self._keep(target)
+                    made.add(target)
+            path.unlink()
+
+        try:
+            self._fetch([Blob(each.sha256, each.size) for each in chosen.values()], keep)
+        except DownloadFailed as error:
+            log.warning("fetching whole blobs instead of differences: %s", error)
+        return made
+
+    def _restore(self, each: DeltaRef, path: Path, size: int) -> bool:
+        part = self._partial / f"{each.target}.restored"
+        try:
+            with open(part, "wb") as out:
+                base = self._host._root / "blobs" / each.base
+                deltas.restore(base, path, size, each.target, out)
+                out.flush()
+                os.fsync(out.fileno())
+            os.replace(part, self._partial / each.target)
+            return True
+        except FleetError as error:
+            log.warning("fetching blob %s as a whole: %s", each.target, error)
+            part.unlink(missing_ok=True)
+            return False
+
+    def _fetch(self, blobs: list[Blob], keep: Callable[[Blob, Path], None]) -> None:
+        if not blobs:
+            return
+        limits = self._order.limits
+        rate = limits.kbit_s * 1000 / 8 if limits.kbit_s else None
+        pace = replace(Pace(), bytes_per_s=rate, parallel=limits.parallel)
+        loader = Downloader(
+            self._partial,
+            self._host.sources(self._order),
+            pace=pace,
+            patience=self._host._patience,
+            on_bytes=self._on_bytes,
+        )
+        with self._lock:
+            if self._stopped:
+                raise DownloadStopped("halted")
+            self._loader = loader
+        loader.fetch(blobs, keep)
+
+    def _on_bytes(self, count: int) -> None:
+        with self._lock:
+            self._came += count
+            share = self._came / self._total
+        self._host._voice.progress(self._order.order, min(1.0, max(0.0, share)))

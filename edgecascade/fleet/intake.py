@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From what a broker or a stick brings to orders that may be obeyed. One thread, which may block.
+
+    envelope -> metadata refreshed -> signatures, epoch, time -> does it concern us? -> the release
+
+An order that cannot be judged yet, because the repository is out of reach, is tried again until it
+expires. One that was refused is reported, under the name it gives itself, but never obeyed.
+"""
+
+from __future__ import annotations
+
+import base64
+import logging
+import random
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from edgecascade.errors import EdgeCascadeError, FleetError, NetworkError, UpdateRefused
+from edgecascade.fleet import orders
+from edgecascade.fleet.orders import MAX_ENVELOPE_BYTES, Order
+from edgecascade.fleet.refresh import Trust
+from edgecascade.fleet.release import Release
+from edgecascade.service import wire
+from edgecascade.service.topics import is_name
+
+log = logging.getLogger(__name__)
+
+MAX_WAITING = 64
+FRESH_S = 30.0  # so long a refresh is news
+FIRST_PAUSE_S = 2.0
+LONGEST_PAUSE_S = 300.0
+NOT_YET = frozenset({"too-early", "expired-metadata"})  # time may mend it
+
+
+@dataclass(frozen=True)
+class Offer:
+    """An order to obey. `document` is the release it installs; `source` a folder it came from."""
+
+    order: Order
+    document: bytes | None = None
+    refusal: str = ""
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Something that was not obeyed. The names are what it says of itself, and prove nothing."""
+
+    order: str
+    seq: int
+    reason: str
+    message: str
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Held:
+    """An order that waits for the repository."""
+
+    order: Order
+    reason: str
+    message: str
+
+
+Result = Offer | Refusal | Held
+
+
+@dataclass(frozen=True)
+class Envelope:
+    """Bytes from anywhere. `source` is the folder of a stick, which is then the repository, too."""
+
+    data: bytes
+    source: str = ""
+    tries: int = 0  # that the repository answered
+    due: float = 0.0
+    pause_s: float = FIRST_PAUSE_S
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What the last refresh showed."""
+
+    reached: bool = False
+    message: str = "not asked yet"
+
+
+@dataclass
+class Intake:
+    """The thread. `judge` says why a release is nothing for this device, or nothing."""
+
+    trusts: Sequence[Trust]
+    folder_trust: Callable[[str], Trust]
+    device: str
+    groups: Sequence[str]
+    judge: Callable[[Release], str]
+    post: Callable[[Result], None]
+    refresh_s: float = 3600.0
+    outlook: Outlook = field(default_factory=Outlook, init=False)
+
+    def __post_init__(self) -> None:
+        self._waiting: deque[Envelope] = deque(maxlen=MAX_WAITING)
+        self._changed = threading.Condition()
+        self._closing = False
+        self._refreshed_at = -1e9
+        self._next_refresh = 0.0
+        self._current: Trust | None = None
+        self._thread = threading.Thread(target=self._run, name="orders", daemon=True)
+
+    def start(self) -> None:
+        """Begin."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """End after what is being done; a refresh that hangs is left behind."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        self._thread.join(5.0)
+
+    def put(self, data: bytes, source: str = "") -> None:
+        """Take an envelope; may be called from any thread. What is there already is not doubled."""
+        with self._changed:
+            if all((each.data, each.source) != (data, source) for each in self._waiting):
+                self._waiting.append(Envelope(data, source))
+            else:
+                self._waiting = deque(
+                    (replace(e, due=0.0) if e.data == data else e for e in self._waiting),
+                    MAX_WAITING,
+                )
+            self._changed.notify_all()
+
+    def is_stale(self, now: float) -> bool:
+        """Whether the repository may be hiding news."""
+        return not self.trusts or self.trusts[0].is_stale(now)
+
+    # From here on everything runs on the thread.
+
+    def _run(self) -> None:
+        while True:
+            envelope = self._next()
+            if self._closing:
+                return
+            try:
+                if envelope is None:
+                    self._refresh(self.trusts)
+                else:
+                    self._take(envelope)
+            except Exception:  # a thread that is gone would be a device that no order reaches
+                log.exception("an order is not handled")
+
+    def _next(self) -> Envelope | None:
+        """The next envelope to look at; None when it is time to refresh."""
+        with self._changed:
+            while not self._closing:
+                now = time.monotonic()
+                ready = next((each for each in self._waiting if each.due <= now), None)
+                if ready is not None:
+                    self._waiting.remove(ready)
+                    return ready
+                if self.trusts and now >= self._next_refresh:
+                    return None
+                due = [each.due for each in self._waiting]
+                due += [self._next_refresh] if self.trusts else []
+                self._changed.wait(max(0.05, min(due) - now) if due else None)
+            return None
+
+    def _take(self, envelope: Envelope) -> None:
+        trusts = [self.folder_trust(envelope.source)] if envelope.source else self.trusts
+        trouble = self._refresh(trusts, fresh_s=0.0 if envelope.source else FRESH_S)
+        trust = self._current or trusts[0]
+        system = time.time()
+        try:
+            keys = trust.order_keys(system)
+            order = orders.verify(envelope.data, keys, trust.now(system).time)
+        except UpdateRefused as error:
+            self._refused(envelope, error)
+            return
+        except FleetError as error:
+            self._refused(envelope, UpdateRefused(str(error), reason=error.reason))
+            return
+        if not order.concerns(self.device, self.groups):
+            log.info("order %s does not concern %s", order.order, self.device)
+            return
+        if order.action != "install":
+            self.post(Offer(order))
+        elif trouble is not None:
+            self._hold(envelope, order, trouble)
+        else:
+            self._resolve(envelope, order, trust)
+
+    def _resolve(self, envelope: Envelope, order: Order, trust: Trust) -> None:
+        try:
+            release, document = trust.release(order.bundle, order.version, order.release_sha256)
+        except EdgeCascadeError as error:
+            self._hold(envelope, order, error)
+            return
+        self.post(Offer(order, document, self.judge(release), envelope.source))
+
+    def _hold(self, envelope: Envelope, order: Order, trouble: EdgeCascadeError) -> None:
+        """Try again later: for ever while nobody answers, a few times when the answer is wrong."""
+        answered = not isinstance(trouble, NetworkError)
+        tries = envelope.tries + answered
+        if tries > order.policy.retries:
+            self.post(Offer(order, None, f"{_reason(trouble)}: {trouble}", envelope.source))
+            return
+        self.post(Held(order, _reason(trouble), str(trouble)))
+        self._again(replace(envelope, tries=tries))
+
+    def _refused(self, envelope: Envelope, error: UpdateRefused) -> None:
+        log.warning("an order is not obeyed: %s", error)
+        name, seq = said_name(envelope.data)
+        self.post(Refusal(name, seq, error.reason, str(error), envelope.source))
+        if error.reason in NOT_YET:
+            self._again(envelope)
+
+    def _again(self, envelope: Envelope) -> None:
+        pause_s = min(envelope.pause_s, LONGEST_PAUSE_S)
+        due = time.monotonic() + pause_s * random.uniform(0.75, 1.0)
+        with self._changed:
+            if len(self._waiting) < MAX_WAITING:
+                self._waiting.append(replace(envelope, due=due, pause_s=2 * pause_s))
+
+    def _refresh(self, trusts: Sequence[Trust], fresh_s: float = 0.0) -> EdgeCascadeError | None:
+        """Ask for news, unless we just did; what went wrong if no repository gave any."""
+        if time.monotonic() - self._refreshed_at < fresh_s:
+            return None
+        self._current = None
+        trouble: EdgeCascadeError = NetworkError("no repository is named; set `repository`")
+        for trust in trusts:
+            try:
+                trust.refresh(time.time())
+            except EdgeCascadeError as error:
+                log.warning("repository: %s", error)
+                trouble = error
+                continue
+            self._current = trust
+            break
+        reached = self._current is not None
+        if trusts is self.trusts:
+            self.outlook = Outlook(reached, "" if reached else f"{_reason(trouble)}: {trouble}")
+            pause_s = self.refresh_s if reached else min(self.refresh_s, 60.0)
+            self._next_refresh = time.monotonic() + pause_s * random.uniform(0.8, 1.0)
+            self._refreshed_at = time.monotonic() if reached else -1e9
+        else:
+            self._refreshed_at = -1e9  # of another repository than this
+        return None if reached else trouble
+
+
+def said_name(envelope: bytes) -> tuple[str, int]:
+    """The order and sequence number that an envelope names, unproven; "" and 0 for none."""
+    try:
+        if len(envelope) > MAX_ENVELOPE_BYTES:
+            return "", 0
+        body: Any = wire.decode(base64.b64decode(wire.decode(envelope)["payload"]))
+        order, seq = body["order"], body["seq"]
+        if is_name(order) and type(seq) is int and 0 <= seq <= wire.MAX_INTEGER:
+            return order, seq
+    except (wire.BadJson, ValueError, KeyError, TypeError):
+        pass
+    return "", 0
+
+
+def _reason(error: EdgeCascadeError) -> str:
+    return error.reason if isinstance(error, FleetError) else error.code
