@@ -48,7 +48,7 @@ Evidence = Mapping[str, Any]
 class Answer:
     """What came of an effect, with when it was asked for: a late one is told from a present one."""
 
-    event: ev.Event
+    event: ev.Event | OSError
     boots: int
     halts: int | None
 
@@ -146,11 +146,15 @@ class Executor:
 
     def post(self, news: ev.Event | Answer) -> None:
         """Take an event, and all that follows from it here and now."""
+        event = news.event if isinstance(news, Answer) else news
         if isinstance(news, Answer):
-            if news.boots != self._boots or news.halts not in (None, self._halts):
+            late = news.boots != self._boots or news.halts not in (None, self._halts)
+            if late:
                 return
-            news = news.event
-        self._events.append(news)
+        if isinstance(event, OSError):
+            self._rest(event)
+            return
+        self._events.append(event)
         if self._busy:
             return
         self._busy = True
@@ -306,11 +310,11 @@ class Executor:
             case ev.Soak():
                 return ev.Soaked(order, *self.host.soak(target, release))
 
-    def _check(self, effect: ev.Check) -> ev.Event:
+    def _check(self, effect: ev.Check) -> ev.Event | OSError:
         try:
             reason = self.store.check(effect.slot)
-        except OSError as error:
-            reason = f"cannot be read: {error}"
+        except OSError as error:  # of a passing trouble nothing follows for the bundle
+            return error
         return ev.Checked(effect.slot.manifest, not reason, reason)
 
     def _collect(self, effect: ev.Collect) -> None:

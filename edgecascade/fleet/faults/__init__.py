@@ -24,7 +24,13 @@ from typing import Any
 # Name -> module of this package.
 CLASSES: dict[str, str] = {
     "F1": "crash",
+    "F3": "kills",
+    "F4": "images",
+    "F5": "lies",
+    "F6": "disk",
     "F8": "http",
+    "F11": "attacks",
+    "F12": "clocks",
     "F13": "rollouts",
 }
 

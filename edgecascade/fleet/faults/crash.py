@@ -26,6 +26,7 @@ from edgecascade.fleet.faults.world import (
     require,
     seeds,
 )
+from edgecascade.fleet.fs import Files
 from edgecascade.fleet.orders import Order
 from edgecascade.fleet.state import Slot
 
@@ -76,7 +77,7 @@ class Scenario:
         """Whether the new release passes its trial."""
         return not self.kind.startswith("bad")
 
-    def device(self, files: SimFiles) -> Device:
+    def device(self, files: Files) -> Device:
         """A process on these files, in a world that knows nothing yet."""
         world = World(
             self.world.published,
@@ -85,7 +86,7 @@ class Scenario:
         )
         return Device(files, world)
 
-    def run(self, files: SimFiles) -> Device:
+    def run(self, files: Files) -> Device:
         """Boot, take the order, and let all follow."""
         device = self.device(files).boot()
         device.settle()
@@ -93,7 +94,7 @@ class Scenario:
         device.deliver(self.order, self.after if install else None)
         return device
 
-    def check(self, files: SimFiles, *, cuts: int) -> None:
+    def check(self, files: Files, *, cuts: int) -> None:
         """A device that comes back from a power cut ends where it must."""
         device = self.device(files).boot()
         device.settle()
