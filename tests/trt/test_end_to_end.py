@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An engine answers as the CPU backend does, and a captured decode step runs no Python.
+
+TensorRT is played by tests/trt/driver.py on NVIDIA's bindings, device memory by the host's, kernels
+by the CPU's: all of the project's own code for a Jetson runs here, and none of NVIDIA's library.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import standin
+
+
+@pytest.mark.parametrize("release", ["10.3", "11.4"])
+def test_200_answers_are_the_cpu_backends_and_decode_is_one_launch(
+    prepared: standin.Prepared, own_bundle: Callable[[str, str], Path], release: str
+) -> None:
+    program = [sys.executable, str(standin.HERE / "end_to_end.py"), release]
+    arguments = [str(prepared(release)), str(own_bundle("tiny", "speed"))]
+    done = subprocess.run(
+        [*program, *arguments], cwd=standin.ROOT, capture_output=True, text=True, timeout=1800
+    )
+    assert done.returncode == 0, done.stderr
+    seen = json.loads(done.stdout)
+    assert (seen["prompts"], seen["differ"]) == (200, [])
+    assert seen["tokens"] > 1000
+    assert seen["captured"] == [1, 2, 3, 4, 5, 6, 7, 8]  # sequences in a step
+    assert seen["contexts"] == 9
+    # Tokens go up, logits come down, one wait for them, one launch: no plugin is called.
+    replay = {"enqueued": 0, "allocations": 0, "waits": 1, "copies": 2, "calls": 0, "launches": 1}
+    assert seen["replay"] == replay
+    assert seen["refused"] == {"same": True, "captured": 0}
+    assert "decode is not captured as a CUDA graph" in done.stderr
