@@ -157,19 +157,23 @@ class SignedMetadata:
         for role, more in (besides or {}).items():
             if role in signers:
                 signers[role] = [*signers[role], *more]
+        self.timestamp.signed.unrecognized_fields["signed_at"] = int(now)
+        self.write(signers, now)
+
+    def write(self, signers: Mapping[str, list[Key]], now: float) -> None:
+        """Sign these roles with these keys, whoever may; each names the ones signed before it."""
         data: dict[str, bytes] = {}
         for role in [*self.delegated, "targets"]:
-            if role in below:
-                data[role] = self._sign(role, signers[role], now)
-        if "snapshot" in wanted:
+            if role in signers:
+                data[role] = self.sign(role, signers[role], now)
+        if "snapshot" in signers:
             meta = self.snapshot.signed.meta
             for role, text in data.items():
                 meta[f"{role}.json"] = _meta(self._all()[role].signed.version, text)
-            data["snapshot"] = self._sign("snapshot", signers["snapshot"], now)
+            data["snapshot"] = self.sign("snapshot", signers["snapshot"], now)
             version = self.snapshot.signed.version
             self.timestamp.signed.snapshot_meta = _meta(version, data["snapshot"])
-        self.timestamp.signed.unrecognized_fields["signed_at"] = int(now)
-        data["timestamp"] = self._sign("timestamp", signers["timestamp"], now)
+        data["timestamp"] = self.sign("timestamp", signers["timestamp"], now)
         for role, text in data.items():
             if role != "timestamp":
                 replace_file(self.folder / f"{self._all()[role].signed.version}.{role}.json", text)
@@ -189,10 +193,20 @@ class SignedMetadata:
         if len(former) < role.threshold:
             _lacking("root", role.threshold, len(former))
         every = {key.keyid: key for key in [*former, *self._signers("root", keys)]}
-        text = self._sign("root", list(every.values()), now)
+        text = self.sign("root", list(every.values()), now)
         path = self.folder / f"{self.root.signed.version}.root.json"
         replace_file(path, text)
         fsync_folder(self.folder)
+
+    def sign(self, role: str, signers: list[Key], now: float) -> bytes:
+        """The next version of a role's metadata."""
+        metadata = self._all()[role]
+        metadata.signed.version += 1
+        metadata.signed.expires = expiry(now, _days(metadata))
+        metadata.signatures.clear()
+        for key in signers:
+            metadata.sign(key.signer, append=True)
+        return bytes(metadata.to_bytes())
 
     def _all(self) -> dict[str, Metadata[Any]]:
         top: dict[str, Metadata[Any]] = {
@@ -213,15 +227,6 @@ class SignedMetadata:
         if len(found) < self._role(role).threshold:
             _lacking(role, self._role(role).threshold, len(found))
         return found
-
-    def _sign(self, role: str, signers: list[Key], now: float) -> bytes:
-        metadata = self._all()[role]
-        metadata.signed.version += 1
-        metadata.signed.expires = expiry(now, _days(metadata))
-        metadata.signatures.clear()
-        for key in signers:
-            metadata.sign(key.signer, append=True)
-        return bytes(metadata.to_bytes())
 
 
 def create(folder: Path, keys: KeyFolders, profile: Profile, now: float) -> SignedMetadata:

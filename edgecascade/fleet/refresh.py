@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ from edgecascade.fleet.fs import Files, RealFiles, replace_file
 from edgecascade.fleet.needs import fleet_extra
 from edgecascade.fleet.orders import MAX_ORDER_BYTES, OrderKeys
 from edgecascade.fleet.release import Release
-from edgecascade.fleet.trust import Belief
+from edgecascade.fleet.trust import Belief, Seen
 
 if TYPE_CHECKING:
     from tuf.api.metadata import TargetFile
@@ -67,16 +68,26 @@ class Refreshed:
 class Trust:
     """What is believed of one repository, below one device's root."""
 
-    def __init__(self, root: Path, root_json: bytes, fetch: Fetch) -> None:
+    def __init__(
+        self,
+        root: Path,
+        root_json: bytes,
+        fetch: Fetch,
+        *,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.root = root
         self._files: Files = RealFiles(root)
         self._root_json = root_json
         self._fetch = fetch
         self._updater: Updater | None = None
+        self._monotonic = monotonic
+        self._proven = read_floor(self._files).metadata.time
+        self._since = monotonic()  # when this process learned what is proven
 
     def now(self, system: float) -> Now:
-        """The time to judge expiry by."""
-        return trusted_now(system, read_floor(self._files).metadata.time)
+        """The time to judge by, whatever the system's clock says."""
+        return trusted_now(system, self._proven, self._monotonic() - self._since)
 
     @property
     def belief(self) -> Belief | None:
@@ -114,18 +125,16 @@ class Trust:
         """
         self._updater = None
         floor = read_floor(self._files).metadata
-        now = trusted_now(system, floor.time)
-        if now.suspect:
-            log.warning("the clock says %.0f, which is past: going by %.0f", system, now.time)
-        with _explained():
-            updater = self._refreshed(now)
+        with self._explained():
+            updater, now = self._refreshed(system, floor)
             known: Any = updater._trusted_set
             parts = known.root, known.timestamp, known.snapshot
-            seen = trust.seen(*parts, known.targets, now.time)
+            seen = trust.seen(*parts, known.targets, now)
             trust.check_floor(floor, seen)
             # Durable before it counts as seen: else a power cut leaves less than the floor names.
             self._sync()
             raise_floor(self._files, metadata=seen)
+            self._proven, self._since = floor.merged(seen).time, self._monotonic()
             keys = OrderKeys.parse(self._target(updater, self._keys_target(updater)))
         until = trust.fresh_until(*parts)
         belief = Belief(until, known.targets.expires.timestamp(), keys)
@@ -143,25 +152,51 @@ class Trust:
         """
         if self._updater is None:
             raise FleetError("a release can be asked for after a refresh that succeeded")
-        with _explained():
+        with self._explained():
             found = self._updater.get_targetinfo(releases.target_path(name, version))
             self._sync()
             entry = trust.check_target(found, name, version, sha256)
             data = self._target(self._updater, entry)
         return trust.read_release(data, name, version), data
 
-    def _refreshed(self, now: Now) -> Updater:
+    def _refreshed(self, system: float, floor: Seen) -> tuple[Updater, Now]:
+        with fleet_extra():
+            from tuf.api.exceptions import ExpiredMetadataError
+        now = self.now(system)
+        if now.suspect:
+            log.warning("the clock says %.0f, which is past: going by %.0f", system, now.time)
+        updater = self._client(now)
         try:
+            updater.refresh()
+        except ExpiredMetadataError:
+            if not trust.replaces_online_keys(updater._trusted_set.root, floor):
+                raise
+            # A thief may have told the time, with keys that have been taken away since.
+            self._proven, self._since = 0.0, self._monotonic()
+            now = self.now(system)
             updater = self._client(now)
             updater.refresh()
-        except OSError as error:
-            # Something stands in the way of ngclient's own files. They are a cache: the floor is
-            # kept elsewhere.
-            log.warning("beginning anew with the stored metadata: %s", error)
-            shutil.rmtree(self.root / TUF, ignore_errors=True)
-            updater = self._client(now)
-            updater.refresh()
-        return updater
+        return updater, now
+
+    def _forget(self) -> None:
+        """Begin anew next time; what must not be forgotten is in the floor."""
+        folder = self.root / TUF
+        if folder.is_dir() and not folder.is_symlink():
+            shutil.rmtree(folder, ignore_errors=True)
+        else:
+            folder.unlink(missing_ok=True)
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            with _explained():
+                yield
+        except (UpdateFailed, UpdateRefused):
+            # ngclient keeps each file that is good by itself. A snapshot signed with a stolen key
+            # would stay in the way of the honest one of the same number. And where its files cannot
+            # be read or replaced, they are better gone.
+            self._forget()
+            raise
 
     def _client(self, now: Now) -> Updater:
         with fleet_extra():
@@ -246,7 +281,12 @@ def _fsync(path: Path) -> None:
 def _bounded(fetch: Fetch, path: str, limit: int) -> bytes:
     with fleet_extra():
         from tuf.api.exceptions import DownloadLengthMismatchError
-    data = fetch(path, limit)
+    try:
+        data = fetch(path, limit)
+    except FileNotFoundError:
+        raise
+    except OSError as error:  # of the other side; of this device's disk it would mean "disk"
+        raise NetworkError(f"cannot get {path} from the repository: {error}") from error
     if len(data) > limit:
         raise DownloadLengthMismatchError(f"{path} has more than {limit} bytes")
     return data
@@ -266,7 +306,7 @@ def _fetcher(fetch: Fetch) -> FetcherInterface:
                 return _bounded(fetch, url, max_length)
             except FileNotFoundError as error:
                 raise DownloadHTTPError(f"{url} is not there", 404) from error
-            except (OSError, NetworkError) as error:
+            except NetworkError as error:
                 raise DownloadError(f"{url}: {error}") from error
 
     return Fetcher()

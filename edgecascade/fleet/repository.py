@@ -208,16 +208,19 @@ class Repository:
             draft = _draft(folder, offer, older)
             if found := _same_version(draft, older):
                 return Published(found[0], found[1], blobs_shared=len(draft.blobs))
-            role, part = self._signing_part(metadata, offer.name)
+            role = _signing_role(metadata, offer.name)
             metadata.check_keys([role, "snapshot", "timestamp"], self.keys)
             new = self._blobs.missing(draft.blobs)
             self._blobs.take(folder, [f for f in draft.every_file if f.sha256 in new], link=link)
             bases = [_version(older, draft.name, version) for version in offer.deltas_from]
             draft = replace(draft, deltas=self._blobs.deltas(draft, bases))
-            data = draft.to_bytes()
-            sha256 = self._file(part, release.target_path(draft.name, draft.version), data)
-            metadata.commit([role], self.keys, now)
+            sha256 = self._file_release(metadata, draft, now)
         return Published(draft, sha256, len(new), sum(new.values()), len(draft.blobs) - len(new))
+
+    def sign_release(self, made: Release, now: float) -> str:
+        """Add a release whose blobs are there, or will be; its SHA-256."""
+        with self._changing() as metadata:
+            return self._file_release(metadata, made, now)
 
     def sign_order(self, order: Order) -> bytes:
         """Sign an order with the operators' keys at hand, and keep it as its group's latest.
@@ -380,11 +383,13 @@ class Repository:
                 path.unlink()
             yield self._metadata()
 
-    def _signing_part(self, metadata: SignedMetadata, name: str) -> tuple[str, Targets]:
-        role = _bundle_role(name)
-        if role in metadata.delegated:
-            return role, metadata.delegated[role].signed
-        return "targets", metadata.targets.signed
+    def _file_release(self, metadata: SignedMetadata, made: Release, now: float) -> str:
+        role = _signing_role(metadata, made.name)
+        part = metadata.delegated.get(role, metadata.targets)
+        path = release.target_path(made.name, made.version)
+        sha256 = self._file(part.signed, path, made.to_bytes())
+        metadata.commit([role], self.keys, now)
+        return sha256
 
     def _file_order_keys(self, metadata: SignedMetadata, keys: OrderKeys, now: float) -> None:
         self._file(metadata.targets.signed, trust.ORDER_KEYS, keys.to_bytes())
@@ -460,6 +465,11 @@ def _same_version(
                 reason="exists",
             )
     return None
+
+
+def _signing_role(metadata: SignedMetadata, name: str) -> str:
+    role = _bundle_role(name)
+    return role if role in metadata.delegated else "targets"
 
 
 def _bundle_role(name: str) -> str:

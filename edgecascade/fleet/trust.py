@@ -16,6 +16,7 @@ from edgecascade.errors import UpdateRefused
 from edgecascade.files import canonical_json
 from edgecascade.fleet import release as releases
 from edgecascade.fleet import strict
+from edgecascade.fleet.clock import Now
 from edgecascade.fleet.orders import OrderKeys
 from edgecascade.fleet.release import Release
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 ORDER_KEYS = "orders/keys.json"  # the target that names who may sign orders
 MAX_BELIEF_BYTES = 64 << 10
+DAY_S = 86_400.0
 
 
 @dataclass(frozen=True)
@@ -89,24 +91,24 @@ class Belief:
             return None
 
 
-def seen(
-    root: Root, timestamp: Timestamp, snapshot: Snapshot, targets: Targets, now: float
-) -> Seen:
+def seen(root: Root, timestamp: Timestamp, snapshot: Snapshot, targets: Targets, now: Now) -> Seen:
     """What a refresh at `now` has shown.
 
-    The signer's own date helps a device without a clock. It counts at most up to the first expiry,
-    so that a stolen timestamp key alone cannot push a device far into the future.
+    The signer's own date helps a device without a clock. It counts up to the first expiry, and
+    where the clock looks sound for a day: a stolen timestamp key must not push devices far ahead,
+    where all that is honest has expired.
     """
     signed_at = timestamp.unrecognized_fields.get("signed_at", 0)
     dated = float(signed_at) if type(signed_at) in (int, float) else 0.0
     first_expiry = min(fresh_until(root, timestamp, snapshot), targets.expires.timestamp())
+    latest = first_expiry if now.suspect else min(first_expiry, now.time + DAY_S)
     return Seen(
         root=root.version,
         timestamp=timestamp.version,
         snapshot=snapshot.version,
         targets=targets.version,
         online=online_keys(root),
-        time=max(now, min(dated, first_expiry)),
+        time=max(now.time, min(dated, latest)),
     )
 
 
@@ -121,6 +123,11 @@ def online_keys(root: Root) -> str:
     return hashlib.sha256(canonical_json(ids)).hexdigest()
 
 
+def replaces_online_keys(root: Root, floor: Seen) -> bool:
+    """Whether a later root took away the keys under which the floor was seen."""
+    return bool(root.version > floor.root and online_keys(root) != floor.online)
+
+
 def check_floor(floor: Seen, now: Seen) -> None:
     """Refuse metadata older than what was seen before.
 
@@ -131,7 +138,7 @@ def check_floor(floor: Seen, now: Seen) -> None:
         _refuse_older("root", now.root, floor.root)
     roles: Iterable[str] = ("timestamp", "snapshot", "targets")
     if now.root > floor.root and now.online != floor.online:
-        roles = ("targets",)
+        roles = ("targets",)  # see Seen.merged
     for role in roles:
         if getattr(now, role) < getattr(floor, role):
             _refuse_older(role, getattr(now, role), getattr(floor, role))
