@@ -149,7 +149,7 @@ def control(folder: str, url: str, name: str) -> None:
     signing = Signing(
         lambda order: orders.sign(order, signers),
         lambda envelope: orders.verify(envelope, keys, time.time()),
-        keys.first_seq,
+        lambda: keys.first_seq,
     )
     turns = 0
 

@@ -51,7 +51,7 @@ class Signing:
 
     sign: Callable[[Order], bytes]
     verified: Callable[[bytes], Order | None]
-    first_seq: int
+    first_seq: Callable[[], int]
 
 
 @dataclass(frozen=True)
@@ -231,6 +231,7 @@ class Controller:
     ) -> None:
         self._operator, self._records, self._order = operator, records, order
         self._signing, self._log = signing, log
+        self._signed: tuple[Order | None, bytes] = None, b""
         self._written_at = self._refreshed_at = time.monotonic()
 
     def run(self, show: Callable[[Turn], None] = lambda turn: None) -> Turn:
@@ -258,7 +259,7 @@ class Controller:
             settled = self._operator.settled
             if settled:
                 after = rollout.step(record.plan, record.progress, fleet, now)
-                after = rollout.at_least(after, self._signing.first_seq, now)
+                after = rollout.at_least(after, self._signing.first_seq(), now)
                 record = self._keep(record, after, fleet)
         if settled:
             self._announce(record)
@@ -275,7 +276,7 @@ class Controller:
             record = self._records.read(self._order)
             self._records.check_newest(record)
             fleet, now = self._operator.look(), time.time()
-            after = rollout.at_least(change(record, fleet, now), self._signing.first_seq, now)
+            after = rollout.at_least(change(record, fleet, now), self._signing.first_seq(), now)
             record = record.moved(after, fleet)
             self._records.write(record)
         self._announce(record)
@@ -294,7 +295,9 @@ class Controller:
         if not record.progress.first and record.progress.state == "running":
             return
         order = record.to_order()
-        envelope = self._signing.sign(order)
+        if order != self._signed[0]:
+            self._signed = order, self._signing.sign(order)
+        envelope = self._signed[1]
         heard = self._operator.retained
         if heard == envelope:
             return

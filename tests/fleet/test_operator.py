@@ -3,9 +3,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import multiprocessing
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from virtual_devices import virtual_devices
 
 from edgecascade.errors import FleetError, InvalidRequest, NetworkError, UpdateRefused
 from edgecascade.fleet import audit, orders, rollout
-from edgecascade.fleet.faults.virtual import Behaviour, VirtualFleet
+from edgecascade.fleet.faults.virtual import VirtualFleet
 from edgecascade.fleet.operator import Controller, Operator, Signing, Turn
 from edgecascade.fleet.orders import Cohort, Order, OrderKey, OrderKeys
 from edgecascade.fleet.record import Record, Records
@@ -49,7 +47,9 @@ class Bench:
         public = public_hex(self.signer.public_key)
         self.keys = OrderKeys(1, 0, (OrderKey("operator", public),))
         self.signing = Signing(
-            lambda order: orders.sign(order, [self.signer]), self._verified, self.keys.first_seq
+            lambda order: orders.sign(order, [self.signer]),
+            self._verified,
+            lambda: self.keys.first_seq,
         )
 
     def _verified(self, envelope: bytes) -> Order | None:
@@ -98,21 +98,8 @@ class Bench:
 
     @contextmanager
     def devices(self, count: int = DEVICES, **behaviour: Any) -> Iterator[VirtualFleet]:
-        """Virtual devices on a thread of their own."""
-        loop = asyncio.new_event_loop()
-        thread = threading.Thread(target=loop.run_forever)
-        thread.start()
-        how = Behaviour(**{"phase_s": 0.02, **behaviour})
-        fleet = VirtualFleet(self.broker.port, self.keys, behaviour=how, now=time.time())
-        try:
-            asyncio.run_coroutine_threadsafe(fleet.connect(count), loop).result(WAIT_S)
+        with virtual_devices(self.broker.port, self.keys, count, **behaviour) as fleet:
             yield fleet
-        finally:
-            loop.call_soon_threadsafe(fleet.close)
-            asyncio.run_coroutine_threadsafe(asyncio.sleep(0.01), loop).result(WAIT_S)
-            loop.call_soon_threadsafe(loop.stop)
-            thread.join()
-            loop.close()
 
     def run(self, name: str = "first", show: Callable[[Turn], None] = lambda turn: None) -> Turn:
         with self.controller(name) as controller:
@@ -177,30 +164,6 @@ def test_rollback_reaches_everybody(bench: Bench) -> None:
             with bench.operator(client="watcher") as watcher:
                 until(lambda: rollout.going_back(watcher.look()) == 0)
         assert {device.job.state for device in fleet.devices if device.job} == {"CANCELED"}
-
-
-def control(bench: Bench) -> None:
-    bench.run()
-
-
-def test_a_controller_killed_again_and_again_ends_as_one_that_lives(bench: Bench) -> None:
-    bench.plan()
-    kills = 0
-    with bench.devices(phase_s=0.2) as fleet:
-        while bench.records.read("first").progress.state == "running":
-            process = multiprocessing.get_context("fork").Process(target=control, args=(bench,))
-            process.start()
-            process.join(0.9 + 0.37 * (kills % 3))
-            if process.is_alive():
-                process.kill()
-                process.join()
-                kills += 1
-        assert bench.records.read("first").progress.state == "done"
-        assert fleet.exposed == DEVICES
-    assert kills >= 2
-    announced = [record["seq"] for _, record in audit.records(bench.log) if record]
-    assert announced == sorted(announced)
-    assert audit.verify(bench.log).lines == len(announced)
 
 
 def test_a_broker_that_forgets_is_told_again(bench: Bench) -> None:

@@ -1,0 +1,439 @@
+# SPDX-License-Identifier: Apache-2.0
+"""fleet rollout · status · pause · resume · abort · rollback"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any
+
+from edgecascade.cli.options import positive
+from edgecascade.cli.show import print_json
+from edgecascade.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from edgecascade.fleet.home import Home
+    from edgecascade.fleet.operator import Controller, Operator, Turn
+    from edgecascade.fleet.record import Record
+    from edgecascade.fleet.rollout import Progress
+    from edgecascade.fleet.view import View
+
+STOPPED = 3  # exit status of a rollout that ended before everybody had the bundle
+TROUBLES = 5  # devices that are shown with their reason
+BACK_S = 3600.0  # a rollback is watched for at most so long
+
+HomeOf = Callable[[argparse.Namespace], "Home"]
+
+
+def add(acts: Any, home_options: Callable[[argparse.ArgumentParser], None], home: HomeOf) -> None:
+    """The commands and their options."""
+    rollout = acts.add_parser("rollout", help="bring a release to a group, stage by stage")
+    home_options(rollout)
+    broker_options(rollout)
+    _plan_options(rollout)
+    rollout.set_defaults(run=lambda args: _rollout(args, home(args)))
+    texts = {
+        "status": "how a rollout stands",
+        "pause": "hold what has not been activated",
+        "resume": "go on with a paused rollout; failures so far are accepted",
+        "abort": "nobody activates the release any more; who has it keeps it",
+        "rollback": "who has the release goes back to what it had",
+    }
+    acts_of = {
+        "status": _status,
+        "pause": _pause,
+        "resume": _resume,
+        "abort": _abort,
+        "rollback": _rollback,
+    }
+    for name, text in texts.items():
+        parser = acts.add_parser(name, help=text)
+        home_options(parser)
+        broker_options(parser)
+        parser.add_argument("order", nargs="?", help="of the rollout (default: the newest)")
+        parser.set_defaults(run=_bound(acts_of[name], home))
+
+
+def _bound(
+    act: Callable[[argparse.Namespace, Home], int], home: HomeOf
+) -> Callable[[argparse.Namespace], int]:
+    return lambda args: act(args, home(args))
+
+
+def broker_options(parser: argparse.ArgumentParser) -> None:
+    """Where the broker is, who we are, and how to show things."""
+    parser.add_argument("--mqtt", required=True, metavar="URL", help="the broker")
+    parser.add_argument("--client-id", default="operator", help="named in the access list")
+    for name in ("prefix", "username", "ca", "cert", "key"):
+        parser.add_argument(f"--{name}")
+    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+
+
+def _plan_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", help="of the model, as published")
+    parser.add_argument("version", nargs="?", help="the newest by default")
+    parser.add_argument("--group", required=True, help="of devices")
+    parser.add_argument("--order", help="a name for this rollout")
+    parser.add_argument("--stages", default="first,1,5,25,100", help="one device, then percent")
+    parser.add_argument("--first", metavar="DEVICE", help="the first device")
+    parser.add_argument("--mirror", action="append", default=[], metavar="URL",
+                        help="where devices fetch, the nearest first; several times")  # fmt: skip
+    parser.add_argument(
+        "--egress", help="of all mirrors together, as 10Gbit: sets each device's share"
+    )
+    parser.add_argument("--limit", metavar="RATE", help="of each device, as 20Mbit")
+    parser.add_argument("--parallel", type=positive, default=4, help="downloads of a device")
+    parser.add_argument("--window", help="as 01:30+180@Europe/Berlin: when devices may work")
+    parser.add_argument("--soak", type=float, default=300.0, metavar="SECONDS",
+                        help="between a stage's success and the next stage")  # fmt: skip
+    parser.add_argument("--lost-after", type=float, metavar="SECONDS", dest="lost_s",
+                        help="silence on trial (default: from the release's health)")  # fmt: skip
+    parser.add_argument("--pass-percent", type=float, default=95.0)
+    parser.add_argument("--fail-percent", type=float, default=5.0)
+    parser.add_argument("--tolerate-lost", type=int, default=0, metavar="DEVICES")
+    parser.add_argument("--retries", type=int, default=3, help="of a download")
+    parser.add_argument("--allow-downgrade", action="store_true")
+    parser.add_argument("--valid-days", type=float, default=7.0, help="of each signature")
+
+
+def _rollout(args: argparse.Namespace, home: Home) -> int:
+    release, sha256 = home.repository().release(args.name, args.version)
+    running = _unfinished(home, args.group)
+    if running is None:
+        record = _new_record(args, home, release, sha256)
+    elif running.order.release_sha256 == sha256:
+        record = running
+        print(f"going on with {record.order.order}", file=sys.stderr)
+    else:
+        raise InvalidRequest(
+            f"{running.order.order} is {running.progress.state} in group {args.group!r}; "
+            f"end it first: edgecascade fleet abort {running.order.order} --mqtt {args.mqtt}"
+        )
+    if record.progress.state == "paused":
+        raise InvalidRequest(
+            f"{record.order.order} is paused ({record.progress.reason}); go on with fleet resume"
+        )
+    with _control(args, home, record) as (controller, operator):
+        if running is None:
+            _file(home, operator, record)
+        return _watch(args, controller, operator)
+
+
+def _unfinished(home: Home, group: str) -> Record | None:
+    mine = [record for record in home.records.all() if record.order.group == group]
+    latest = mine[-1] if mine else None
+    return latest if latest and latest.progress.state in ("running", "paused") else None
+
+
+def _new_record(args: argparse.Namespace, home: Home, release: Any, sha256: str) -> Record:
+    from edgecascade.fleet.home import order_id, rate, stages, window
+    from edgecascade.fleet.orders import Cohort, Limits, Order, Policy
+    from edgecascade.fleet.record import Record
+    from edgecascade.fleet.rollout import Plan, Progress, Thresholds
+
+    now = time.time()
+    name = args.order or order_id(release.name, release.version, now)
+    health = release.health
+    lost_s = args.lost_s or 2 * (health.load_s + health.soak_s) + 300.0
+    plan = Plan(
+        name,
+        stages=stages(args.stages),
+        thresholds=Thresholds(
+            success=args.pass_percent / 100,
+            failed=args.fail_percent / 100,
+            lost=args.tolerate_lost + 1,
+            lost_s=lost_s,
+            soak_s=args.soak,
+        ),
+        first=args.first,
+        bytes=sum(release.blobs.values()),
+        egress_kbit_s=rate(args.egress) if args.egress else None,
+        valid_s=args.valid_days * 86_400,
+    )
+    try:
+        order = Order(
+            order=name,
+            seq=1,
+            group=args.group,
+            bundle=release.name,
+            version=release.version,
+            release_sha256=sha256,
+            not_before=0.0,
+            expires=now + plan.valid_s,
+            window=window(args.window) if args.window else None,
+            cohort=Cohort(name, 100),
+            limits=Limits(int(rate(args.limit)) if args.limit else None, args.parallel),
+            policy=Policy(args.retries, args.allow_downgrade),
+            mirrors=tuple(args.mirror),
+        )
+    except ValueError as error:
+        raise InvalidRequest(f"no such order can be: {error}") from None
+    return Record(order, plan, Progress(1))
+
+
+def _file(home: Home, operator: Operator, record: Record) -> None:
+    """Give the rollout a number above all that were there, and write it down."""
+    order, signing = record.order, home.signing()
+    heard = signing.verified(operator.retained) if operator.retained else None
+    with home.records.locked():
+        if any(known.order.order == order.order for known in home.records.all()):
+            raise InvalidRequest(f"there is a rollout {order.order!r} already; choose another name")
+        seq = max(
+            home.records.next_seq(order.group, signing.first_seq(), time.time()),
+            home.repository().next_seq(order.group),
+            heard.seq + 1 if heard else 1,
+        )
+        home.records.write(replace(record, progress=replace(record.progress, seq=seq)))
+    home.note("rollout", {"order": order.order, "plan": asdict(record.plan)})
+
+
+@contextmanager
+def _control(
+    args: argparse.Namespace, home: Home, record: Record
+) -> Iterator[tuple[Controller, Operator]]:
+    """A settled connection, and the controller of one rollout."""
+    from edgecascade.fleet.operator import Controller, Operator
+    from edgecascade.fleet.view import View
+    from edgecascade.service.config import PASSWORD_VARIABLE, broker_address
+    from edgecascade.service.topics import DEFAULT_PREFIX, Topics
+
+    order = record.order
+    address = broker_address(
+        args.mqtt,
+        username=args.username,
+        password=os.environ.get(PASSWORD_VARIABLE),
+        ca_file=args.ca,
+        cert_file=args.cert,
+        key_file=args.key,
+    )
+    view = View(order.group, order.order, order.cohort.salt, record.heard)
+    topics = Topics(args.prefix or DEFAULT_PREFIX)
+    with Operator(
+        address, args.client_id, topics, view, group=order.group, order=order.order
+    ) as operator:
+        operator.settle()
+        yield Controller(operator, home.records, order.order, home.signing(), home.log), operator
+
+
+def _watch(args: argparse.Namespace, controller: Controller, operator: Operator) -> int:
+    """Run the controller and show what it does."""
+    with Screen(operator.view, as_json=args.json) as screen:
+        turn = controller.run(screen.show)
+        screen.show(turn)
+    return 0 if turn.record.progress.state == "done" else STOPPED
+
+
+def _chosen(args: argparse.Namespace, home: Home) -> Record:
+    return home.records.read(args.order) if args.order else home.records.latest()
+
+
+def _status(args: argparse.Namespace, home: Home) -> int:
+    from edgecascade.fleet import rollout
+    from edgecascade.fleet.operator import Turn
+
+    record = _chosen(args, home)
+    with _control(args, home, record) as (_, operator):
+        fleet = operator.look()
+        count = rollout.tally(record.plan, record.progress, fleet, time.time())
+        turn = Turn(record, count, True)
+        if args.json:
+            devices = {
+                name: {
+                    "online": seen.online,
+                    "bundle": seen.bundle,
+                    "job": asdict(seen.job) if seen.job else None,
+                }
+                for name, seen in sorted(fleet.items())
+            }
+            print_json({**facts(turn), "devices": devices})
+        else:
+            with Screen(operator.view, as_json=False) as screen:
+                screen.show(turn)
+    return 0
+
+
+def _act(
+    args: argparse.Namespace,
+    home: Home,
+    change: Callable[[Record, Any, float], Progress],
+    then: Callable[[argparse.Namespace, Controller, Operator], int] | None = None,
+) -> int:
+    record = _chosen(args, home)
+    with _control(args, home, record) as (controller, operator):
+        turn = controller.act(change)
+        if then is not None:
+            return then(args, controller, operator)
+        with Screen(operator.view, as_json=args.json) as screen:
+            screen.show(turn)
+    return 0
+
+
+def _pause(args: argparse.Namespace, home: Home) -> int:
+    from edgecascade.fleet import rollout
+
+    return _act(args, home, lambda record, fleet, now: rollout.pause(record.progress, now))
+
+
+def _resume(args: argparse.Namespace, home: Home) -> int:
+    from edgecascade.fleet import rollout
+
+    return _act(
+        args,
+        home,
+        lambda record, fleet, now: rollout.resume(record.plan, record.progress, fleet, now),
+        _watch,
+    )
+
+
+def _abort(args: argparse.Namespace, home: Home) -> int:
+    from edgecascade.fleet import rollout
+
+    return _act(args, home, lambda record, fleet, now: rollout.abort(record.progress, now))
+
+
+def _rollback(args: argparse.Namespace, home: Home) -> int:
+    from edgecascade.fleet import rollout
+
+    return _act(
+        args,
+        home,
+        lambda record, fleet, now: rollout.rollback(record.progress, now),
+        _watch_back,
+    )
+
+
+def _watch_back(args: argparse.Namespace, controller: Controller, operator: Operator) -> int:
+    """Until every device that is there has gone back; the others do when they come."""
+    from edgecascade.fleet import rollout
+
+    end = time.monotonic() + BACK_S
+    with Screen(operator.view, as_json=args.json) as screen:
+        while True:
+            turn = controller.turn()
+            screen.show(turn)
+            left = rollout.going_back(operator.look())
+            if turn.settled and not left:
+                return 0
+            if time.monotonic() > end:
+                print(f"{left} devices have not gone back yet", file=sys.stderr)
+                return STOPPED
+            operator.wait(1.0)
+            time.sleep(0.2)
+
+
+def facts(turn: Turn) -> dict[str, Any]:
+    """How a rollout stands, for programs."""
+    record, progress = turn.record, turn.record.progress
+    return {
+        "order": record.order.order,
+        "group": record.order.group,
+        "release": f"{record.order.bundle} {record.order.version}",
+        "state": progress.state,
+        "reason": progress.reason,
+        "seq": progress.seq,
+        "stage": progress.stage + 1,
+        "stages": len(record.plan.stages),
+        "percent": record.plan.stages[progress.stage],
+        "first": progress.first,
+        **asdict(turn.tally),
+    }
+
+
+class Screen:
+    """Live on a terminal; else a line for each change, as text or JSON."""
+
+    def __init__(self, view: View, *, as_json: bool) -> None:
+        self._view, self._json = view, as_json
+        self._said: dict[str, Any] = {}
+        self._live: Any = None
+
+    def __enter__(self) -> Screen:
+        if not self._json and sys.stdout.isatty():
+            from rich.live import Live
+
+            self._live = Live(auto_refresh=False)
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def show(self, turn: Turn) -> None:
+        """Show it if it is new."""
+        now = facts(turn)
+        if now == self._said or not turn.settled:
+            return
+        self._said = now
+        if self._json:
+            print(json.dumps({"ts": time.time(), **now}), flush=True)
+        elif self._live is not None:
+            self._live.update(self._table(turn), refresh=True)
+        else:
+            print(line(turn), flush=True)
+            for name, job in self._view.troubles()[:TROUBLES] if turn.record.progress.ended else ():
+                print(f"  {name} {job.state.lower()}: {_why(job)}", flush=True)
+
+    def _table(self, turn: Turn) -> Any:
+        from rich.console import Group
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+
+        from edgecascade.fleet.rollout import FIRST, stage_s
+
+        plan, progress, count = turn.record.plan, turn.record.progress, turn.tally
+        table = Table(title=line(turn), title_justify="left", show_edge=False)
+        for name in ("stage", "", "about"):
+            table.add_column(name)
+        total = max(1, len(self._view.fleet))
+        for number, percent in enumerate(plan.stages):
+            done = 1.0 if number < progress.stage or progress.state == "done" else 0.0
+            if number == progress.stage and count.reachable:
+                done = count.succeeded / count.reachable
+            size = 1 if percent == FIRST else round(total * percent / 100)
+            name = "1 device" if percent == FIRST else f"{percent:g} %"
+            bar = ProgressBar(total=1.0, completed=done, width=40)
+            table.add_row(name, bar, _duration(stage_s(plan, size)))
+        phases = ", ".join(f"{n} {name}" for name, n in self._view.phases().most_common())
+        lines = [f"[red]{name}[/red] {_why(job)}" for name, job in self._view.troubles()[:TROUBLES]]
+        return Group(table, phases, *lines)
+
+
+def line(turn: Turn) -> str:
+    """One line on how it stands."""
+    from edgecascade.fleet.rollout import FIRST
+
+    record, progress, count = turn.record, turn.record.progress, turn.tally
+    percent = record.plan.stages[progress.stage]
+    stage = f"first device {progress.first}" if percent == FIRST else f"{percent:g} %"
+    parts = {
+        "succeeded": count.succeeded,
+        "on the way": count.active,
+        "waiting": count.waiting,
+        "failed": count.failed,
+        "lost": count.lost,
+        "rejected": count.rejected,
+        "canceled": count.canceled,
+        "offline": count.offline,
+    }
+    shown = ", ".join(f"{number} {name}" for name, number in parts.items() if number)
+    because = f" ({progress.reason})" if progress.reason else ""
+    return f"{record.order.order}: {progress.state}{because}; {stage}: {shown or 'nobody yet'}"
+
+
+def _why(job: Any) -> str:
+    evidence = job.evidence
+    text = evidence.get("message") or evidence.get("reason") or "no reason given"
+    return f"{evidence.get('reason', '')}: {text}" if evidence.get("message") else str(text)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`edgecascade fleet` from an empty folder to a rollback: virtual devices, a real broker."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+from golden import Build
+from virtual_devices import virtual_devices
+
+from edgecascade.cli import main
+from edgecascade.errors import InvalidRequest
+from edgecascade.fleet import audit
+from edgecascade.fleet.home import Home, rate, stages, window
+from edgecascade.fleet.orders import unverified
+from edgecascade.service.broker import LocalBroker, find_broker
+
+DEVICES = 20
+QUICK = ("--soak", "0", "--lost-after", "60")
+
+
+@pytest.fixture(scope="module")
+def broker() -> Iterator[LocalBroker]:
+    with LocalBroker(find_broker("mosquitto")) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def prepared(build: Build, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An operator's folder with two releases."""
+    folder = tmp_path_factory.mktemp("operator") / "fleet"
+    assert main(["fleet", "init", "--fleet", str(folder)]) == 0
+    for version, precision in (("1.0", "exact"), ("2.0", "speed")):
+        bundle = str(build("tiny", precision))
+        golden = ("--golden", "Drive to the dock.") if version == "2.0" else ()
+        named = ("--name", "tiny", "--version", version, "--fleet", str(folder))
+        assert main(["fleet", "publish", bundle, *named, *golden]) == 0
+    return folder
+
+
+class Shell:
+    """Runs commands as an operator types them; each test has a group of its own."""
+
+    def __init__(self, home: Home, broker: LocalBroker, group: str, out: Any) -> None:
+        self.home, self.broker, self.group, self._out = home, broker, group, out
+
+    def run(self, *words: str) -> int:
+        self._out.readouterr()
+        connection = ("--mqtt", self.broker.url)
+        return main(["fleet", words[0], *words[1:], "--fleet", str(self.home.folder), *connection])
+
+    def rollout(self, *words: str) -> int:
+        return self.run("rollout", "tiny", *words, "--group", self.group, *QUICK)
+
+    def begin(self, *words: str, lines: int = 3) -> tuple[subprocess.Popen[str], dict[str, Any]]:
+        """A rollout in a process of its own, after it said so much, or all."""
+        options = ("--group", self.group, "--fleet", str(self.home.folder), *QUICK, "--json")
+        command = [sys.executable, "-m", "edgecascade", "fleet", "rollout", "tiny", *options]
+        process = subprocess.Popen(
+            [*command, "--mqtt", self.broker.url, *words], stdout=subprocess.PIPE, text=True
+        )
+        assert process.stdout is not None
+        return process, json.loads(list(islice(process.stdout, lines))[-1])
+
+    def lines(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self._out.readouterr().out.splitlines()]
+
+    def document(self) -> dict[str, Any]:
+        value: dict[str, Any] = json.loads(self._out.readouterr().out)
+        return value
+
+    def devices(self, count: int = DEVICES, **behaviour: Any) -> Any:
+        keys = self.home.repository().order_keys()
+        return virtual_devices(self.broker.port, keys, count, group=self.group, **behaviour)
+
+
+@pytest.fixture
+def shell(
+    prepared: Path,
+    broker: LocalBroker,
+    request: pytest.FixtureRequest,
+    capsys: pytest.CaptureFixture[str],
+) -> Shell:
+    return Shell(Home(prepared), broker, request.node.name[5:60], capsys)
+
+
+def test_a_rollout_and_its_rollback(shell: Shell) -> None:
+    with shell.devices() as fleet:
+        assert shell.rollout("--json") == 0
+        lines = shell.lines()
+        assert [line["stage"] for line in lines] == sorted(line["stage"] for line in lines)
+        assert lines[-1]["state"] == "done"
+        assert lines[-1]["release"] == "tiny 2.0"
+        assert lines[-1]["succeeded"] == DEVICES
+        assert shell.run("status", "--json") == 0
+        shown = shell.document()
+        assert {device["job"]["state"] for device in shown["devices"].values()} == {"SUCCEEDED"}
+        assert shell.run("rollback") == 0
+        assert {device.job.state for device in fleet.devices if device.job} == {"CANCELED"}
+    envelope = (shell.home.served / "orders" / f"{shell.group}.json").read_bytes()
+    assert unverified(envelope).action == "rollback", "for devices without a broker, too"
+
+
+def test_a_bad_bundle_says_why_and_the_exit_status_tells(
+    shell: Shell, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with shell.devices(fails=1.0):
+        assert shell.rollout("1.0") == 3
+        out = capsys.readouterr().out
+        assert "aborted (nobody succeeded: 1 failed, 0 rejected)" in out
+        assert "failed: dice" in out
+
+
+def test_one_rollout_at_a_time_in_a_group(shell: Shell, capsys: pytest.CaptureFixture[str]) -> None:
+    with shell.devices():
+        process, said = shell.begin("--soak", "600", lines=1)
+        process.kill()
+        process.communicate()
+        assert said["state"] == "running"
+        assert shell.rollout("1.0") == 1
+        assert f"edgecascade fleet abort {said['order']}" in capsys.readouterr().err
+        assert shell.run("abort", said["order"]) == 0
+        assert shell.rollout("1.0") == 0
+
+
+def test_commands_name_what_is_wrong(shell: Shell, capsys: pytest.CaptureFixture[str]) -> None:
+    for words, message in (
+        (("rollout", "tiny", "9.9", "--group", "g"), "no release tiny 9.9"),
+        (("rollout", "tiny", "--group", "a b"), "group is 'a b'"),
+        (("rollout", "tiny", "--group", "g", "--egress", "fast"), "'fast' is no rate"),
+        (("rollout", "tiny", "--group", "g", "--stages", "5,1"), "rising percentages"),
+        (("rollout", "tiny", "--group", "g", "--mirror", "ftp://x/"), "mirrors is 'ftp://x/'"),
+        (("status", "nothing"), "no rollout 'nothing'"),
+    ):
+        assert shell.run(*words) == 1
+        assert message in capsys.readouterr().err
+
+
+def test_a_killed_controller_goes_on_when_the_command_is_given_again(shell: Shell) -> None:
+    kills = 0
+    with shell.devices(phase_s=0.15) as fleet:
+        while True:
+            process, said = shell.begin(lines=4)
+            if said["state"] != "running":
+                break
+            process.kill()
+            process.communicate()
+            kills += 1
+        process.communicate()
+        assert process.returncode == 0
+        assert said["state"] == "done"
+        assert fleet.exposed == DEVICES
+    assert kills >= 2
+    audit.verify(shell.home.log)
+
+
+def test_keys_are_shown_added_and_revoked(shell: Shell, capsys: pytest.CaptureFixture[str]) -> None:
+    where = ("--fleet", str(shell.home.folder), "--json")
+    assert main(["fleet", "keys", *where, "--add-operator", "maria", "--group", "site-7"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert [key["name"] for key in shown["operators"]] == ["operator", "maria"]
+    assert main(["fleet", "keys", *where, "--revoke-operator", "maria"]) == 0
+    assert main(["fleet", "keys", *where, "--rotate", "timestamp"]) == 0
+    assert main(["fleet", "keys", *where, "--refresh"]) == 0
+    root = (shell.home.folder / "root.json").read_bytes()
+    assert root == shell.home.repository().root_json
+    assert main(["fleet", "audit", "--verify", "--fleet", str(shell.home.folder)]) == 0
+    events = [record["event"] for _, record in audit.records(shell.home.log) if record]
+    assert events[-4:] == ["keys-add", "keys-revoke", "keys-rotate", "keys-refresh"]
+
+
+@pytest.mark.parametrize(
+    ("text", "kbit_s"),
+    [("10Gbit", 10_000_000.0), ("200 Mbit/s", 200_000.0), ("1.5kbit", 1.5), ("500bit", 0.5)],
+)
+def test_rates(text: str, kbit_s: float) -> None:
+    assert rate(text) == kbit_s
+
+
+def test_stages_and_windows_are_read() -> None:
+    assert stages("first,1,5%,100") == (0.0, 1.0, 5.0, 100.0)
+    assert window("sat,sun:01:30+180@Europe/Berlin").days == (5, 6)
+    assert window("01:30+180@UTC").minutes == 180
+
+
+@pytest.mark.parametrize(
+    ("read", "text"),
+    [
+        (rate, "10 Gigabit"),
+        (rate, "0Mbit"),
+        (stages, "one,all"),
+        (window, "01:30"),
+        (window, "1:30+180@UTC"),
+        (window, "01:30+9999@UTC"),
+        (window, "01:30+60@Mars/Base"),
+        (window, "someday:01:30+60@UTC"),
+    ],
+)
+def test_what_cannot_be_read_is_refused(read: Any, text: str) -> None:
+    with pytest.raises(InvalidRequest, match=r"write|window"):
+        read(text)
