@@ -223,7 +223,8 @@ class Draws:
     """One stream of uniform numbers per request: its tokens do not depend on its company."""
 
     def __init__(self, seed: int | None) -> None:
-        self.seed = secrets.randbits(63) if seed is None else seed
+        # JSON's readers agree on integers up to 2^53.
+        self.seed = secrets.randbits(53) if seed is None else seed
         self._stream = np.random.Generator(np.random.Philox(key=self.seed))
 
     def next(self) -> float:

@@ -239,3 +239,9 @@ def test_top_logprobs_are_sorted_and_sum_to_one() -> None:
     top = top_logprobs(logits(0, 2, 2, math.nan, 1), 5)
     assert [token for token, _ in top][:4] == [1, 2, 4, 0]
     assert sum(math.exp(value) for _, value in top) == pytest.approx(1, abs=1e-6)
+
+
+def test_a_drawn_seed_is_one_that_every_reader_of_json_takes() -> None:
+    seeds = [Draws(None).seed for _ in range(100)]
+    assert max(seeds) < 2**53
+    assert len(set(seeds)) == 100
