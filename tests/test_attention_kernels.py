@@ -8,14 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from kernels import DECODE, PAGE_TOKENS, PREFILL, Batch, Kernels, relative, same_bits
+from kernels import DECODE, PAGE_TOKENS, PREFILL, SETS, Batch, Kernels, relative, same_bits
 from tolerances import ATTENTION
 
 from edgecascade.backends import reference
-from edgecascade.backends._lib import cpu_isas
 from edgecascade.errors import InvalidRequest
 
-ISAS = cpu_isas()
+ISAS = SETS
 SLOTS, MAX_PAGES = 4, 10
 
 

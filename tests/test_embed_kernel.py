@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from kernels import PREFILL, Batch, Kernels
+from kernels import PREFILL, SETS, Batch, Kernels
 from numpy.typing import DTypeLike
 
-from edgecascade.backends._lib import Weight, address, cpu_isas
+from edgecascade.backends._lib import Weight, address
 from edgecascade.errors import InvalidRequest
 
 TYPES: list[tuple[DTypeLike, int]] = [(np.float32, 0), (np.float16, 1)]
@@ -24,7 +24,7 @@ def embed(kernels: Kernels, table: Any, kind: int, tokens: list[int]) -> Any:
     return x
 
 
-@pytest.mark.parametrize("isa", cpu_isas())
+@pytest.mark.parametrize("isa", SETS)
 @pytest.mark.parametrize(("dtype", "kind"), TYPES)
 @pytest.mark.parametrize("columns", [1, 7, 64, 100])
 def test_rows_are_the_tables(isa: str, dtype: DTypeLike, kind: int, columns: int) -> None:

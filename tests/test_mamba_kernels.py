@@ -8,14 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from kernels import DECODE, PREFILL, Batch, Kernels, relative, same_bits
+from kernels import DECODE, PREFILL, SETS, Batch, Kernels, relative, same_bits
 from tolerances import SCAN
 
 from edgecascade.backends import reference
-from edgecascade.backends._lib import cpu_isas
 from edgecascade.errors import InvalidRequest
 
-ISAS = cpu_isas()
+ISAS = SETS
 SLOTS = 5
 
 

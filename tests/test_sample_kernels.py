@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernels import DECODE, Batch, Kernels
+from kernels import DECODE, SETS, Batch, Kernels
 from tolerances import LOGPROB
 
 from edgecascade import sampling
 from edgecascade.backends import _lib
-from edgecascade.backends._lib import address, cpu_isas
+from edgecascade.backends._lib import address
 from edgecascade.errors import InvalidRequest
 from edgecascade.sampling import SampleRow, Sampling
 
-ISAS = cpu_isas()
+ISAS = SETS
 NONE = np.zeros(0, np.int32)
 
 

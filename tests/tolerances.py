@@ -53,3 +53,7 @@ ROUNDED_ACTIVATIONS = 2e-3
 
 # Router weights against NumPy's, relative: a float32 dot, exp and a division.
 ROUTER_WEIGHTS = 1e-5
+
+# Blocks on CUDA for more than 8 rows, likewise: a weight is rounded to half once more when its
+# scale is multiplied in, 2^-12 relative on average.
+HALF_WEIGHTS = 4e-4

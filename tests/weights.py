@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +11,6 @@ from kernels import Kernels
 from numpy.typing import NDArray
 
 from edgecascade.backends._lib import Weight, address
-from edgecascade.backends.reference import round_to_int8
 from edgecascade.tensors import ALIGNMENT, Codec, matrix_bytes, round_up
 
 Floats = NDArray[np.float32]
@@ -25,10 +25,11 @@ class Matrices:
     data: NDArray[np.uint8]
     weight: Weight
     dense: Doubles  # [experts, n, k]
+    round: Callable[[Floats], Floats]  # what becomes of activations
 
     def product(self, x: Floats | Doubles, expert: int = 0) -> Doubles:
-        """What the kernels promise: int8 activations for blocks, exact sums."""
-        rounded = round_to_int8(x.astype(np.float32)) if self.codec.is_block else x
+        """What the kernels promise: rounded activations for blocks, exact sums."""
+        rounded = self.round(x.astype(np.float32)) if self.codec.is_block else x
         result: Doubles = rounded.astype(np.float64) @ self.dense[expert].T
         return result
 
@@ -43,12 +44,13 @@ def matrices(
     data = np.zeros(stride * experts, np.uint8)
     weight = Weight(address(data), stride, n, k, codec.ec_type, experts)
     dense = np.empty((experts, n, k), np.float64)
+    packing = kernels.packer.stream(1)
     for expert in range(experts):
         values = (random.standard_normal((n, k)) / np.sqrt(k)).astype(np.float32)
         part = data[expert * stride : expert * stride + size]
         if codec.is_block:
-            kernels.library.pack(kernels.stream, values, "f32", codec, part)
+            kernels.packer.pack(packing, values, "f32", codec, part)
         else:
             part[:] = values.astype(codec.value.replace("f", "float")).view(np.uint8).reshape(-1)
-        dense[expert] = kernels.library.unpack(weight, expert)
-    return Matrices(codec, data, weight, dense)
+        dense[expert] = kernels.packer.unpack(weight, expert)
+    return Matrices(codec, data, weight, dense, kernels.round)

@@ -1,0 +1,199 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Runs CUDA kernels on the CPU, one thread of a block a fiber: what nvcc compiles for a GPU, the
+// C++ compiler compiles against this header, so that the suite of the ops tests every index,
+// barrier and fragment of the kernels where no GPU is.
+//
+// Between two barriers the threads of a block run in a random order, and so do the blocks: what
+// works only in one order fails. Dynamic shared memory starts as NaN. A barrier that some threads
+// never reach, or a warp operation that a lane of its mask misses, ends the process with a
+// sentence. What it cannot show: speed, the memory model between barriers, alignment faults.
+#ifndef EC_CUDA_EMULATOR_H
+#define EC_CUDA_EMULATOR_H
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <limits>
+
+#define __global__ static
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __shared__ static
+
+struct dim3 {
+  unsigned x, y, z;
+  constexpr dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+};
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+struct alignas(8) float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+
+namespace ec::emulator {
+
+struct Thread {
+  dim3 index;
+  int lane, warp;
+};
+const Thread& thread();
+extern dim3 block, blocks, threads;  // blockIdx, gridDim, blockDim
+
+void launch(dim3 grid, dim3 size, size_t sharedBytes, const std::function<void()>& body);
+unsigned char* sharedMemory();
+void blockBarrier();
+void warpBarrier(unsigned mask);
+// What each lane of the warp puts there for the others to read between two barriers.
+uint32_t (*warpSlots())[8];
+
+template <class T>
+T exchange(unsigned mask, T value, int from) {
+  static_assert(sizeof(T) <= 32);
+  std::memcpy(warpSlots()[thread().lane], &value, sizeof value);
+  warpBarrier(mask);
+  T got;
+  std::memcpy(&got, warpSlots()[from & 31], sizeof got);
+  warpBarrier(mask);
+  return got;
+}
+
+}  // namespace ec::emulator
+
+#define threadIdx (ec::emulator::thread().index)
+#define blockIdx (ec::emulator::block)
+#define gridDim (ec::emulator::blocks)
+#define blockDim (ec::emulator::threads)
+
+inline void __syncthreads() { ec::emulator::blockBarrier(); }
+inline void __syncwarp(unsigned mask = ~0u) { ec::emulator::warpBarrier(mask); }
+template <class T>
+T __shfl_sync(unsigned mask, T value, int lane) {
+  return ec::emulator::exchange(mask, value, lane);
+}
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int bits) {
+  return ec::emulator::exchange(mask, value, ec::emulator::thread().lane ^ bits);
+}
+template <class T>
+T __shfl_up_sync(unsigned mask, T value, int delta) {
+  const int lane = ec::emulator::thread().lane;
+  return ec::emulator::exchange(mask, value, lane >= delta ? lane - delta : lane);
+}
+inline unsigned __ballot_sync(unsigned mask, bool set) {
+  std::memset(ec::emulator::warpSlots()[ec::emulator::thread().lane], 0, 32);
+  ec::emulator::warpSlots()[ec::emulator::thread().lane][0] = set;
+  ec::emulator::warpBarrier(mask);
+  unsigned bits = 0;
+  for (int lane = 0; lane < 32; ++lane) {
+    if (mask >> lane & 1) bits |= (ec::emulator::warpSlots()[lane][0] & 1u) << lane;
+  }
+  ec::emulator::warpBarrier(mask);
+  return bits;
+}
+inline int __syncthreads_or(int set) {
+  static int any;
+  ec::emulator::blockBarrier();
+  any = 0;
+  ec::emulator::blockBarrier();
+  any |= set;
+  ec::emulator::blockBarrier();
+  return any;
+}
+
+// Fibers share one processor thread: a plain addition is atomic.
+template <class T>
+T atomicAdd(T* at, T value) {
+  const T old = *at;
+  *at = old + value;
+  return old;
+}
+template <class T>
+T atomicOr(T* at, T value) {
+  const T old = *at;
+  *at = old | value;
+  return old;
+}
+
+template <class T>
+T __ldg(const T* at) {
+  return *at;
+}
+inline float __expf(float x) { return std::exp(x); }
+inline float rsqrtf(float x) { return 1.f / std::sqrt(x); }
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+inline unsigned __float_as_uint(float value) {
+  unsigned bits;
+  std::memcpy(&bits, &value, 4);
+  return bits;
+}
+inline float __uint_as_float(unsigned bits) {
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+inline unsigned __byte_perm(unsigned low, unsigned high, unsigned select) {
+  const uint64_t bytes = uint64_t{high} << 32 | low;
+  unsigned result = 0;
+  for (int i = 0; i < 4; ++i) {
+    result |= static_cast<unsigned>(bytes >> 8 * (select >> 4 * i & 7) & 0xff) << 8 * i;
+  }
+  return result;
+}
+using std::max;
+using std::min;
+
+struct __half {
+  uint16_t bits;
+};
+struct alignas(4) __half2 {
+  __half x, y;
+};
+float __half2float(__half h);
+__half __float2half_rn(float f);
+inline __half __ushort_as_half(uint16_t bits) { return {bits}; }
+inline uint16_t __half_as_ushort(__half h) { return h.bits; }
+inline __half2 __halves2half2(__half x, __half y) { return {x, y}; }
+inline __half2 __half2half2(__half h) { return {h, h}; }
+inline __half2 __floats2half2_rn(float x, float y) {
+  return {__float2half_rn(x), __float2half_rn(y)};
+}
+inline float2 __half22float2(__half2 h) { return {__half2float(h.x), __half2float(h.y)}; }
+inline __half2 __hsub2(__half2 a, __half2 b) {
+  return __floats2half2_rn(__half2float(a.x) - __half2float(b.x),
+                           __half2float(a.y) - __half2float(b.y));
+}
+inline __half2 __hmul2(__half2 a, __half2 b) {
+  return __floats2half2_rn(__half2float(a.x) * __half2float(b.x),
+                           __half2float(a.y) * __half2float(b.y));
+}
+inline __half2 __hfma2(__half2 a, __half2 b, __half2 c) {
+  const auto fma = [](__half p, __half q, __half r) {  // float holds every product of two halves
+    return static_cast<float>(double{__half2float(p)} * __half2float(q) + __half2float(r));
+  };
+  return __floats2half2_rn(fma(a.x, b.x, c.x), fma(a.y, b.y, c.y));
+}
+
+// The host's side: a device whose memory is the host's.
+using cudaStream_t = void*;
+using cudaError_t = int;
+constexpr cudaError_t cudaSuccess = 0;
+constexpr unsigned cudaStreamNonBlocking = 1;
+inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
+
+#endif  // EC_CUDA_EMULATOR_H

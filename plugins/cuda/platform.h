@@ -1,0 +1,177 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The one file that knows whether a kernel is compiled by nvcc for a GPU or by the C++ compiler for
+// the emulator: launches, the few instructions without a spelling in C++, dynamic shared memory.
+#ifndef EC_CUDA_PLATFORM_H
+#define EC_CUDA_PLATFORM_H
+
+#include "checks.h"
+
+#ifdef EC_EMULATED
+#include "emulator/emulator.h"
+#else
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#endif
+
+namespace ec::cuda {
+
+constexpr int kWarp = 32;
+constexpr unsigned kAll = ~0u;
+
+#ifdef EC_EMULATED
+
+template <class T>
+T* dynamicShared() {
+  return reinterpret_cast<T*>(emulator::sharedMemory());
+}
+
+inline uint4 loadStreaming(const void* at) {
+  uint4 value;
+  std::memcpy(&value, at, sizeof value);
+  return value;
+}
+
+inline void prefetchL2(const void*) {}
+
+// A copy that waitAsync() completes. Here at once: the emulator shows where it goes, not when.
+inline void copyAsync(uint4* to, const uint4* from) { *to = *from; }
+inline void commitAsync() {}
+template <int kPending>
+void waitAsync() {}
+
+// c += a b: a [16][16] and b [16][8] of halves, c [16][8] of floats, spread over the warp's lanes
+// as the PTX manual says for mma.m16n8k16. With g = lane / 4 and t = lane % 4, a0 holds row g,
+// columns 2t and 2t + 1; a1 row g + 8; a2 and a3 the same rows, columns 2t + 8 and 2t + 9; b0 holds
+// column g, rows 2t and 2t + 1, b1 rows 2t + 8 and 2t + 9; c0, c1 row g, columns 2t and 2t + 1; c2,
+// c3 row g + 8.
+inline void mma16816(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+                     uint32_t b1) {
+  const int lane = emulator::thread().lane, g = lane / 4, t = lane % 4;
+  uint32_t(*slots)[8] = emulator::warpSlots();
+  const uint32_t mine[6] = {a0, a1, a2, a3, b0, b1};
+  std::memcpy(slots[lane], mine, sizeof mine);
+  emulator::warpBarrier(kAll);
+  const auto element = [&](int owner, int slot, int k) {
+    return __half2float(
+        __ushort_as_half(static_cast<uint16_t>(slots[owner][slot] >> 16 * (k & 1))));
+  };
+  for (int i = 0; i < 4; ++i) {
+    const int row = g + (i / 2) * 8, column = 2 * t + i % 2;
+    double sum = c[i];
+    for (int k = 0; k < 16; ++k) {
+      const int high = k / 8, inner = k % 8;
+      sum += double{element(row % 8 * 4 + inner / 2, 2 * high + row / 8, inner)} *
+             element(column * 4 + inner / 2, 4 + high, inner);
+    }
+    c[i] = static_cast<float>(sum);
+  }
+  emulator::warpBarrier(kAll);
+}
+
+template <class... Parameters, class... Arguments>
+ec_status launch(const char*, void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared,
+                 ec_stream, const Arguments&... arguments) {
+  emulator::launch(grid, dim3(threads), shared, [&] { kernel(Parameters(arguments)...); });
+  return EC_OK;
+}
+
+#else
+
+template <class T>
+__device__ __forceinline__ T* dynamicShared() {
+  extern __shared__ __align__(16) unsigned char ecShared[];
+  return reinterpret_cast<T*>(ecShared);
+}
+
+// Weights are read once a step: past L1, and kept out of it.
+__device__ __forceinline__ uint4 loadStreaming(const void* at) {
+  uint4 v;
+  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0,%1,%2,%3},[%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(at));
+  return v;
+}
+
+__device__ __forceinline__ void prefetchL2(const void* at) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(at));
+}
+
+__device__ __forceinline__ void copyAsync(uint4* to, const uint4* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
+                   static_cast<uint32_t>(__cvta_generic_to_shared(to))),
+               "l"(from)
+               : "memory");
+}
+__device__ __forceinline__ void commitAsync() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+template <int kPending>
+__device__ __forceinline__ void waitAsync() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+__device__ __forceinline__ void mma16816(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2,
+                                         uint32_t a3, uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},"
+      "{%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+template <class... Parameters, class... Arguments>
+ec_status launch(const char* op, void (*kernel)(Parameters...), dim3 grid, int threads,
+                 size_t shared, ec_stream stream, const Arguments&... arguments) {
+  cudaError_t error = cudaSuccess;
+  if (shared > 48 << 10) {
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 static_cast<int>(shared));
+  }
+  if (error == cudaSuccess) {
+    kernel<<<grid, threads, shared, reinterpret_cast<cudaStream_t>(stream)> > >(
+        Parameters(arguments)...);
+    error = cudaGetLastError();
+  }
+  if (error == cudaSuccess) return EC_OK;
+  return fail(EC_DEVICE, "%s: %s", op, cudaGetErrorString(error));
+}
+
+#endif
+
+template <class T>
+__host__ __device__ constexpr T ceilDiv(T value, T by) {
+  return (value + by - 1) / by;
+}
+
+// What the sequences of a step that count own: the others' rows are left as they are.
+__device__ __forceinline__ int liveSequences(const ec_step& step) {
+  return step.live ? *step.live : step.n_seq;
+}
+__device__ __forceinline__ int liveRows(const ec_step& step) {
+  return step.live ? step.start[*step.live] : step.n_tok;
+}
+
+template <class T>
+__device__ __forceinline__ T warpSum(T value) {
+  for (int bits = 16; bits > 0; bits >>= 1) value += __shfl_xor_sync(kAll, value, bits);
+  return value;
+}
+__device__ __forceinline__ float warpMax(float value) {
+  for (int bits = 16; bits > 0; bits >>= 1)
+    value = fmaxf(value, __shfl_xor_sync(kAll, value, bits));
+  return value;
+}
+
+__device__ __forceinline__ float silu(float x) { return x / (1.f + expf(-x)); }
+__device__ __forceinline__ float relu2(float x) {
+  const float positive = fmaxf(x, 0.f);
+  return positive * positive;
+}
+__device__ __forceinline__ float activate(int act, float x) {
+  return act == EC_RELU2 ? relu2(x) : x;
+}
+
+}  // namespace ec::cuda
+
+#endif  // EC_CUDA_PLATFORM_H

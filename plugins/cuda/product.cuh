@@ -1,0 +1,126 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// store(i, r, (W norm(x[rowOf(i)]))[r]) for rows i of the step, any type of W: the launches that
+// linear and head share.
+//
+//   1 to 8 rows, blocks   one launch, gemv.cuh
+//   more rows, blocks     two launches, gemm.cuh
+//   float weights         one launch of plain float32 sums: exact, for small models and for tests
+//
+// So a row has the same bits in every step of up to 8 rows, and in every longer one; between the
+// two the rounding differs (tests/tolerances.py).
+#ifndef EC_CUDA_PRODUCT_CUH
+#define EC_CUDA_PRODUCT_CUH
+
+#include "gemm.cuh"
+#include "gemv.cuh"
+
+namespace ec::cuda {
+
+// RowOf: __device__ int count() - rows that matter; int operator()(int i) - row of x, or -1.
+template <class Codec, class RowOf, class Store>
+__global__ void __launch_bounds__(kThreads)
+    fewRows(const float* x, ec_weight w, ec_norm norm, RowOf rowOf, Store store) {
+  const int n = rowOf.count(), first = blockIdx.x * kBlockRows;
+  if (n == 0) return;
+  const uint8_t* blocks = static_cast<const uint8_t*>(w.data) +
+                          int64_t(blockIdx.x) * ceilDiv(w.k, kGroup) * Codec::kBytes;
+  multiplyRows<Codec>(
+      blocks, w.k, norm, n, [&](int i) { return x + int64_t(rowOf(i) < 0 ? 0 : rowOf(i)) * w.k; },
+      [&](int i, int r, float value) {
+        if (first + r < w.n && rowOf(i) >= 0) store(i, first + r, value);
+      });
+}
+
+template <class Codec, class RowOf, class Store>
+__global__ void __launch_bounds__(kGemmThreads)
+    manyRows(ec_weight w, Acts acts, RowOf rowOf, Store store) {
+  const int first = blockIdx.y * kTile, count = min(rowOf.count() - first, kTile);
+  if (count <= 0) return;
+  const int64_t row0 = int64_t(blockIdx.x) * kGemmRows;
+  const uint8_t* blocks = static_cast<const uint8_t*>(w.data) +
+                          row0 / kBlockRows * ceilDiv(w.k, kGroup) * Codec::kBytes;
+  multiplyTile<Codec>(
+      blocks, static_cast<int>(w.n - row0), w.k, acts, count, [&](int i) { return first + i; },
+      [&](int i, int r, const float(&values)[4]) {
+        if (rowOf(first + i) < 0) return;
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          if (row0 + r + j < w.n) store(first + i, static_cast<int>(row0 + r + j), values[j]);
+        }
+      });
+}
+
+template <class RowOf, class Store>
+__global__ void __launch_bounds__(kThreads)
+    floatRows(const float* x, ec_weight w, ec_norm norm, RowOf rowOf, Store store) {
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int groups = norm.gamma ? norm.groups : 1, first = blockIdx.y * kColumns;
+  const int n = min(rowOf.count() - first, kColumns);
+  float* inverse = dynamicShared<float>();  // [8][groups]
+  if (warp < n && rowOf(first + warp) >= 0) {
+    normRow(x + int64_t(rowOf(first + warp)) * w.k, w.k, norm, inverse + warp * groups, lane);
+  }
+  __syncthreads();
+  const int row0 = blockIdx.x * kBlockRows;
+  for (int r = row0 + warp; r < min(w.n, row0 + kBlockRows); r += kWarps) {
+    for (int i = 0; i < n; ++i) {
+      const int row = rowOf(first + i);
+      if (row < 0) continue;
+      const NormedRow normed{x + int64_t(row) * w.k, norm.gamma, inverse + i * groups,
+                             w.k / groups};
+      float sum = 0.f;
+#pragma unroll 4
+      for (int k = lane; k < w.k; k += kWarp) sum = fmaf(weightAt(w, 0, r, k), normed(k), sum);
+      sum = warpSum(sum);
+      if (lane == 0) store(first + i, r, sum);
+    }
+  }
+}
+
+struct ProductScratch {
+  bool tiled;
+  Acts acts;
+  ProductScratch(Arena& arena, const ec_weight& w, int rows)
+      : tiled(isBlockType(w.type) && rows > kColumns), acts(arena, tiled ? rows : 0, w.k) {}
+};
+
+// Rows that prepare() made acts of.
+template <class RowOf, class Store>
+ec_status tiledProduct(const char* op, ec_stream stream, const ec_weight& w, const Acts& acts,
+                       int rows, const RowOf& rowOf, const Store& store) {
+  const dim3 grid(ceilDiv(w.n, kGemmRows), ceilDiv(rows, kTile));
+  return launch(op, w.type == EC_U4_64 ? manyRows<U4, RowOf, Store> : manyRows<I8, RowOf, Store>,
+                grid, kGemmThreads, kGemmShared, stream, w, acts, rowOf, store);
+}
+
+template <class Codec, class RowOf, class Store>
+ec_status blockProduct(const char* op, ec_stream stream, const float* x, const ec_weight& w,
+                       const ec_norm& norm, int rows, const ProductScratch& scratch,
+                       const RowOf& rowOf, const Store& store) {
+  if (!scratch.tiled) {
+    const size_t shared = GemvShared::bytes(rows, norm.gamma ? norm.groups : 1, w.k);
+    return launch(op, fewRows<Codec, RowOf, Store>, dim3(ceilDiv(w.n, kBlockRows)), kThreads,
+                  shared, stream, x, w, norm, rowOf, store);
+  }
+  EC_TRY(prepare(op, stream, x, w.k, norm, rows, scratch.acts, rowOf));
+  return tiledProduct(op, stream, w, scratch.acts, rows, rowOf, store);
+}
+
+template <class RowOf, class Store>
+ec_status product(const char* op, ec_stream stream, const float* x, const ec_weight& w,
+                  const ec_norm& norm, int rows, const ProductScratch& scratch, const RowOf& rowOf,
+                  const Store& store) {
+  if (w.type == EC_U4_64)
+    return blockProduct<U4>(op, stream, x, w, norm, rows, scratch, rowOf, store);
+  if (w.type == EC_I8_64)
+    return blockProduct<I8>(op, stream, x, w, norm, rows, scratch, rowOf, store);
+  const int groups = norm.gamma ? norm.groups : 1;
+  return launch(op, floatRows<RowOf, Store>,
+                dim3(ceilDiv(w.n, kBlockRows), ceilDiv(rows, kColumns)), kThreads,
+                size_t(kColumns) * groups * sizeof(float), stream, x, w, norm, rowOf, store);
+}
+
+}  // namespace ec::cuda
+
+#endif  // EC_CUDA_PRODUCT_CUH
