@@ -30,7 +30,7 @@ from edgecascade.service.topics import is_name
 log = logging.getLogger(__name__)
 
 MAX_WAITING = 64
-FRESH_S = 30.0  # so long a refresh is news
+REST_S = 1.0  # between two refreshes, however many envelopes come
 FIRST_PAUSE_S = 2.0
 LONGEST_PAUSE_S = 300.0
 NOT_YET = frozenset({"too-early", "expired-metadata"})  # time may mend it
@@ -105,7 +105,7 @@ class Intake:
         self._waiting: deque[Envelope] = deque(maxlen=MAX_WAITING)
         self._changed = threading.Condition()
         self._closing = False
-        self._refreshed_at = -1e9
+        self._asked_at = -1e9
         self._next_refresh = 0.0
         self._current: Trust | None = None
         self._thread = threading.Thread(target=self._run, name="orders", daemon=True)
@@ -170,7 +170,7 @@ class Intake:
 
     def _take(self, envelope: Envelope) -> None:
         trusts = [self.folder_trust(envelope.source)] if envelope.source else self.trusts
-        trouble = self._refresh(trusts, fresh_s=0.0 if envelope.source else FRESH_S)
+        trouble = self._refresh(trusts)
         trust = self._current or trusts[0]
         system = time.time()
         try:
@@ -224,10 +224,16 @@ class Intake:
             if len(self._waiting) < MAX_WAITING:
                 self._waiting.append(replace(envelope, due=due, pause_s=2 * pause_s))
 
-    def _refresh(self, trusts: Sequence[Trust], fresh_s: float = 0.0) -> EdgeCascadeError | None:
-        """Ask for news, unless we just did; what went wrong if no repository gave any."""
-        if time.monotonic() - self._refreshed_at < fresh_s:
-            return None
+    def _refresh(self, trusts: Sequence[Trust]) -> EdgeCascadeError | None:
+        """Ask for news, since a key may have been revoked; what went wrong if there was no answer.
+
+        Before each envelope, and not more often than once in REST_S: a flood of envelopes must not
+        become a flood of questions.
+        """
+        with self._changed:
+            left_s = self._asked_at + REST_S - time.monotonic()
+            self._changed.wait_for(lambda: self._closing, max(0.0, left_s))
+        self._asked_at = time.monotonic()
         self._current = None
         trouble: EdgeCascadeError = NetworkError("no repository is named; set `repository`")
         for trust in trusts:
@@ -244,9 +250,6 @@ class Intake:
             self.outlook = Outlook(reached, "" if reached else f"{_reason(trouble)}: {trouble}")
             pause_s = self.refresh_s if reached else min(self.refresh_s, 60.0)
             self._next_refresh = time.monotonic() + pause_s * random.uniform(0.8, 1.0)
-            self._refreshed_at = time.monotonic() if reached else -1e9
-        else:
-            self._refreshed_at = -1e9  # of another repository than this
         return None if reached else trouble
 
 
