@@ -15,7 +15,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from edgecascade.errors import EdgeCascadeError, FleetError, UpdateFailed, UpdateRefused
 from edgecascade.fleet import events as ev
@@ -29,6 +29,7 @@ from edgecascade.fleet.state import (
     DeviceState,
     Phase,
     Slot,
+    read_slot,
     read_state,
     slot_to_bytes,
 )
@@ -42,6 +43,7 @@ GOLDEN = "golden.json"
 REST_S = 30.0  # after the disk failed, before it is tried again
 
 Evidence = Mapping[str, Any]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -189,24 +191,24 @@ class Executor:
         return ev.Booted(note)
 
     def _recovered(self) -> tuple[DeviceState, str]:
-        kept, note = self._read_slots(STATE)
+        kept, note = self._sound(STATE, read_state)
         if kept is not None:
             return kept, ""
-        golden, more = self._read_slots(GOLDEN)
+        golden, more = self._sound(GOLDEN, read_slot)
         floor = read_floor(self.files)
         if golden is None and not note and not floor.orders:
             return DeviceState(), ""  # a new device
         log.error("state lost: %s", note or "no state file")
-        slot = golden.golden if golden else None
         state = DeviceState(
-            active=slot, golden=slot, seqs=dict(floor.orders), floors=dict(floor.releases)
+            active=golden, golden=golden, seqs=dict(floor.orders), floors=dict(floor.releases)
         )
         return state, "; ".join(filter(None, ("the state file was lost", note, more)))
 
-    def _read_slots(self, path: str) -> tuple[DeviceState | None, str]:
+    def _sound(self, path: str, reader: Callable[[bytes], T]) -> tuple[T | None, str]:
+        """What a file holds, or why it is not known."""
         try:
             data = self.files.read(path, MAX_STATE_BYTES)
-            return (None if data is None else read_state(data)), ""
+            return (None if data is None else reader(data)), ""
         except UpdateFailed as error:
             return None, str(error)
         except OSError as error:

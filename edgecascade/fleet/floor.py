@@ -8,7 +8,6 @@ first is durable.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import threading
@@ -18,6 +17,7 @@ from dataclasses import asdict, dataclass, field
 from edgecascade.errors import UpdateFailed
 from edgecascade.fleet import strict
 from edgecascade.fleet.fs import Files, replace_file
+from edgecascade.fleet.sealed import seal, unseal
 from edgecascade.fleet.trust import Seen
 from edgecascade.service import wire
 
@@ -38,8 +38,7 @@ class Floor:
 
     def to_bytes(self) -> bytes:
         """A copy's content."""
-        text = wire.encode(asdict(self))
-        return hashlib.sha256(text).hexdigest().encode() + b"\n" + text
+        return seal("floor", wire.encode(asdict(self)))
 
     def raised(self, other: Floor) -> Floor:
         """The higher of both, number by number."""
@@ -80,8 +79,8 @@ def _copy(files: Files, path: str) -> Floor:
     data = files.read(path, MAX_FLOOR_BYTES)
     if data is None:
         return Floor()
-    digest, _, text = data.partition(b"\n")
-    if hashlib.sha256(text).hexdigest().encode() != digest:
+    text = unseal("floor", data)
+    if text is None:
         log.error("%s is damaged; its other copy stands in", path)
         return Floor()
     try:

@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a device remembers of its bundles and orders: `DeviceState`, and its one file.
 
-The file carries the SHA-256 of its content, so that a torn or rotten one is never believed. Nothing
+The file carries a checksum of its content, so that a torn or rotten one is never believed. Nothing
 here touches a disk: bytes in, a checked state out.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ from edgecascade.errors import UpdateFailed
 from edgecascade.fleet import strict
 from edgecascade.fleet.jobs import JobState
 from edgecascade.fleet.orders import Order
+from edgecascade.fleet.sealed import seal, unseal
 from edgecascade.service import wire
 
 SCHEMA = 1
@@ -119,8 +119,7 @@ class DeviceState:
 
     def to_bytes(self) -> bytes:
         """The file's content."""
-        text = wire.encode({"schema": SCHEMA, "state": asdict(self)})
-        return hashlib.sha256(text).hexdigest().encode() + b"\n" + text
+        return seal("state", wire.encode({"schema": SCHEMA, "state": asdict(self)}))
 
 
 def read_state(data: bytes) -> DeviceState:
@@ -129,8 +128,8 @@ def read_state(data: bytes) -> DeviceState:
     Raises:
         UpdateFailed: for anything but what `DeviceState.to_bytes` writes.
     """
-    digest, _, text = data.partition(b"\n")
-    if hashlib.sha256(text).hexdigest().encode() != digest:
+    text = unseal("state", data)
+    if text is None:
         raise UpdateFailed("the device's state file is damaged: its checksum does not fit")
     try:
         document = json.loads(text)
@@ -149,7 +148,23 @@ def read_state(data: bytes) -> DeviceState:
 
 def slot_to_bytes(slot: Slot) -> bytes:
     """The golden slot's own file, which stands in where the state file is lost."""
-    return DeviceState(golden=slot).to_bytes()
+    return seal("slot", wire.encode(asdict(slot)))
+
+
+def read_slot(data: bytes) -> Slot:
+    """The slot in a file's content.
+
+    Raises:
+        UpdateFailed: for anything but what `slot_to_bytes` writes.
+    """
+    text = unseal("slot", data)
+    try:
+        if text is not None:
+            return strict.read(Slot, json.loads(text), "a slot")
+        problem = "its checksum does not fit"
+    except ValueError as error:
+        problem = str(error)
+    raise UpdateFailed(f"the golden bundle's file is damaged: {problem}")
 
 
 def cut_evidence(evidence: Mapping[str, Any]) -> dict[str, Any]:

@@ -239,6 +239,8 @@ def _install(state: DeviceState, event: Ordered, now: float) -> Step:
         return _refuse(state, order, target, "requirements", event.refusal)
     if now >= order.expires:
         return _refuse(state, order, target, "expired", f"the order expired at {order.expires:.0f}")
+    if current is None and state.active is not None and state.active.release == target.release:
+        return _end(state, order, target, "SUCCEEDED", {"reason": "already-installed"})
     floor = state.floors.get(target.name, 0)
     if target.seq < floor and not order.policy.allow_downgrade:
         return _refuse(
@@ -254,17 +256,15 @@ def _install(state: DeviceState, event: Ordered, now: float) -> Step:
         after, effects = _end(state, current.order, target, "CANCELED", {"reason": "superseded"})
         adopted = replace(after, update=replace(current, order=order, paused=False))
         return adopted, (Halt(), *effects, _progress(adopted), *_work(adopted, now))
-    before: tuple[Effect, ...] = ()
     if current is not None:
         state, before = _cancel(state, current, "superseded")
-    if state.active is not None and state.active.release == target.release:
-        after, effects = _end(state, order, target, "SUCCEEDED", {"reason": "already-installed"})
+        after, effects = _install(state, event, now)
         return after, (*before, *effects)
     # The same bundle under other options: what it answers is known.
     proven = state.active is not None and state.active.manifest == target.manifest
     after = replace(state, update=Update(order, target, Phase.OFFERED, proven=proven))
     queued = replace(_progress(after), state="QUEUED")
-    return after, (*before, queued, *_work(after, now))
+    return after, (queued, *_work(after, now))
 
 
 def _pause(state: DeviceState, event: Ordered, now: float) -> Step:

@@ -28,6 +28,7 @@ CLASSES: dict[str, str] = {
     "F4": "images",
     "F5": "lies",
     "F6": "disk",
+    "F7": "flips",
     "F8": "http",
     "F11": "attacks",
     "F12": "clocks",
