@@ -65,6 +65,11 @@ class Evaluation:
             if split in (None, result.sample.split) and skill in (None, result.sample.skill)
         )
 
+    @property
+    def splits(self) -> list[str]:
+        """The splits that have samples, in the suite's order."""
+        return [split for split in self.suite.splits if self.skills(split)]
+
     def skills(self, split: str) -> list[str]:
         """The skills of a split, by name."""
         return sorted({r.sample.skill for r in self.results if r.sample.split == split})
@@ -84,7 +89,7 @@ class Evaluation:
                         skill: self.figures(split, skill).to_dict() for skill in self.skills(split)
                     },
                 }
-                for split in self.suite.splits
+                for split in self.splits
             },
             "answers": [_row(result) for result in self.results],
         }

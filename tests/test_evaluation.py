@@ -92,6 +92,12 @@ def test_its_own_answers_are_all_right(llm: LLM, own: list[Values]) -> None:
     assert told == [(step, 12) for step in range(13)]
 
 
+def test_a_split_without_samples_has_no_figures(llm: LLM, own: list[Values]) -> None:
+    result = evaluate(llm, suite_of(own[:1]))
+    assert result.splits == ["a"]
+    assert list(result.to_dict()["splits"]) == ["a"]
+
+
 def test_other_answers_are_misses(llm: LLM, own: list[Values]) -> None:
     wrong = [
         sample | {"expected": {"content": sample["expected"]["content"] + "x"}} for sample in own

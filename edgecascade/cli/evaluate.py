@@ -103,9 +103,7 @@ def _table(result: Evaluation) -> Table:
     if compared:
         for name in ("against: exact", "perplexity", "KL", "top-1"):
             table.add_column(name, justify="right")
-    for split in result.suite.splits:
-        if not result.skills(split):
-            continue
+    for split in result.splits:
         table.add_section()
         table.add_row(split, *_cells(result.figures(split), compared), style="bold")
         for skill in result.skills(split):
