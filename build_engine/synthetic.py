@@ -94,6 +94,22 @@ def write_synthetic(
         BuildError: when the bundle cannot be written.
     """
     raw = config(name, layers)
+    facts = {"synthetic": name, "layers": len(raw["hybrid_override_pattern"]), "seed": SEED}
+    return write_random(
+        path, raw, facts, precision=precision, overwrite=overwrite, progress=progress
+    )
+
+
+def write_random(
+    path: str | Path,
+    raw: dict[str, Any],
+    report: dict[str, Any],
+    *,
+    precision: str = "speed",
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Path:
+    """Write a bundle for a config.json with random weights."""
     model = family(raw["model_type"])
     c = model.read_config(raw)
     plan = quantize(model.tensors(c), precision)
@@ -107,7 +123,6 @@ def write_synthetic(
                 done += data.nbytes
                 if progress is not None:
                     progress(done, writer.total_bytes)
-        report = {"synthetic": name, "layers": len(raw["hybrid_override_pattern"]), "seed": SEED}
         return writer.finish({}, {"eos_token_id": [raw["eos_token_id"]]}, report)
 
 

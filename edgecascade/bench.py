@@ -98,8 +98,8 @@ def _tokens(llm: LLM, count: int) -> list[int]:
 
 
 def _read_bytes_per_s(backend: str) -> float:
-    """What this machine's memory gives, 0 where the backend does not use the kernel library."""
-    return 0.0 if backend == "reference" else float(cpu_library().query().read_bytes_per_s)
+    """What the processor reads from memory, 0 where the backend is not the CPU's kernels."""
+    return 0.0 if backend != "cpu" else float(cpu_library().query().read_bytes_per_s)
 
 
 def circumstances() -> dict[str, Any]:

@@ -5,16 +5,21 @@ from __future__ import annotations
 
 import os
 import platform
-import sys
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from edgecascade.backends._lib import ABI_VERSION, cpu_isas, cpu_library, library_path
+from edgecascade.backends._lib import (
+    ABI_VERSION,
+    cpu_isas,
+    cpu_library,
+    cuda_library_path,
+    library_path,
+)
+from edgecascade.backends._trt_versions import import_tensorrt
 from edgecascade.device.facts import facts
 from edgecascade.device.memory import memory_bytes
-from edgecascade.errors import EdgeCascadeError
+from edgecascade.errors import BackendUnavailable, EdgeCascadeError
 
 GPU_NODES = ("/dev/nvidia0", "/dev/nvhost-gpu", "/dev/nvgpu/igpu0")
 
@@ -77,14 +82,15 @@ def _gpu() -> str:
     nodes = [node for node in GPU_NODES if Path(node).exists()]
     if not nodes:
         return "no NVIDIA GPU; the CPU backend runs everything"
-    return f"NVIDIA GPU at {nodes[0]}; this version runs on the CPU beside it"
+    if not cuda_library_path().exists():
+        return (
+            f"NVIDIA GPU at {nodes[0]}; the CUDA kernels are not built, so the CPU runs beside it"
+        )
+    return f"NVIDIA GPU at {nodes[0]}, CUDA kernels at {cuda_library_path()}"
 
 
 def _tensorrt() -> str:
-    if find_spec("tensorrt") is None:
-        where = "the system's Python has it on a Jetson" if sys.prefix != sys.base_prefix else ""
-        return "no TensorRT module" + (f"; {where}" if where else "")
     try:
-        return f"TensorRT {version('tensorrt')}"
-    except PackageNotFoundError:
-        return "TensorRT of unknown version"
+        return f"TensorRT {import_tensorrt().__version__}"
+    except BackendUnavailable as error:
+        return str(error)

@@ -239,6 +239,11 @@ class TensorRTBackend:
         context.set_device_memory(self._memory, self._memory_bytes)
         return Steps(context, self._graph.inputs, self._sizes, self._addresses, self._stream)
 
+    @property
+    def captured(self) -> list[int]:
+        """For how many sequences a decode step is a single launch by now."""
+        return sorted(self._captured)
+
     def prefill(self, slot: int, tokens: Array) -> Array:
         """See Backend."""
         self._check_slot(slot)

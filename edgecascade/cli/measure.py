@@ -30,6 +30,11 @@ def add(commands: Any) -> None:
 
     doctor = commands.add_parser("doctor", help="what this machine offers")
     doctor.add_argument("--json", action="store_true")
+    doctor.add_argument(
+        "--engine",
+        action="store_true",
+        help="build a small TensorRT engine, run it, compare it, and print a report to send",
+    )
     doctor.set_defaults(run=_doctor)
 
 
@@ -91,6 +96,12 @@ def _doctor(args: argparse.Namespace) -> int:
     from edgecascade.doctor import examine
 
     found = examine()
+    if args.engine:
+        from build_engine.prove import prove
+
+        found["engine"] = prove()
+        print_json(found)
+        return 1 if found["engine"]["error"] else 0
     if args.json:
         print_json(found)
         return 0

@@ -1,22 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 """Answers through an engine, with the driver in TensorRT's place, beside those of the CPU backend.
 
-python tests/trt/end_to_end.py RELEASE FOLDER BUNDLE     one line of JSON: what was seen
+    python tests/trt/end_to_end.py RELEASE FOLDER BUNDLE [MORE]     one line of JSON: what was seen
+
+The answers are those of BUNDLE; of MORE, states and single steps are compared.
 """
 
 from __future__ import annotations
 
 import ctypes
+import io
 import json
 import sys
 import time
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import standin
 
-RELEASE, FOLDER, BUNDLE = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
+RELEASE = sys.argv[1]
+FOLDER, BUNDLE, *MORE = map(Path, sys.argv[2:])
 PROMPTS, GREEDY, WAVE = 200, 100, 50
 trt = standin.load(RELEASE, FOLDER)
 
@@ -24,6 +29,7 @@ import driver  # noqa: E402
 import play  # noqa: E402
 
 from edgecascade import LLM  # noqa: E402
+from edgecascade.cli import main as cli  # noqa: E402
 
 PLAYER = driver.play(trt)
 
@@ -44,6 +50,7 @@ def requests(vocab: int) -> list[tuple[list[int], dict[str, Any]]]:
 
 def answers(backend: str) -> tuple[list[list[int]], dict[str, Any]]:
     """The tokens of every answer, asked for in waves; and what the backend did for them."""
+    contexts = PLAYER.contexts
     with LLM.load(BUNDLE, backend, threads=1, verify=False, max_context=1024) as llm:
         asked, made = requests(llm.vocab), []
         for at in range(0, len(asked), WAVE):
@@ -55,7 +62,7 @@ def answers(backend: str) -> tuple[list[list[int]], dict[str, Any]]:
         seen = {}
         if backend == "tensorrt":
             inner: Any = llm._backend
-            seen = {"captured": sorted(inner._captured), "contexts": PLAYER.contexts}
+            seen = {"captured": sorted(inner._captured), "contexts": PLAYER.contexts - contexts}
             seen["layers"] = len(inner._engine.layers)
     return made, seen
 
@@ -121,15 +128,59 @@ def refused() -> dict[str, Any]:
         return {"same": same, "captured": len(backend._captured)}
 
 
+def steps(bundle: Path) -> list[str]:
+    """What differs from the CPU backend: every row of logits, batches in any order, and states
+    that move between the two, in the middle of a page and at its end.
+    """
+    with play.Bundle.open(bundle, verify=False) as opened:
+        play.build_engine(opened)
+    wrong = []
+    with (
+        play.opened(bundle, "tensorrt", threads=1) as engine,
+        play.opened(bundle, "cpu", threads=1) as cpu,
+    ):
+        tokens = np.random.default_rng(3).integers(3, cpu.vocab, 131).astype(np.int32)
+        if not np.array_equal(engine.logits(tokens), cpu.logits(tokens)):
+            wrong.append("logits")
+        for slot, length in enumerate((1, 64, 65, 131)):
+            if not np.array_equal(*(b.prefill(slot, tokens[:length]) for b in (engine, cpu))):
+                wrong.append(f"prefill of {length}")
+        for slots in ([2, 0, 3], [1], [3, 2, 1, 0]):
+            if not np.array_equal(*(b.decode(slots, [5] * len(slots)) for b in (engine, cpu))):
+                wrong.append(f"decode of {slots}")
+        for slot in range(4):
+            mine, its = engine.save(slot), cpu.save(slot)
+            same = mine.tokens == its.tokens and mine.parts.keys() == its.parts.keys()
+            if not same or not all(np.array_equal(mine.parts[k], its.parts[k]) for k in mine.parts):
+                wrong.append(f"saved state of slot {slot}")
+            engine.restore(7 - slot, its)
+            cpu.restore(7 - slot, mine)
+            engine.reset(slot)
+            cpu.reset(slot)
+            if not np.array_equal(*(b.decode([7 - slot], [9]) for b in (engine, cpu))):
+                wrong.append(f"restored state of slot {slot}")
+    return wrong
+
+
+def doctor() -> dict[str, Any]:
+    """What `edgecascade doctor --engine` prints."""
+    printed = io.StringIO()
+    with play.building_here(), redirect_stdout(printed):
+        status = cli(["doctor", "--engine"])
+    return {"status": status, **json.loads(printed.getvalue())["engine"]}
+
+
 def main() -> None:
     PLAYER.checking = False  # tests/trt/mutations.py looks at every byte; this is about answers
     with play.Bundle.open(BUNDLE, verify=False) as bundle:
-        play.build_engine(PLAYER, trt, bundle)
+        play.build_engine(bundle)
     expected, _ = answers("cpu")
     made, seen = answers("tensorrt")
     differ = [i for i, pair in enumerate(zip(made, expected, strict=True)) if pair[0] != pair[1]]
     seen |= {"prompts": len(made), "differ": differ, "tokens": sum(map(len, made))}
     seen |= {"replay": replay(), "refused": refused(), "costs": costs()}
+    seen["doctor"] = doctor()
+    seen["steps"] = {path.name: steps(path) for path in MORE}
     sys.stdout.write(json.dumps(seen) + "\n")
 
 

@@ -53,7 +53,7 @@ def run() -> None:
     PRIVATE.append(open_device().alloc(1 << 22))
     PLAYER.creators.clear()
     with play.Bundle.open(BUNDLE, verify=False) as bundle:
-        play.build_engine(PLAYER, trt, bundle)
+        play.build_engine(bundle)
     with play.opened(BUNDLE, "tensorrt", threads=1) as backend:
         PLAYER.cuda.fakecuda_strict(1)
         try:

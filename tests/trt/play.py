@@ -1,47 +1,55 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A bundle's engine, built and opened with the driver in TensorRT's place."""
+"""The project's own build and run of an engine, with the driver in TensorRT's place."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import ModuleType
+from pathlib import Path
 from typing import Any
 
-import driver
-
-from build_engine.graph import to_onnx
+from build_engine import compile_job
+from build_engine.compile import build_engine as compile_engine
+from build_engine.compile_job import Job
 from edgecascade.backends import _trt_versions as versions
 from edgecascade.backends import open_backend
-from edgecascade.backends._cuda import open_device
 from edgecascade.backends._lib import cuda_library
-from edgecascade.backends._trt_plugins import register
-from edgecascade.backends.tensorrt import key_here
 from edgecascade.bundle import Bundle
-from edgecascade.engines import write_engine
-from edgecascade.trace import dims, profiles, trace_bundle
+
+__all__ = ["Bundle", "build_engine", "cuda_library", "opened", "versions"]
 
 
-def build_plan(player: driver.Play, bundle: Bundle) -> bytes:
-    """The exported graph through the plugins' build phase, with both profiles."""
-    graph = trace_bundle(bundle)
-    network = driver.Network(player)
-    network.parse(to_onnx(graph))
-    bounds = [
-        {name: dims(tensor, profile) for name, tensor in graph.inputs.items()}
-        for profile in profiles(graph, bundle.max_context)
-    ]
-    return driver.build(network, bounds)
+def in_process(job: Path, variables: dict[str, str], progress: Any) -> dict[str, Any]:
+    """The builder's child process without the process: there is no driver in a new one."""
+    read = Job(**json.loads(job.read_text()))
+    if read.bundle is None:
+        return compile_job.run(read, compile_job._open_tensorrt(None), None, tell)
+    with Bundle.open(read.bundle, verify=False) as bundle:
+        return compile_job.run(read, compile_job._open_tensorrt(bundle), bundle, tell)
 
 
-def build_engine(player: driver.Play, trt: ModuleType, bundle: Bundle) -> None:
-    """Build the engine and store it where the backend looks for it."""
-    device = open_device()
-    register(trt, cuda_library(), device.copy)
-    write_engine(bundle, key_here(bundle, trt, device), build_plan(player, bundle), {})
+def tell(message: dict[str, Any]) -> None:
+    """Progress, for nobody."""
 
 
-__all__ = ["Bundle", "build_engine", "build_plan", "cuda_library", "opened", "versions"]
+@contextmanager
+def building_here() -> Iterator[None]:
+    """Engines are built in this process."""
+    from build_engine import compile as module
+
+    before: Callable[..., Any] = module._run
+    module._run = in_process
+    try:
+        yield
+    finally:
+        module._run = before
+
+
+def build_engine(bundle: Bundle) -> None:
+    """Build the engine, store it where the backend looks for it, and have its tokens compared."""
+    with building_here():
+        compile_engine(bundle)
 
 
 @contextmanager

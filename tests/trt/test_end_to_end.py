@@ -22,7 +22,9 @@ def test_200_answers_are_the_cpu_backends_and_decode_is_one_launch(
     prepared: standin.Prepared, own_bundle: Callable[[str, str], Path], release: str
 ) -> None:
     program = [sys.executable, str(standin.HERE / "end_to_end.py"), release]
-    arguments = [str(prepared(release)), str(own_bundle("tiny", "speed"))]
+    shapes = (("odd", "exact"), ("dense", "quality"), ("groups", "balanced"))
+    more = [own_bundle(*each) for each in shapes]
+    arguments = [str(path) for path in (prepared(release), own_bundle("tiny", "speed"), *more)]
     done = subprocess.run(
         [*program, *arguments], cwd=standin.ROOT, capture_output=True, text=True, timeout=1800
     )
@@ -35,5 +37,11 @@ def test_200_answers_are_the_cpu_backends_and_decode_is_one_launch(
     # Tokens go up, logits come down, one wait for them, one launch: no plugin is called.
     replay = {"enqueued": 0, "allocations": 0, "waits": 1, "copies": 2, "calls": 0, "launches": 1}
     assert seen["replay"] == replay
+    assert seen["steps"] == {path.name: [] for path in more}
+    report = seen["doctor"]
+    assert (report["status"], report["error"], report["stage"]) == (0, None, "done")
+    assert report["decode"]["distance"] == 0
+    assert report["decode"]["captured"] == [1, 8]
+    assert report["tokens"]["same"] == report["tokens"]["steps"] > 0
     assert seen["refused"] == {"same": True, "captured": 0}
     assert "decode is not captured as a CUDA graph" in done.stderr
