@@ -9,7 +9,7 @@ expires. One that was refused is reported, under the name it gives itself, but n
 
 from __future__ import annotations
 
-import base64
+import contextlib
 import logging
 import random
 import threading
@@ -17,15 +17,12 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from edgecascade.errors import EdgeCascadeError, FleetError, NetworkError, UpdateRefused
 from edgecascade.fleet import orders
 from edgecascade.fleet.orders import MAX_ENVELOPE_BYTES, Order
 from edgecascade.fleet.refresh import Trust
 from edgecascade.fleet.release import Release
-from edgecascade.service import wire
-from edgecascade.service.topics import is_name
 
 log = logging.getLogger(__name__)
 
@@ -99,6 +96,7 @@ class Intake:
     judge: Callable[[Release], str]
     post: Callable[[Result], None]
     refresh_s: float = 3600.0
+    rest_s: float = REST_S
     outlook: Outlook = field(default_factory=Outlook, init=False)
 
     def __post_init__(self) -> None:
@@ -148,7 +146,7 @@ class Intake:
                 if envelope is None:
                     self._refresh(self.trusts)
                 else:
-                    self._take(envelope)
+                    self.take(envelope)
             except Exception:  # a thread that is gone would be a device that no order reaches
                 log.exception("an order is not handled")
 
@@ -168,7 +166,8 @@ class Intake:
                 self._changed.wait(max(0.05, min(due) - now) if due else None)
             return None
 
-    def _take(self, envelope: Envelope) -> None:
+    def take(self, envelope: Envelope) -> None:
+        """Judge an envelope here and now. On the thread; a test without one may call it."""
         trusts = [self.folder_trust(envelope.source)] if envelope.source else self.trusts
         trouble = self._refresh(trusts)
         trust = self._current or trusts[0]
@@ -227,11 +226,11 @@ class Intake:
     def _refresh(self, trusts: Sequence[Trust]) -> EdgeCascadeError | None:
         """Ask for news, since a key may have been revoked; what went wrong if there was no answer.
 
-        Before each envelope, and not more often than once in REST_S: a flood of envelopes must not
-        become a flood of questions.
+        Before each envelope, and not more often than once in `rest_s`: a flood of envelopes must
+        not become a flood of questions.
         """
         with self._changed:
-            left_s = self._asked_at + REST_S - time.monotonic()
+            left_s = self._asked_at + self.rest_s - time.monotonic()
             self._changed.wait_for(lambda: self._closing, max(0.0, left_s))
         self._asked_at = time.monotonic()
         self._current = None
@@ -255,15 +254,10 @@ class Intake:
 
 def said_name(envelope: bytes) -> tuple[str, int]:
     """The order and sequence number that an envelope names, unproven; "" and 0 for none."""
-    try:
-        if len(envelope) > MAX_ENVELOPE_BYTES:
-            return "", 0
-        body: Any = wire.decode(base64.b64decode(wire.decode(envelope)["payload"]))
-        order, seq = body["order"], body["seq"]
-        if is_name(order) and type(seq) is int and 0 <= seq <= wire.MAX_INTEGER:
-            return order, seq
-    except (wire.BadJson, ValueError, KeyError, TypeError):
-        pass
+    if len(envelope) <= MAX_ENVELOPE_BYTES:
+        with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
+            order = orders.unverified(envelope)
+            return order.order, order.seq
     return "", 0
 
 

@@ -30,6 +30,7 @@ CLASSES: dict[str, str] = {
     "F6": "disk",
     "F7": "flips",
     "F8": "http",
+    "F9": "messages",
     "F11": "attacks",
     "F12": "clocks",
     "F13": "rollouts",
