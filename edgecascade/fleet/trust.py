@@ -19,6 +19,8 @@ from edgecascade.fleet import strict
 from edgecascade.fleet.clock import Now
 from edgecascade.fleet.orders import OrderKeys
 from edgecascade.fleet.release import Release
+from edgecascade.fleet.sealed import seal, unseal
+from edgecascade.service import wire
 
 if TYPE_CHECKING:
     from tuf.api.metadata import Root, Snapshot, TargetFile, Targets, Timestamp
@@ -75,18 +77,16 @@ class Belief:
 
     def to_bytes(self) -> bytes:
         """The file's content, with its checksum."""
-        text = canonical_json(asdict(self))
-        return hashlib.sha256(text).hexdigest().encode() + b"\n" + text
+        return seal("belief", wire.encode(asdict(self)))
 
     @staticmethod
     def parse(data: bytes) -> Belief | None:
         """The file's content; None for a damaged one, which costs a refresh."""
-        digest, _, text = data.partition(b"\n")
-        if hashlib.sha256(text).hexdigest().encode() != digest:
+        text = unseal("belief", data)
+        if text is None:
             return None
         try:
-            raw = strict.json_object(text, "belief")
-            return strict.read(Belief, raw, "belief")
+            return strict.read(Belief, strict.json_object(text, "belief"), "belief")
         except strict.BadDocument:
             return None
 
