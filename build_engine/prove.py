@@ -27,7 +27,7 @@ from edgecascade.errors import BuildError, EdgeCascadeError
 log = logging.getLogger(__name__)
 
 # Every kind of layer, two pages of context, and sizes that are small but the real ones' multiples.
-SMALL = {
+SMALL: dict[str, Any] = {
     "hybrid_override_pattern": "ME*-ME",
     "num_hidden_layers": 6,
     "hidden_size": 384,
