@@ -9,7 +9,8 @@ import random
 from dataclasses import dataclass
 
 import torch
-from make_data import Sample, long_sample, sample
+from conversation import Sample
+from make_data import long_sample, sample
 from make_tokenizer import PAD
 from tokenizers import Tokenizer
 from torch import Tensor

@@ -100,6 +100,13 @@ def write_checkpoint(run: Path, out: Path) -> None:
     shutil.copy(HERE / "chat_template.jinja", out / "chat_template.jinja")
 
 
+def write_bundle(checkpoint: Path, out: Path) -> None:
+    """As `edgecascade build --precision speed` does."""
+    from build_engine.pipeline import build
+
+    build(checkpoint, out, precision="speed", overwrite=True)
+
+
 def write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n")
 
@@ -111,12 +118,8 @@ def main() -> None:
     parser.add_argument("--bundle", type=Path)
     args = parser.parse_args()
     write_checkpoint(args.run, args.checkpoint)
-    print(f"{args.checkpoint}: {sum(f.stat().st_size for f in args.checkpoint.iterdir())} bytes")
     if args.bundle:
-        from build_engine.pipeline import build
-
-        build(args.checkpoint, args.bundle, precision="speed", overwrite=True)
-        print(f"{args.bundle}: {sum(f.stat().st_size for f in args.bundle.rglob('*'))} bytes")
+        write_bundle(args.checkpoint, args.bundle)
 
 
 if __name__ == "__main__":

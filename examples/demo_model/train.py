@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Train the demo model from its seed: data, tokenizer, training, checkpoint, bundle.
 
-    python examples/demo_model/train.py --out DIR
+    python examples/demo_model/train.py --out build/demo_model
 
 Run again after an interruption, it goes on from the last saved step. The same seed and number of
-workers give the same weights, to the bit, on the same machine and PyTorch.
+workers give the same weights, to the bit, on the same machine and PyTorch. DIR/checkpoint,
+DIR/bundle and DIR/loss.png are the result.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 from batches import Batch, Mixture, long_row, rows_of
+from export import write_bundle, write_checkpoint
 from make_tokenizer import train as train_tokenizer
 from model import CONFIG, HALF, Forward, as_int4, initial, is_matrix
 from tokenizers import Tokenizer
@@ -44,7 +46,7 @@ class Plan:
     """What is trained, and when. Steps count optimizer updates."""
 
     seed: int = 0
-    steps: int = 3800
+    steps: int = 3700
     workers: int = 2
     rows: int = 8  # a worker's share of a step
     micro_rows: int = 4  # of them at a time
@@ -52,7 +54,7 @@ class Plan:
     curriculum: int = 1200  # by then the mixture is the final one
     wider_from: int = 1600  # from here nouns are many more, and prompts count less
     decay_from: int = 1900  # from here the learning rate falls to zero
-    int4_from: int = 2900  # from here the matrices are rounded as the bundle will round them
+    int4_from: int = 2850  # from here the matrices are rounded as the bundle will round them
     long_every: int = 64  # steps between long rows
     long_from: int = 1000
     rate: float = 4e-3
@@ -194,8 +196,7 @@ class Worker:
     def balance(self, step: int) -> float:
         """Raise the selection bias of experts with few tokens; returns the worst overload."""
         plan, counts = self.plan, self.shared.counts.sum(0)
-        fall = plan.rate_at(step) / plan.rate
-        speed = (0.02 if step < plan.decay_from else 0.005) * fall
+        speed = 0.02 * min(1.0, plan.rate_at(step) / plan.rate)
         mean = counts.mean(-1, keepdim=True)
         for name, change in zip(self.biases, (mean - counts) / mean * speed, strict=True):
             self.weights[name].add_(change)
@@ -338,7 +339,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder of the run")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder of the run and of its results"
+    )
     parser.add_argument("--until", type=int, help="stop after this step, to go on later")
     parser.add_argument("--save-every", type=int, default=100)
     args = parser.parse_args()
@@ -362,6 +365,32 @@ def main() -> None:
     work(0, *rest)
     for process in others:
         process.join()
+    if until == plan.steps:
+        write_checkpoint(args.out, args.out / "checkpoint")
+        write_bundle(args.out / "checkpoint", args.out / "bundle")
+        draw(args.out / "log.jsonl", args.out / "loss.png", plan)
+
+
+def draw(log: Path, picture: Path, plan: Plan) -> None:
+    """The loss of the answers' tokens over the steps."""
+    import matplotlib.pyplot as plt
+
+    lines = (json.loads(line) for line in log.read_text().splitlines())
+    losses = {line["step"]: line["loss"] for line in lines}  # steps done twice: the last counts
+    figure, axes = plt.subplots(figsize=(8, 4.5))
+    axes.semilogy(sorted(losses), [losses[step] for step in sorted(losses)], linewidth=1)
+    marks = {
+        plan.wider_from: "more nouns",
+        plan.decay_from: "rate falls",
+        plan.int4_from: "INT4 weights",
+    }
+    for step, name in marks.items():
+        axes.axvline(step, color="grey", linewidth=0.8, linestyle=":")
+        axes.annotate(name, (step, max(losses.values()) / 2), rotation=90, fontsize=8, ha="right")
+    axes.set(xlabel="step", ylabel="loss of the answer's tokens (nats)")
+    axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(picture, dpi=120)
 
 
 if __name__ == "__main__":
