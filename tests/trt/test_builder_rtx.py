@@ -11,6 +11,7 @@ import copy
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -22,9 +23,16 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from golden import Golden
 from models import graph_of_shapes, write_bundle
 
-from build_engine.compile import WORKSPACE_BYTES, compile_onnx, environment
+from build_engine.compile import (
+    WORKSPACE_BYTES,
+    build_engine,
+    compile_graph,
+    compile_onnx,
+    environment,
+)
 from build_engine.compile_job import ONNX, Job, profile_of
 from build_engine.decompose import with_functions
 from build_engine.graph import to_onnx
@@ -32,7 +40,7 @@ from build_engine.rtx import libraries
 from edgecascade.bundle import Bundle
 from edgecascade.cli import main
 from edgecascade.engines import EngineKey, read_engine
-from edgecascade.errors import BackendUnavailable, BuildError
+from edgecascade.errors import BackendUnavailable, BuildError, InvalidRequest
 from edgecascade.nodes import NODES
 from edgecascade.trace import Graph, Node, dims, profiles, trace_bundle
 
@@ -329,6 +337,72 @@ def test_the_30b_graph_builds_in_a_gigabyte(
     assert facts["layers"] == len(graph.nodes)
     assert facts["peak_rss_bytes"] <= 1 << 30
     assert facts["plan_bytes"] <= 40e6
+
+
+def children() -> list[int]:
+    """Processes that this one started and has not waited for."""
+    return [int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()]
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGTERM, signal.SIGSEGV])
+def test_a_builder_that_is_killed_leaves_an_error_and_no_engine(
+    own_bundle: Callable[[str, str], Path], signal_number: int
+) -> None:
+    def kill(*_: Any) -> None:
+        for pid in children():
+            os.kill(pid, signal_number)
+
+    with (
+        Bundle.open(own_bundle("tiny", "speed")) as bundle,
+        pytest.raises(BuildError, match=f"ended by signal {int(signal_number)}; 9 means"),
+    ):
+        build_engine(bundle, builder="rtx", progress=kill)
+    assert not (bundle.path / "engines").exists()
+
+
+def test_an_interrupted_build_takes_its_child_along(
+    own_bundle: Callable[[str, str], Path],
+) -> None:
+    def interrupt(*_: Any) -> None:
+        assert children()
+        raise KeyboardInterrupt
+
+    with Bundle.open(own_bundle("tiny", "speed")) as bundle, pytest.raises(KeyboardInterrupt):
+        build_engine(bundle, builder="rtx", progress=interrupt)
+    assert not children()
+    assert not (bundle.path / "engines").exists()
+
+
+def test_an_engine_that_cannot_be_stored(own_bundle: Callable[[str, str], Path]) -> None:
+    with Bundle.open(own_bundle("tiny", "speed")) as bundle:
+        (bundle.path / "engines").write_text("in the way")
+        with pytest.raises(BuildError, match="cannot write the engine into"):
+            build_engine(bundle, builder="rtx")
+
+
+def test_build_with_engine_is_one_command(
+    tiny: Golden, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "bundle"
+    arguments = ["build", str(tiny.checkpoint), "--out", str(out), "--no-verify"]
+    assert main([*arguments, "--engine", "--builder", "rtx"]) == 0
+    assert "sm0-rtx" in capsys.readouterr().out
+    assert any((out / "engines").glob("sm0-rtx*/model.plan"))
+
+
+def test_progress_is_told_phase_by_phase(small: Recorded) -> None:
+    heard: list[tuple[str, int, int]] = []
+    compile_graph(
+        small.graph, small.context, builder="rtx", progress=lambda *step: heard.append(step)
+    )
+    assert any(phase == "Building engine" for phase, _, _ in heard)
+    assert heard[-1][1] == heard[-1][2] > 0
+    assert all(0 <= step <= steps for _, step, steps in heard)
+
+
+def test_unknown_builder(small: Recorded) -> None:
+    with pytest.raises(InvalidRequest, match="choose one of tensorrt, rtx"):
+        compile_graph(small.graph, small.context, builder="trt")
 
 
 def _is_static(shape: tuple[Any, ...]) -> bool:
