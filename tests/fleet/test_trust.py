@@ -120,9 +120,7 @@ def test_without_our_floor_ngclient_would_take_old_metadata(
 ) -> None:
     siege.device.lose("tuf")
     siege.mirror.folder = siege.old
-    with pytest.raises(
-        UpdateRefused, match="timestamp metadata has version 3, this device has seen 4"
-    ) as caught:
+    with pytest.raises(UpdateRefused, match="version 3, this device has seen 4") as caught:
         siege.device.refresh()
     assert caught.value.reason == "rollback"
     monkeypatch.setattr("edgecascade.fleet.trust.check_floor", lambda floor, seen: None)
