@@ -13,14 +13,14 @@ from typing import Any
 
 import pytest
 from golden import Build
-from virtual_devices import virtual_devices
+from virtual_devices import mosquitto_program, virtual_devices
 
 from edgecascade.cli import main
 from edgecascade.errors import InvalidRequest
 from edgecascade.fleet import audit
 from edgecascade.fleet.home import Home, rate, stages, window
 from edgecascade.fleet.orders import unverified
-from edgecascade.service.broker import LocalBroker, find_broker
+from edgecascade.service.broker import LocalBroker
 
 DEVICES = 20
 QUICK = ("--soak", "0", "--lost-after", "60")
@@ -28,7 +28,7 @@ QUICK = ("--soak", "0", "--lost-after", "60")
 
 @pytest.fixture(scope="module")
 def broker() -> Iterator[LocalBroker]:
-    with LocalBroker(find_broker("mosquitto")) as running:
+    with LocalBroker(mosquitto_program()) as running:
         yield running
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from virtual_devices import virtual_devices
+from virtual_devices import mosquitto_program, virtual_devices
 
 from edgecascade.errors import FleetError, InvalidRequest, NetworkError, UpdateRefused
 from edgecascade.fleet import audit, orders, rollout
@@ -21,7 +21,7 @@ from edgecascade.fleet.orders import Cohort, Order, OrderKey, OrderKeys
 from edgecascade.fleet.record import Record, Records
 from edgecascade.fleet.rollout import Plan, Progress, Thresholds
 from edgecascade.fleet.view import View
-from edgecascade.service.broker import LocalBroker, find_broker
+from edgecascade.service.broker import LocalBroker
 from edgecascade.service.config import broker_address
 from edgecascade.service.topics import Topics
 
@@ -108,7 +108,7 @@ class Bench:
 
 @pytest.fixture
 def bench(tmp_path: Path) -> Iterator[Bench]:
-    with LocalBroker(find_broker("mosquitto")) as broker:
+    with LocalBroker(mosquitto_program()) as broker:
         yield Bench(tmp_path, broker)
 
 
@@ -218,7 +218,7 @@ def test_only_the_newest_rollout_of_a_group_can_be_changed(bench: Bench) -> None
 def test_a_broker_that_refuses_orders_is_an_error(bench: Bench, tmp_path: Path) -> None:
     acl = tmp_path / "acl"
     acl.write_text("topic read #\ntopic write edgecascade/v1/d/operator/cmd/fence\n")
-    with LocalBroker(find_broker("mosquitto"), extra_config=f"acl_file {acl}\n") as broker:
+    with LocalBroker(mosquitto_program(), extra_config=f"acl_file {acl}\n") as broker:
         bench.broker = broker
         bench.plan()
         with bench.controller() as controller, pytest.raises(NetworkError, match="refuses orders"):

@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""AWS IoT Jobs as the carrier: job documents become orders, reports become job executions.
+
+    jobs = AwsJobs("robot-7")                  on the device; AWS knows it as thing robot-7
+    subscribe to jobs.filters; publish jobs.start()
+    jobs.hear(topic, payload)                  -> messages to AWS, and orders for the agent
+    jobs.report(job)                           -> messages to AWS
+
+A job's document is {"operation": "edgecascade-order", "envelope": {...}}: `document` makes it from
+the file repository/orders/GROUP.json. Topics and fields are those of the AWS IoT developer guide,
+"Jobs device MQTT API"; a device may set IN_PROGRESS, SUCCEEDED, FAILED and REJECTED.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from edgecascade.errors import InvalidRequest
+from edgecascade.fleet.jobs import Job, JobState
+from edgecascade.service import wire
+
+OPERATION = "edgecascade-order"
+MAX_DOCUMENT_BYTES = 32 << 10
+MAX_DETAIL = 1024  # characters of a value in statusDetails
+STATUS: dict[JobState, str] = {
+    "QUEUED": "IN_PROGRESS",  # a job that was started does not go back into the queue
+    "IN_PROGRESS": "IN_PROGRESS",
+    "SUCCEEDED": "SUCCEEDED",
+    "FAILED": "FAILED",
+    "REJECTED": "REJECTED",
+    "CANCELED": "FAILED",  # only AWS itself can cancel
+}
+
+
+@dataclass(frozen=True)
+class ToAws:
+    """A message to publish at AWS, with QoS 1."""
+
+    topic: str
+    payload: bytes
+
+
+@dataclass(frozen=True)
+class ToAgent:
+    """A signed order, to be published on the agent's command topic."""
+
+    envelope: bytes
+
+
+@dataclass(frozen=True)
+class Execution:
+    """The job that the device works on. `waiting` is a report that AWS has not taken yet."""
+
+    job_id: str
+    number: int
+    version: int
+    order: str = ""  # the order's own name, known from the first report
+    sent: Job | None = None
+    waiting: Job | None = None
+
+
+Out = ToAws | ToAgent
+
+
+def document(envelope: bytes) -> dict[str, Any]:
+    """The job document for a signed order.
+
+    Raises:
+        InvalidRequest: when it is larger than AWS takes.
+    """
+    made = {"operation": OPERATION, "envelope": wire.decode(envelope)}
+    size = len(wire.encode(made))
+    if size > MAX_DOCUMENT_BYTES:
+        raise InvalidRequest(f"a job document of {size} bytes; AWS takes {MAX_DOCUMENT_BYTES}")
+    return made
+
+
+class AwsJobs:
+    """The device's side of one thing's jobs."""
+
+    def __init__(self, thing: str) -> None:
+        self._jobs = f"$aws/things/{thing}/jobs"
+        self.execution: Execution | None = None
+
+    @property
+    def filters(self) -> tuple[str, ...]:
+        """What to subscribe to."""
+        return (
+            f"{self._jobs}/notify-next",
+            f"{self._jobs}/start-next/accepted",
+            f"{self._jobs}/start-next/rejected",
+            f"{self._jobs}/+/update/accepted",
+            f"{self._jobs}/+/update/rejected",
+        )
+
+    def start(self) -> list[Out]:
+        """Ask for the next job: once connected, and whenever it has changed."""
+        return [ToAws(f"{self._jobs}/start-next", wire.encode({"clientToken": "start"}))]
+
+    def hear(self, topic: str, payload: bytes) -> list[Out]:
+        """What to do about a message of AWS; nothing for one that is not understood."""
+        levels = topic.removeprefix(f"{self._jobs}/").split("/")
+        try:
+            body = json.loads(payload)
+        except ValueError:
+            return []
+        if not isinstance(body, dict):
+            return []
+        match levels:
+            case ["notify-next"]:
+                return self._notified(body)
+            case ["start-next", "accepted"]:
+                return self._started(body.get("execution"))
+            case [job_id, "update", "accepted" | "rejected" as answer]:
+                return self._answered(job_id, body, accepted=answer == "accepted")
+        return []
+
+    def report(self, job: Job) -> list[Out]:
+        """Say how an order stands; while AWS has not answered, only the latest is kept."""
+        current = self.execution
+        if current is None or (current.order and current.order != job.order):
+            return []
+        self.execution = replace(current, order=job.order, waiting=job)
+        return self._send() if current.sent is None else []
+
+    def _notified(self, body: Mapping[str, Any]) -> list[Out]:
+        execution = body.get("execution")
+        if not isinstance(execution, dict):
+            return []
+        same = self.execution is not None and execution.get("jobId") == self.execution.job_id
+        return [] if same else self.start()
+
+    def _started(self, execution: Any) -> list[Out]:
+        if not isinstance(execution, dict) or not isinstance(execution.get("jobDocument"), dict):
+            return []
+        number, version = execution.get("executionNumber"), execution.get("versionNumber")
+        job_id, made = execution.get("jobId"), execution["jobDocument"]
+        if not (isinstance(job_id, str) and type(number) is int and type(version) is int):
+            return []
+        self.execution = Execution(job_id, number, version)
+        envelope = made.get("envelope")
+        if made.get("operation") != OPERATION or not isinstance(envelope, dict):
+            self.execution = None  # another program's job, which is left to it
+            return []
+        return [ToAgent(wire.encode(envelope))]
+
+    def _answered(self, job_id: str, body: Mapping[str, Any], *, accepted: bool) -> list[Out]:
+        current = self.execution
+        if current is None or current.job_id != job_id or current.sent is None:
+            return []
+        sent, state = current.sent, body.get("executionState")
+        known = state.get("versionNumber") if isinstance(state, dict) else None
+        version = known if type(known) is int else current.version + accepted
+        waiting = current.waiting
+        if not accepted and body.get("code") == "VersionMismatch":
+            waiting = waiting or sent
+        self.execution = replace(current, version=version, sent=None, waiting=waiting)
+        if sent.ended and waiting is None:
+            self.execution = None
+            return self.start()
+        return self._send() if waiting is not None else []
+
+    def _send(self) -> list[Out]:
+        current = self.execution
+        assert current is not None
+        job = current.waiting
+        assert job is not None
+        self.execution = replace(current, sent=job, waiting=None)
+        body = {
+            "status": STATUS[job.state],
+            "statusDetails": details(job),
+            "expectedVersion": current.version,
+            "executionNumber": current.number,
+            "includeJobExecutionState": True,
+            "clientToken": f"{job.seq}-{job.version}",
+        }
+        return [ToAws(f"{self._jobs}/{current.job_id}/update", wire.encode(body))]
+
+
+def details(job: Job) -> dict[str, str]:
+    """A report as AWS's names and texts, ten at most."""
+    known = {
+        "order": job.order,
+        "state": job.state,
+        "phase": job.phase,
+        "progress": f"{job.progress:.2f}",
+        "from": job.bundle_from,
+        "to": job.bundle_to,
+        "reason": str(job.evidence.get("reason", "")),
+        "message": str(job.evidence.get("message", "")),
+    }
+    return {name: text[:MAX_DETAIL] for name, text in known.items() if text}
