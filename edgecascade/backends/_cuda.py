@@ -7,6 +7,7 @@ others, so these are calls of libcuda through ctypes, and without pycuda so is t
 
 from __future__ import annotations
 
+import atexit
 import ctypes as c
 import logging
 from collections.abc import Callable, Iterator
@@ -237,15 +238,24 @@ class Device:
         _call("cuStreamEndCapture", stream, c.byref(graph))
 
 
+@cache
+def _pycuda(device: int) -> tuple[Any, Any]:
+    """pycuda's driver module and primary context, which stays until the process ends: pycuda
+    would take it away from everybody else together with its object.
+    """
+    import pycuda.driver as cuda  # type: ignore[import-not-found, import-untyped, unused-ignore]
+
+    cuda.init()
+    primary = cuda.Device(device).retain_primary_context()
+    atexit.register(primary.detach)
+    return cuda, primary
+
+
 class PycudaDevice(Device):
     """The same, with context, memory and streams of pycuda."""
 
     def _retain(self) -> int:
-        import pycuda.driver as cuda  # type: ignore[import-not-found, import-untyped, unused-ignore]
-
-        cuda.init()
-        self._cuda = cuda
-        self._primary = cuda.Device(self._device).retain_primary_context()
+        self._cuda, self._primary = _pycuda(self._device)
         return int(self._primary.handle)
 
     @contextmanager
