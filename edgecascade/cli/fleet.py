@@ -245,10 +245,19 @@ def _show_keys(where: Home, *, as_json: bool) -> None:
         operators = [
             {"name": key.owner, "public": key.public, "groups": key.groups} for key in known.keys
         ]
-        print_json({"expires": expiries, "keys_at_hand": at_hand, "operators": operators})
+        print_json(
+            {
+                "expires": expiries,
+                "keys": repository.keyids(),
+                "keys_at_hand": at_hand,
+                "operators": operators,
+            }
+        )
         return
+    keyids = repository.keyids()
     facts = {
-        role: f"signed until {_day(expires)}; {at_hand[role]} keys at hand"
+        role: f"signed until {_day(expires)}; keys {' '.join(k[:8] for k in keyids[role])}, "
+        f"{at_hand[role]} at hand"
         for role, expires in expiries.items()
     }
     for key in known.keys:

@@ -172,6 +172,11 @@ class Repository:
         """When each role's signature ends."""
         return self._metadata().expiries()
 
+    def keyids(self) -> dict[str, list[str]]:
+        """The ids of the keys that may sign for each role."""
+        metadata = self._metadata()
+        return {role: metadata.keyids(role) for role in metadata.expiries()}
+
     def next_seq(self, group: str) -> int:
         """The sequence number for the next order to a group."""
         path = self.folder / "orders" / f"{group}.json"
@@ -273,7 +278,7 @@ class Repository:
             return metadata.expiries()
 
     def rotate(self, role: str, now: float, *, lost: Iterable[str] = ()) -> list[Key]:
-        """Give a role new keys in place of those `lost` (by key id), or of all it has.
+        """Give a role new keys in place of those `lost` (by the start of the id), or of all.
 
         Works without the old keys, except that enough root keys must sign. For a stolen key it is
         the same: from the moment a device sees the new root, the old key signs nothing.
@@ -284,10 +289,7 @@ class Repository:
                     f"{role!r} is no role; choose from {', '.join(metadata.root.signed.roles)}"
                 )
             old = metadata.keyids(role)
-            gone = list(lost) or old
-            unknown = sorted(set(gone) - set(old))
-            if unknown:
-                raise FleetError(f"{role} has no key {unknown[0]}; it has {', '.join(old)}")
+            gone = [_named(each, old, role) for each in lost] or old
             before = self.keys.keys("root")
             needed = {"targets": ["snapshot", "timestamp"], "snapshot": ["timestamp"]}
             metadata.check_keys(["root", *needed.get(role, [])], self.keys)
@@ -445,6 +447,16 @@ def _version(
             reason="unknown-release",
         )
     return fitting[-1]
+
+
+def _named(start: str, keyids: Sequence[str], role: str) -> str:
+    """The one key whose id begins so."""
+    found = [keyid for keyid in keyids if keyid.startswith(start)]
+    if len(found) != 1:
+        raise FleetError(
+            f"{role} has {len(found)} keys {start!r}; it has {', '.join(keyids)}", reason="key"
+        )
+    return found[0]
 
 
 def _same_version(

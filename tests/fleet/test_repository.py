@@ -280,7 +280,7 @@ def test_lost_keys_are_replaced_without_them(
     known = repository.keys.keys(role)
     known[0].path.unlink()
     if role == "root":
-        repository.rotate(role, START, lost=[known[0].keyid])  # the other one signs
+        repository.rotate(role, START, lost=[known[0].keyid[:8]])  # the other one signs
     else:
         repository.rotate(role, START)
     device(repository, tmp_path / "device")
@@ -290,7 +290,7 @@ def test_lost_keys_are_replaced_without_them(
 def test_rotate_names_what_is_wrong(repository: Repository) -> None:
     with pytest.raises(FleetError, match="'orders' is no role; choose from"):
         repository.rotate("orders", START)
-    with pytest.raises(FleetError, match="timestamp has no key 123; it has"):
+    with pytest.raises(FleetError, match="timestamp has 0 keys '123'; it has"):
         repository.rotate("timestamp", START, lost=["123"])
     for key in repository.keys.keys("root"):
         key.path.unlink()
