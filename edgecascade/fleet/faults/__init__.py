@@ -24,6 +24,7 @@ from typing import Any
 # Name -> module of this package.
 CLASSES: dict[str, str] = {
     "F1": "crash",
+    "F2": "mutants",
     "F3": "kills",
     "F4": "images",
     "F5": "lies",

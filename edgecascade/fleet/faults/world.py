@@ -19,7 +19,7 @@ from edgecascade.fleet.floor import read_floor
 from edgecascade.fleet.fs import Files
 from edgecascade.fleet.orders import Order, Policy
 from edgecascade.fleet.release import FileRef, Release
-from edgecascade.fleet.state import DeviceState, Slot
+from edgecascade.fleet.state import MAX_STATE_BYTES, DeviceState, Slot, read_state
 from edgecascade.fleet.store import Store
 
 NOW = 1_800_000_000.0
@@ -156,7 +156,11 @@ class Device:
         return self.world.now
 
     def report(self, report: Report, revision: int) -> None:
-        """See Host."""
+        """See Host. What is said to have ended well must be known after a power cut, too."""
+        if report.state in ("SUCCEEDED", "CANCELED"):
+            stored = self.beneath.read("state.json", MAX_STATE_BYTES)
+            known = None if stored is None else read_state(stored).verdict(report.order)
+            require(known and known.state == report.state, f"reported and not stored: {report}")
         self.world.reports.append(report)
 
     def wake(self, at: float) -> None:
