@@ -300,7 +300,9 @@ acl_file {setup.folder}/acl
 set_tcp_nodelay true
 max_packet_size 1048576
 max_inflight_messages 20
-max_queued_messages 1000
+# An operator of a fleet is sent two retained messages for each device at once; what exceeds this
+# is dropped.
+max_queued_messages 100000
 max_queued_bytes 33554432
 max_keepalive 3600
 persistent_client_expiration 7d
