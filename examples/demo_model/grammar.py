@@ -148,7 +148,10 @@ class Grammar:
         """In words and as an argument."""
         if self.rng.random() < 0.4 and not self.held_nouns:
             return "me", "user"
-        return (name := self.person()), name
+        name = self.person()
+        while self.held_nouns and name.startswith("the "):
+            name = self.person()  # to the surgeon, to the atrium: an unknown word may be either
+        return name, name
 
     def target(self) -> str:
         draw = self.rng.random()
