@@ -264,6 +264,8 @@ class PycudaDevice(Device):
         self._primary.push()
         try:
             yield self._cuda
+        except self._cuda.Error as error:
+            raise BackendError(f"pycuda: {error}") from error
         finally:
             self._cuda.Context.pop()
             self.use()

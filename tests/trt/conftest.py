@@ -15,10 +15,17 @@ from golden import Build
 
 
 @pytest.fixture(scope="session")
-def prepared(request: pytest.FixtureRequest) -> standin.Prepared:
-    """prepared(release) -> folder with the stand-ins and NVIDIA's bindings of that release."""
-    folder = request.config.cache.mkdir("trt")
+def stand_ins(request: pytest.FixtureRequest) -> Path:
+    """The folder with the compiled stand-ins."""
+    folder: Path = request.config.cache.mkdir("trt")
     standin.compile_stand_ins(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def prepared(stand_ins: Path) -> standin.Prepared:
+    """prepared(release) -> folder with the stand-ins and NVIDIA's bindings of that release."""
+    folder = stand_ins
 
     def with_release(release: str) -> Path:
         try:

@@ -23,6 +23,7 @@ typedef void (*HostFunction)(void*);
 enum {
   kOk = 0,
   kInvalid = 1,
+  kOutOfMemory = 2,
   kNoContext = 201,
   kNoHandle = 400,
   kCaptureUnsupported = 900,
@@ -30,6 +31,7 @@ enum {
   kIllegalState = 401
 };
 enum { kMaxRegions = 4096 };
+static const int64_t kMemory = (int64_t)32 << 30;
 
 typedef struct Node {
   enum { kCopy, kFill, kCall } kind;
@@ -158,10 +160,10 @@ Result cuDeviceComputeCapability(int* major, int* minor, int index) {
   *major = 8, *minor = 7;
   return kOk;
 }
-Result cuDeviceTotalMem_v2(size_t* out, int index) { return *out = (size_t)32 << 30, kOk; }
+Result cuDeviceTotalMem_v2(size_t* out, int index) { return *out = (size_t)kMemory, kOk; }
 Result cuMemGetInfo_v2(size_t* available, size_t* total) {
-  *total = (size_t)32 << 30;
-  *available = *total - (size_t)counts.bytes;
+  *total = (size_t)kMemory;
+  *available = (size_t)(kMemory - counts.bytes);
   return kOk;
 }
 
@@ -184,9 +186,10 @@ Result cuCtxSynchronize(void) {
 Result cuMemAlloc_v2(Address* out, size_t size) {
   NEEDS_CONTEXT;
   NOT_CAPTURED("cuMemAlloc");
+  if ((int64_t)size > kMemory - counts.bytes) return kOutOfMemory;
   const size_t page = 4096, whole = (size + page - 1) / page * page + page;
   char* start = mmap(NULL, whole, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (start == MAP_FAILED || regionCount == kMaxRegions) return 2;
+  if (start == MAP_FAILED || regionCount == kMaxRegions) return kOutOfMemory;
   regions[regionCount++] = (Region){start, whole - page};  // the last page stays closed
   if (!locked()) mprotect(start, whole - page, PROT_READ | PROT_WRITE);
   ++counts.allocations;
@@ -210,7 +213,7 @@ Result cuMemHostAlloc(void** out, size_t size, unsigned flags) {
   NEEDS_CONTEXT;
   NOT_CAPTURED("cuMemHostAlloc");
   ++counts.allocations;
-  return posix_memalign(out, 4096, size ? size : 1) ? 2 : kOk;
+  return posix_memalign(out, 4096, size ? size : 1) ? kOutOfMemory : kOk;
 }
 Result cuMemFreeHost(void* address) {
   free(address);

@@ -59,6 +59,26 @@ def _compile(source: Path, target: Path, *options: str) -> None:
     subprocess.run([*command, *options, "-o", str(target)], check=True)
 
 
+def load_rest_for_pycuda(folder: Path) -> None:
+    """pycuda asks for some 100 functions of the driver; those that it never calls here exist."""
+    import pycuda  # type: ignore[import-not-found, import-untyped]
+
+    (module,) = Path(pycuda.__file__).parent.glob("_driver*.so")
+    asked, given = (
+        subprocess.run(["nm", "-D", kind, str(path)], check=True, capture_output=True, text=True)
+        for kind, path in (
+            ("--undefined-only", module),
+            ("--defined-only", folder / "libcuda.so.1"),
+        )
+    )
+    names = {line.split()[-1] for line in asked.stdout.splitlines()}
+    names -= {line.split()[-1] for line in given.stdout.splitlines()}
+    source = folder / "rest.c"
+    source.write_text("".join(f"int {n}(void) {{ return 801; }}\n" for n in names if n[:2] == "cu"))
+    _compile(source, folder / "librest.so")
+    ctypes.CDLL(str(folder / "librest.so"), mode=ctypes.RTLD_GLOBAL)
+
+
 def load(release: str, folder: Path) -> ModuleType:
     """The bindings as the module `tensorrt`, with device memory played by the host's."""
     from edgecascade.backends._lib import library_path
