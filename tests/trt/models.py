@@ -51,9 +51,50 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
+def random_shape(seed: int) -> dict[str, Any]:
+    """A model of up to four layers that nobody would train."""
+    random = np.random.default_rng([23, seed])
+
+    def pick(low: int, high: int) -> int:
+        return int(random.integers(low, high + 1))
+
+    groups, kv_heads, n_group = pick(1, 3), pick(1, 3), pick(1, 3)
+    topk_group, per_group = pick(1, n_group), pick(1, 4)
+    layers = "".join(random.choice(list("ME*-"), pick(1, 4)))
+    return {
+        "hybrid_override_pattern": layers,
+        "num_hidden_layers": len(layers),
+        "hidden_size": pick(1, 140),
+        "vocab_size": pick(2, 150),
+        "mamba_num_heads": groups * pick(1, 3),
+        "mamba_head_dim": pick(1, 20),
+        "n_groups": groups,
+        "ssm_state_size": pick(1, 20),
+        "conv_kernel": pick(2, 8),
+        "use_conv_bias": bool(pick(0, 1)),
+        "num_attention_heads": kv_heads * pick(1, 3),
+        "num_key_value_heads": kv_heads,
+        "head_dim": pick(1, 40),
+        "intermediate_size": pick(1, 140),
+        "n_routed_experts": n_group * per_group,
+        "n_group": n_group,
+        "topk_group": topk_group,
+        "num_experts_per_tok": pick(1, topk_group * per_group),
+        "moe_intermediate_size": pick(1, 140),
+        "moe_shared_expert_intermediate_size": pick(1, 140),
+        "norm_topk_prob": bool(pick(0, 1)),
+        "routed_scaling_factor": pick(1, 5) / 2,
+    }
+
+
 def write_bundle(folder: Path, name: str, precision: str) -> Path:
     """A bundle of one of SHAPES with weights of the size that training leaves."""
-    config = {**checkpoints.CONFIG, **SHAPES[name]}
+    return write_shape(folder, name, SHAPES[name], precision)
+
+
+def write_shape(folder: Path, name: str, sizes: dict[str, Any], precision: str) -> Path:
+    """A bundle of these sizes."""
+    config = {**checkpoints.CONFIG, **sizes}
     tensors: checkpoints.Arrays = {}
     for i, tensor in enumerate(nemotron_h.tensors(nemotron_h.read_config(config))):
         for j, (source, shape) in enumerate(tensor.sources):
@@ -63,7 +104,7 @@ def write_bundle(folder: Path, name: str, precision: str) -> Path:
             if source.endswith(("norm.weight", "norm_f.weight", ".D")):
                 values += 1.0
             tensors[source] = checkpoints.encode(values.astype(np.float32), "F32")
-    checkpoint = checkpoints.write(folder / f"{name}-checkpoint", tensors, **SHAPES[name])
+    checkpoint = checkpoints.write(folder / f"{name}-checkpoint", tensors, **sizes)
     out = folder / f"{name}-{precision}"
     build(checkpoint, out, precision=precision, verify=False)
     return out

@@ -12,7 +12,7 @@ import onnx
 import pytest
 from golden import Build
 from graphs import Evaluate, GraphBackend, onnx_project, onnxruntime
-from models import SHAPES, graph_of_shapes, write_bundle
+from models import SHAPES, graph_of_shapes, random_shape, write_bundle, write_shape
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from tolerances import EXACT_LOGITS
@@ -84,6 +84,13 @@ def test_the_demos_graph_computes_what_the_reference_does(
 def test_awkward_shapes(bundles: dict[tuple[str, str], Path], name: str, evaluator: str) -> None:
     with Bundle.open(bundles[name, "exact"]) as bundle:
         play(bundle, evaluator, {5: 3, 0: 12}, decodes=2)
+
+
+@pytest.mark.parametrize("precision", ["exact", "speed"])
+@pytest.mark.parametrize("seed", range(4))
+def test_random_models(tmp_path: Path, seed: int, precision: str) -> None:
+    with Bundle.open(write_shape(tmp_path, "random", random_shape(seed), precision)) as bundle:
+        play(bundle, "onnxruntime", {5: 1, 3: 70, 0: 12}, decodes=2)
 
 
 def test_both_block_codecs_with_sizes_that_are_no_multiple_of_a_block(
