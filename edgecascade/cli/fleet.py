@@ -237,33 +237,31 @@ def _keys(args: argparse.Namespace) -> int:
 
 
 def _show_keys(where: Home, *, as_json: bool) -> None:
-    repository = where.repository()
-    known = repository.order_keys()
-    expiries = repository.expiries()
-    at_hand = {role: len(where.keys.keys(role)) for role in (*expiries, "orders")}
+    from edgecascade.fleet.metadata import SignedMetadata
+
+    metadata = SignedMetadata(where.served / "metadata")
+    known = where.repository().order_keys()
+    at_hand = {role: {key.keyid for key in where.keys.keys(role)} for role in metadata.expiries()}
     if as_json:
+        roles = {
+            role: {
+                "expires": expires,
+                "keys": {key: key in at_hand[role] for key in metadata.keyids(role)},
+            }
+            for role, expires in metadata.expiries().items()
+        }
         operators = [
             {"name": key.owner, "public": key.public, "groups": key.groups} for key in known.keys
         ]
-        print_json(
-            {
-                "expires": expiries,
-                "keys": repository.keyids(),
-                "keys_at_hand": at_hand,
-                "operators": operators,
-            }
-        )
+        print_json({"roles": roles, "operators": operators})
         return
-    keyids = repository.keyids()
-    facts = {
-        role: f"signed until {_day(expires)}; keys {' '.join(k[:8] for k in keyids[role])}, "
-        f"{at_hand[role]} at hand"
-        for role, expires in expiries.items()
-    }
-    for key in known.keys:
-        groups = ", ".join(key.groups) or "all groups"
-        facts[f"operator {key.owner}"] = f"signs orders for {groups}"
-    print_facts(facts)
+    for role, expires in metadata.expiries().items():
+        print(f"{role}: signed until {_day(expires)}")
+        for key in metadata.keyids(role):
+            print(f"  {key} {'at hand' if key in at_hand[role] else 'elsewhere'}")
+    for operator in known.keys:
+        groups = ", ".join(operator.groups) or "all groups"
+        print(f"operator {operator.owner}: signs orders for {groups}")
 
 
 def _day(at: float) -> str:
