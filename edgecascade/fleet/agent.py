@@ -18,7 +18,6 @@ import importlib.metadata
 import logging
 import os
 import queue
-import secrets
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -35,18 +34,15 @@ from edgecascade.fleet.fs import RealFiles
 from edgecascade.fleet.host import DeviceHost
 from edgecascade.fleet.intake import NOT_YET, Held, Intake, Offer, Refusal, Result
 from edgecascade.fleet.jobs import Job
+from edgecascade.fleet.line import Line
 from edgecascade.fleet.orders import MAX_ENVELOPE_BYTES
 from edgecascade.fleet.refresh import MAX_ROOT_BYTES, Fetch, Trust, folder_fetch
 from edgecascade.fleet.release import Release
 from edgecascade.fleet.settings import AgentSettings, foreign_config
 from edgecascade.fleet.sources import Patience, Source, SourceFault, read_file, source_of
 from edgecascade.fleet.state import MAX_VERDICTS, Slot, Verdict
-from edgecascade.service import units, wire
-from edgecascade.service.mqtt import Link, LinkOptions
-from edgecascade.service.protocol import Incoming
-from edgecascade.service.replies import Failed, Final, Outgoing, read_reply
+from edgecascade.service import units
 from edgecascade.service.service import next_boot
-from edgecascade.service.topics import Topics
 
 log = logging.getLogger(__name__)
 
@@ -54,11 +50,8 @@ TICK_S = 30.0  # windows open and orders expire without a message
 TURN_S = 1.0
 STATUS_S = 1.0
 PROGRESS_STEP = 0.05  # of a download, between two reports
-RESEND_S = 2.0  # a question that was not answered
-LAST_WORDS_S = 2.0
 LOCK_S = 0.5
 MAX_INBOX = 1000
-MAX_PACKET_BYTES = 128 << 10
 REQUEST = "install.request"  # what `agent install` leaves for a running agent
 ANSWER = "install.answer"  # why that was not even tried
 TRUST_ROOT = "root.json"
@@ -76,14 +69,11 @@ class Agent:
         self._settings = settings
         self._root = settings.folder
         self._lock = own(self._root)
-        self._topics = Topics(settings.prefix)
         self._boot = next_boot(self._root / "service", settings.name)
         self._inbox: queue.Queue[Callable[[], None]] = queue.Queue(MAX_INBOX)
         self._jobs: dict[str, Job] = {}
-        self._told = b""
         self._status_at = self._wake_at = self._tick_at = 0.0
         self._refusal: Refusal | None = None
-        self._pending: dict[str, queue.SimpleQueue[bytes]] = {}
         self._stopping = False
         self._root_json = trusted_root(self._root, settings.trust)
         self._patience = patience
@@ -102,7 +92,7 @@ class Agent:
             lambda result: self._post(partial(self._taken, result)),
             settings.refresh_s,
         )
-        self._link = self._connection() if settings.mqtt else None
+        self._line = Line(settings, self._standing, self._intake.put) if settings.mqtt else None
 
     def stop(self) -> None:
         """Make `run` end. No lock is taken: a signal handler may call this."""
@@ -117,16 +107,14 @@ class Agent:
         try:
             self._executor.boot()
             self._intake.start()
-            if self._link is not None:
-                self._link.start()
+            if self._line is not None:
+                self._line.start()
             self._loop(until)
         finally:
             self._intake.close()
             self._host.close()
-            if self._link is not None:
-                self._publish_status("offline")
-                self._link.flush(LAST_WORDS_S)
-                self._link.stop()
+            if self._line is not None:
+                self._line.close()
             self._lock.close()
 
     def install(self, folder: str) -> int:
@@ -158,8 +146,8 @@ class Agent:
             wake_s = self._wake_at - self.now() if self._wake_at else TURN_S
             with contextlib.suppress(queue.Empty):
                 self._inbox.get(timeout=max(0.01, min(TURN_S, wake_s)))()
-            if self._link is not None and self._link.fatal:
-                raise NetworkError(self._link.fatal)
+            if self._line is not None and self._line.fatal:
+                raise NetworkError(self._line.fatal)
             if period_s is not None and now >= alive_at:
                 units.notify("WATCHDOG=1")
                 alive_at = now + period_s
@@ -172,7 +160,8 @@ class Agent:
         self._requested()
         if time.monotonic() >= self._status_at:
             self._status_at = time.monotonic() + STATUS_S
-            self._publish_status()
+            if self._line is not None:
+                self._line.tell_status()
 
     def _post(self, work: Callable[[], None]) -> None:
         self._inbox.put(work)
@@ -280,72 +269,12 @@ class Agent:
             self._tell(replace(job, progress=round(share, 3), **self._stamp(job)))
 
     def ask(self, messages: tuple[Mapping[str, Any], ...], timeout_s: float) -> dict[str, Any]:
-        """Ask the service as a client; blocks. Which bundle answered, or why it was not asked."""
-        if self._link is None or not self._link.up:
-            return {"unasked": "the agent is not connected to a broker"}
-        name, device = secrets.token_hex(8), self._settings.device_id
-        body = {"id": name, "messages": list(messages), "max_completion_tokens": 8,
-                "temperature": 0, "timeout_s": timeout_s}  # fmt: skip
-        answers: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-        self._pending[name] = answers
-        began = time.monotonic()
-        said = "no answer"
-        try:
-            while time.monotonic() - began < timeout_s:
-                topic = self._topics.chat(device, self._settings.name)
-                self._link.publish(Outgoing(topic, wire.encode(body)))
-                with contextlib.suppress(queue.Empty):
-                    reply = read_reply(answers.get(timeout=RESEND_S))
-                    if isinstance(reply, Final):
-                        taken_s = round(time.monotonic() - began, 3)
-                        return {"bundle": reply.body.get("bundle"), "answered_s": taken_s}
-                    if isinstance(reply, Failed):
-                        said = reply.problem.code
-                        if 400 <= reply.problem.status < 500 and reply.problem.status != 429:
-                            return {"answered": said}  # it is there, and not for us
-        finally:
-            del self._pending[name]
-        if not self._link.up:
-            return {"unasked": "the connection to the broker was lost"}
-        return {"reason": "no-answer", "message": f"{said} within {timeout_s:g} s"}
+        """See host.Voice."""
+        if self._line is None:
+            return {"unasked": "no broker is configured"}
+        return self._line.ask(messages, timeout_s)
 
-    # ---- messages -----------------------------------------------------------------------------
-
-    def _connection(self) -> Link:
-        settings, name = self._settings, self._settings.name
-        filters = self._topics.agent_filters(name, settings.groups)
-        return Link(
-            LinkOptions(
-                settings.address(),
-                name,
-                (*filters, self._topics.reply(name, settings.device_id, "+")),
-                will=self._status("offline"),
-                session_expiry_s=settings.session_expiry_s,
-                max_packet_bytes=MAX_PACKET_BYTES,
-            ),
-            self._received,
-            births=self._births,
-        )
-
-    def _received(self, message: Incoming) -> None:
-        # On the network thread.
-        address = self._topics.parse(message.topic)
-        if address is None:
-            return
-        if address.kind in ("announce", "command") and message.payload:
-            if len(message.payload) <= MAX_ENVELOPE_BYTES:
-                self._intake.put(message.payload)
-        elif address.kind == "reply" and address.request in self._pending:
-            self._pending[address.request].put(message.payload)
-
-    def _births(self) -> list[Outgoing]:
-        # On the network thread, at every connection: what was retained may be gone.
-        jobs = [self._retained(job) for job in list(self._jobs.values())]
-        return [self._status(), *jobs]
-
-    def _retained(self, job: Job) -> Outgoing:
-        topic = self._topics.job(self._settings.name, job.order)
-        return Outgoing(topic, job.to_bytes(), retain=True)
+    # ---- what we say --------------------------------------------------------------------------
 
     def _report(self, report: ev.Report, revision: int = 0) -> None:
         before = self._jobs.get(report.order)
@@ -371,22 +300,12 @@ class Agent:
         log.info("%s: %s %s %s", job.order, job.state, job.phase, dict(job.evidence))
         self._jobs.pop(job.order, None)
         self._jobs[job.order] = job
-        self._send(self._retained(job))
         while len(self._jobs) > MAX_VERDICTS + 1:
-            oldest = next(iter(self._jobs))
-            del self._jobs[oldest]
-            topic = self._topics.job(self._settings.name, oldest)
-            self._send(Outgoing(topic, b"", retain=True))
+            del self._jobs[next(iter(self._jobs))]
+        if self._line is not None:
+            self._line.tell(job)
 
-    def _send(self, message: Outgoing) -> None:
-        if self._link is not None and self._link.up:  # else the births say it
-            self._link.publish(message)
-
-    def _status(self, word: str = "") -> Outgoing:
-        topic = self._topics.status(self._settings.name)
-        return Outgoing(topic, wire.encode(self._standing(word)), retain=True)
-
-    def _standing(self, word: str = "", ts: int | None = None) -> dict[str, Any]:
+    def _standing(self, word: str = "") -> dict[str, Any]:
         """What the retained status says. `accepts` is for clients: an agent answers no request."""
         active, update = self._executor.state.active, self._executor.state.update
         system = time.time()
@@ -409,7 +328,7 @@ class Agent:
             "clock_suspect": self._proven.suspect,
             "refused": None if refusal is None else
             {"order": refusal.order, "reason": refusal.reason, "message": refusal.message[:500]},
-            "ts": int(system) if ts is None else ts,
+            "ts": int(system),
         }  # fmt: skip
 
     def _service_word(self) -> str:
@@ -417,12 +336,6 @@ class Agent:
         if state.ready_at is not None:
             return "up"
         return "starting" if state.pid is not None else "down"
-
-    def _publish_status(self, word: str = "") -> None:
-        told = wire.encode(self._standing(word, ts=0))
-        if told != self._told and self._link is not None and self._link.up:
-            self._told = told
-            self._link.publish(self._status(word))
 
 
 def own(root: Path) -> IO[bytes]:

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An agent's line to its broker: orders in, reports and status out, and questions to the service.
+
+Reports are retained, and a broker may forget what it retains. So the latest of each order is kept
+here and told again at every connection.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import secrets
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from edgecascade.fleet.jobs import Job
+from edgecascade.fleet.orders import MAX_ENVELOPE_BYTES
+from edgecascade.fleet.settings import AgentSettings
+from edgecascade.fleet.state import MAX_VERDICTS
+from edgecascade.service import wire
+from edgecascade.service.mqtt import Link, LinkOptions
+from edgecascade.service.protocol import Incoming
+from edgecascade.service.replies import Failed, Final, Outgoing, read_reply
+from edgecascade.service.topics import Topics
+
+RESEND_S = 2.0  # a question that was not answered
+LAST_WORDS_S = 2.0
+MAX_PACKET_BYTES = 128 << 10
+OFFLINE = "offline"
+
+Standing = Callable[[str], dict[str, Any]]  # the status, with this word if one is given
+
+
+class Line:
+    """One connection that comes back by itself. `on_order` is called on its thread."""
+
+    def __init__(
+        self, settings: AgentSettings, standing: Standing, on_order: Callable[[bytes], None]
+    ) -> None:
+        self._topics = Topics(settings.prefix)
+        self._name, self._device = settings.name, settings.device_id
+        self._standing, self._on_order = standing, on_order
+        self._lock = threading.Lock()  # of the jobs
+        self._jobs: dict[str, Job] = {}
+        self._told: dict[str, Any] = {}
+        self._pending: dict[str, queue.SimpleQueue[bytes]] = {}
+        filters = self._topics.agent_filters(self._name, settings.groups)
+        self._link = Link(
+            LinkOptions(
+                settings.address(),
+                self._name,
+                (*filters, self._topics.reply(self._name, self._device, "+")),
+                will=self._status(standing(OFFLINE)),
+                session_expiry_s=settings.session_expiry_s,
+                max_packet_bytes=MAX_PACKET_BYTES,
+            ),
+            self._received,
+            births=self._births,
+        )
+
+    @property
+    def up(self) -> bool:
+        """Whether it is connected."""
+        return self._link.up
+
+    @property
+    def fatal(self) -> str | None:
+        """Why it will not come back."""
+        return self._link.fatal
+
+    def start(self) -> None:
+        """Begin to connect; returns at once."""
+        self._link.start()
+
+    def close(self) -> None:
+        """Say goodbye and disconnect."""
+        self._link.publish(self._status(self._standing(OFFLINE)))
+        self._link.flush(LAST_WORDS_S)
+        self._link.stop()
+
+    def job(self, order: str) -> Job | None:
+        """The latest report about an order."""
+        with self._lock:
+            return self._jobs.get(order)
+
+    def tell(self, job: Job) -> None:
+        """Report; now, or once there is a connection."""
+        dropped = []
+        with self._lock:
+            self._jobs.pop(job.order, None)
+            self._jobs[job.order] = job
+            while len(self._jobs) > MAX_VERDICTS + 1:
+                dropped.append(next(iter(self._jobs)))
+                del self._jobs[dropped[-1]]
+        messages = [self._retained(job)]
+        messages += [Outgoing(self._topics.job(self._name, o), b"", retain=True) for o in dropped]
+        if self._link.up:  # else the births say it
+            for message in messages:
+                self._link.publish(message)
+
+    def tell_status(self) -> None:
+        """Publish the status if more than its time has changed."""
+        standing = self._standing("")
+        told = {**standing, "ts": 0}
+        if told != self._told and self._link.up:
+            self._told = told
+            self._link.publish(self._status(standing))
+
+    def ask(self, messages: tuple[Mapping[str, Any], ...], timeout_s: float) -> dict[str, Any]:
+        """Ask the service as a client; blocks. Which bundle answered, or why it was not asked."""
+        if not self._link.up:
+            return {"unasked": "the agent is not connected to a broker"}
+        name = secrets.token_hex(8)
+        body = {"id": name, "messages": list(messages), "max_completion_tokens": 8,
+                "temperature": 0, "seed": 0, "timeout_s": timeout_s}  # fmt: skip
+        request = Outgoing(self._topics.chat(self._device, self._name), wire.encode(body))
+        answers: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        self._pending[name] = answers
+        began, said = time.monotonic(), "no answer"
+        try:
+            while (taken_s := time.monotonic() - began) < timeout_s:
+                self._link.publish(request)
+                with contextlib.suppress(queue.Empty):
+                    reply = read_reply(answers.get(timeout=RESEND_S))
+                    if isinstance(reply, Final):
+                        return {"bundle": reply.body.get("bundle"), "answered_s": round(taken_s, 3)}
+                    if isinstance(reply, Failed):
+                        said = reply.problem.code
+                        if 400 <= reply.problem.status < 500 and reply.problem.status != 429:
+                            return {"answered": said}  # it is there, and not for us
+        finally:
+            del self._pending[name]
+        if not self._link.up:
+            return {"unasked": "the connection to the broker was lost"}
+        return {"reason": "no-answer", "message": f"{said} within {timeout_s:g} s"}
+
+    # The link's thread calls these.
+
+    def _received(self, message: Incoming) -> None:
+        address = self._topics.parse(message.topic)
+        if address is None or not message.payload:
+            return
+        if address.kind in ("announce", "command"):
+            if len(message.payload) <= MAX_ENVELOPE_BYTES:
+                self._on_order(message.payload)
+        elif address.kind == "reply" and (asked := self._pending.get(address.request)) is not None:
+            asked.put(message.payload)
+
+    def _births(self) -> list[Outgoing]:
+        with self._lock:
+            jobs = list(self._jobs.values())
+        return [self._status(self._standing("")), *map(self._retained, jobs)]
+
+    def _retained(self, job: Job) -> Outgoing:
+        return Outgoing(self._topics.job(self._name, job.order), job.to_bytes(), retain=True)
+
+    def _status(self, standing: dict[str, Any]) -> Outgoing:
+        return Outgoing(self._topics.status(self._name), wire.encode(standing), retain=True)
