@@ -32,9 +32,11 @@ CLASSES: dict[str, str] = {
     "F7": "flips",
     "F8": "http",
     "F9": "messages",
+    "F10": "brokers",
     "F11": "attacks",
     "F12": "clocks",
     "F13": "rollouts",
+    "F14": "network",
 }
 
 

@@ -82,7 +82,8 @@ class Site:
         self._threads: list[threading.Thread] = []
         self._connections: set[socket.socket] = set()
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=64)
-        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}/"
+        self.port = int(self._listener.getsockname()[1])
+        self.url = f"http://127.0.0.1:{self.port}/"
         self._go(self._accept)
         return self
 
