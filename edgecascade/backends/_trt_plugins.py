@@ -37,6 +37,7 @@ Copy = Callable[[int, int, int, int], None]  # to, from, bytes, stream
 Shapes = Sequence[Sequence[int]]
 ITEM_BYTES = {"int32": 4, "float32": 4, "float16": 2}
 ALIGNMENT = 256
+TILE = 64  # rows
 PRESENT = ALIGNMENT  # stands for an address that is not known yet: NULL would mean absent
 
 
@@ -59,7 +60,7 @@ class NodeCall:
         self._step = Step()
         self._args = self._constants()
         self._step_reference, self._args_address = c.byref(self._step), c.addressof(self._args)
-        ports = spec.present(attributes)
+        self._ports = ports = spec.present(attributes)
         self._targets = [self._target(port) for port in ports]
         for target, name in self._targets:
             setattr(target, name, PRESENT)
@@ -101,12 +102,24 @@ class NodeCall:
         return self._args, port.name
 
     def workspace_bytes(self, shapes: Shapes) -> int:
-        """Scratch memory that suffices for inputs of these shapes and of all smaller ones."""
-        spec, sizes = self._spec, self._sizes(shapes)
-        n_tok, n_seq = sizes["n_tok"], sizes["n_seq"]
-        together = min(n_tok, n_seq)  # smaller shapes may be decode steps
-        needed = max(self._scratch(sizes, n_tok, n_seq), self._scratch(sizes, together, together))
-        return len(spec.op.fields_of(Kind.RECORD)) * self._record(n_tok) + needed
+        """Scratch memory that suffices for inputs of these shapes and of all smaller ones.
+
+        Kernels change their method with the number of rows, and a method for few rows may need
+        more than one for many.
+        """
+        largest = self._sizes(shapes)
+        counted = "n_out" if "out_row" in (port.name for port in self._ports) else "n_tok"
+        needed = 0
+        for rows in _row_counts(largest[counted]):
+            sizes = {**largest, counted: rows}
+            n_tok, together = sizes["n_tok"], min(sizes["n_tok"], sizes["n_seq"])
+            needed = max(
+                needed,
+                self._scratch(sizes, n_tok, sizes["n_seq"]),
+                self._scratch(sizes, together, together),  # a decode step
+            )
+        records = len(self._spec.op.fields_of(Kind.RECORD)) * self._record(largest["n_tok"])
+        return records + needed
 
     def reshape(self, shapes: Shapes) -> None:
         """Prepare for inputs of these shapes."""
@@ -172,6 +185,11 @@ class NodeCall:
         """Bytes of [n_tok, top_k]: what the op writes for tools goes to its workspace."""
         size = n_tok * int(self._attributes.get("top_k", 0)) * 4
         return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def _row_counts(most: int) -> list[int]:
+    """Numbers of rows that stand for all up to the largest: kernels take at most 64 at a time."""
+    return [*range(1, min(most, TILE) + 1), *range(2 * TILE, most, TILE), most]
 
 
 def read_fields(spec: NodeSpec, fields: Any) -> dict[str, Any]:
