@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The device's classes of faults in their short form, and that they can fail at all."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+
+from edgecascade.cli import main
+from edgecascade.errors import InvalidRequest
+from edgecascade.fleet.faults import CLASSES, Failure, Outcome, crash, load, mutants, runner
+from edgecascade.fleet.faults.runner import Result, chosen, closing_line, run_class
+from edgecascade.fleet.store import Store
+
+# What a fault makes the device log, thousands of times.
+pytestmark = pytest.mark.usefixtures("quiet")
+DEVICE_CLASSES = ("F1", "F2", "F3", "F4", "F5", "F6", "F7")
+
+
+@pytest.fixture
+def quiet() -> Iterator[None]:
+    logging.disable(logging.CRITICAL)
+    yield
+    logging.disable(logging.NOTSET)
+
+
+@pytest.mark.parametrize("name", DEVICE_CLASSES)
+def test_every_fault_is_survived(name: str) -> None:
+    result = run_class(name, seed=1, short=True)
+    if result.outcome.skipped:
+        pytest.skip(result.outcome.skipped)
+    assert result.outcome.failures == ()
+    assert result.outcome.tried >= min(result.count, load(name).SHORT)
+
+
+def test_a_missing_sync_is_found_and_found_again_by_its_case() -> None:
+    def careless(store: Store, sha256: str) -> None:
+        if store.files.size(f"partial/{sha256}") is not None:
+            store.files.rename(f"partial/{sha256}", f"blobs/{sha256}")
+
+    with patch.object(Store, "adopt", careless):
+        found = next(
+            (name, failure)
+            for name, files, cuts, scenario in crash.crash_states("good", 1, 2)
+            if (failure := _failure(scenario, files, cuts))
+        )
+        again = list(crash.crash_states("good", 1, 2, found[0]))
+        assert [each[0] for each in again] == [found[0]]
+        assert _failure(again[0][3], again[0][1], again[0][2]) == found[1]
+    assert _failure(again[0][3], again[0][1], again[0][2]) is not None  # what was lost stays lost
+
+
+def _failure(scenario: crash.Scenario, files: crash.SimFiles, cuts: int) -> str | None:
+    try:
+        scenario.check(files.copy(), cuts=cuts)
+    except AssertionError as error:
+        return str(error)
+    return None
+
+
+def test_enough_steps_are_taken_away_to_mean_something() -> None:
+    assert mutants.FULL >= 12
+    assert len({mutant.name for mutant in mutants.MUTANTS}) == len(mutants.MUTANTS)
+
+
+def test_the_counts_are_those_that_are_promised() -> None:
+    promised = {"F1": 20_000, "F3": 500, "F4": 120, "F5": 40, "F6": 150, "F7": 500}
+    for name, count in promised.items():
+        assert count <= load(name).FULL, name
+
+
+def test_the_closing_line_counts_what_was_tried_and_names_what_was_not() -> None:
+    results = [
+        Result("F4", "images", Outcome(skipped="needs root"), 1, 120, 0.0),
+        Result("F1", "cuts", Outcome(20_000, (Failure("a/1", "broken"),)), 1, 20_000, 1.0),
+        Result("F6", "disk", Outcome(0, (Failure("all", "crashed"),)), 1, 150, 1.0),
+    ]
+    line = "faults survived: 19,999 of 20,001 (F4 skipped: needs root)"
+    assert closing_line(results) == line
+
+
+def test_a_class_that_kills_its_process_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner.sys, "executable", "/bin/false")
+    result = next(iter(runner.run_classes(["F1"], 1, short=True)))
+    assert [failure.case for failure in result.outcome.failures] == ["all"]
+
+
+def test_an_unknown_class_is_refused_by_name() -> None:
+    with pytest.raises(InvalidRequest, match="F99"):
+        chosen(["F99"])
+    assert chosen([]) == sorted(CLASSES, key=lambda name: int(name[1:]))
+
+
+def test_the_command_writes_what_repeats_a_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    failure = Failure("size/3", "it broke")
+    outcome = Outcome(4, (failure,), notes={"kills": 7})
+    monkeypatch.setattr(load("F6"), "run", lambda seed, count, case: outcome)
+    path = tmp_path / "faults.json"
+    assert main(["faults", "--class", "F6", "--seed", "5", "--short", "--json", str(path)]) == 1
+    shown = capsys.readouterr()
+    assert "again: edgecascade faults --class F6 --seed 5 --short --case size/3" in shown.err
+    assert shown.out.splitlines()[-1] == "faults survived: 3 of 4"
+    document = json.loads(path.read_text())
+    assert document["classes"]["F6"]["outcome"]["failures"] == [
+        {"case": "size/3", "message": "it broke"}
+    ]
+    assert (document["seed"], document["classes"]["F6"]["survived"]) == (5, 3)
