@@ -43,7 +43,7 @@ SMALL: dict[str, Any] = {
     "moe_shared_expert_intermediate_size": 256,
 }
 PROMPT, STEPS, SEED = 150, 32, 5
-CLOSE = 0.02  # relative distance of logits: kernels add in another order than the CPU's
+CLOSE = 0.1  # relative distance of logits: the CPU rounds activations to int8, CUDA to half
 
 
 def prove() -> dict[str, Any]:
