@@ -224,8 +224,11 @@ def _control(
 def _watch(args: argparse.Namespace, controller: Controller, operator: Operator) -> int:
     """Run the controller and show what it does."""
     with Screen(operator.view, as_json=args.json) as screen:
-        turn = controller.run(screen.show)
-        screen.show(turn)
+        try:
+            turn = controller.run(screen.show)
+        except KeyboardInterrupt:
+            print("\nit stays at its stage; give the command again to go on", file=sys.stderr)
+            raise
     return 0 if turn.record.progress.state == "done" else STOPPED
 
 
@@ -412,6 +415,8 @@ def line(turn: Turn) -> str:
     record, progress, count = turn.record, turn.record.progress, turn.tally
     percent = record.plan.stages[progress.stage]
     stage = f"first device {progress.first}" if percent == FIRST else f"{percent:g} %"
+    if not progress.first:
+        stage = f"waiting for a device of group {record.order.group!r} to be online"
     parts = {
         "succeeded": count.succeeded,
         "on the way": count.active,
@@ -424,7 +429,8 @@ def line(turn: Turn) -> str:
     }
     shown = ", ".join(f"{number} {name}" for name, number in parts.items() if number)
     because = f" ({progress.reason})" if progress.reason else ""
-    return f"{record.order.order}: {progress.state}{because}; {stage}: {shown or 'nobody yet'}"
+    said = f"{stage}: {shown}" if shown else stage
+    return f"{record.order.order}: {progress.state}{because}; {said}"
 
 
 def _why(job: Any) -> str:

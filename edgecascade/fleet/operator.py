@@ -11,6 +11,7 @@ from __future__ import annotations
 import getpass
 import hashlib
 import logging
+import random
 import threading
 import time
 from collections.abc import Callable
@@ -39,6 +40,7 @@ QUIET_S = 0.3  # a broker may send retained messages beside the others
 TURN_S = 0.2  # between two decisions when much is heard
 REST_S = 2.0  # and when nothing is
 REFRESH_S = 60.0  # a broker drops messages for a client that is slow: ask for all again
+COME_BACK_S = 3.0  # after another command took our name at the broker
 ANSWER_S = 30.0  # for an order to be acknowledged
 RECEIVE_MAXIMUM = 1000
 
@@ -56,7 +58,7 @@ class Signing:
 
 @dataclass(frozen=True)
 class Turn:
-    """How the rollout stands, to be shown. Not `settled`: more is still to be heard."""
+    """How the rollout stands. Not `settled`: more is still to be heard, or the order to be sent."""
 
     record: Record
     tally: Tally
@@ -89,24 +91,22 @@ class Operator:
         self._lock = threading.Lock()  # of the view
         self._denied = ""
         self._acknowledged = threading.Event()
-        self._link = Link(
-            LinkOptions(
-                address,
-                name,
-                (
-                    topics.status("+"),
-                    topics.job("+", order),
-                    topics.announce(group),
-                    topics.command(name, "fence"),
-                ),
-                receive_maximum=RECEIVE_MAXIMUM,
-                session_expiry_s=0,
-                forget=True,
-            ),
-            self._on_message,
-            births=self._fence,
-            on_result=self._on_result,
+        filters = (
+            topics.status("+"),
+            topics.job("+", order),
+            topics.announce(group),
+            topics.command(name, "fence"),
         )
+        self._options = LinkOptions(
+            address,
+            name,
+            filters,
+            receive_maximum=RECEIVE_MAXIMUM,
+            session_expiry_s=0,
+            forget=True,
+        )
+        self._away_since: float | None = None  # while another command has our name
+        self._link = self._new_link()
 
     def __enter__(self) -> Operator:
         self._link.start()
@@ -124,6 +124,24 @@ class Operator:
     ) -> None:
         self._link.stop()
 
+    def keep(self) -> None:
+        """Come back when another command has had our name at the broker, and is done.
+
+        A certificate has one name, so `fleet status` in another terminal takes the connection from
+        `fleet rollout`. Nothing is lost: all that matters is retained.
+        """
+        if self._link.fatal is None:
+            self._away_since = None
+            return
+        if self._away_since is None:
+            log.warning("%s; back soon", self._link.fatal)
+            self._away_since = time.monotonic()
+        elif time.monotonic() - self._away_since > COME_BACK_S * random.uniform(1.0, 2.0):
+            self._link.stop()
+            self._away_since = None
+            self._link = self._new_link()
+            self._link.start()
+
     def settle(self, timeout_s: float = SETTLE_S) -> None:
         """Wait until everything that the broker retains has been heard.
 
@@ -132,8 +150,7 @@ class Operator:
         """
         end = time.monotonic() + timeout_s
         while not self.settled:
-            if self._link.fatal:
-                raise NetworkError(self._link.fatal)
+            self.keep()
             if time.monotonic() > end:
                 raise NetworkError(
                     f"the broker does not send all retained messages within {timeout_s:g} s "
@@ -149,6 +166,11 @@ class Operator:
         calm = time.monotonic() - self._answered_at >= QUIET_S
         return self._link.up and 0 < self._asked == self._answered and calm
 
+    @property
+    def reason(self) -> str:
+        """Why the connection is as it is."""
+        return self._link.fatal or self._link.reason
+
     def refresh(self) -> None:
         """Hear all retained messages again."""
         self._link.refresh()
@@ -158,34 +180,29 @@ class Operator:
         self._heard.wait(timeout_s)
         self._heard.clear()
 
-    def announce(self, envelope: bytes) -> None:
-        """Retain an order for the group.
+    def announce(self, envelope: bytes) -> bool:
+        """Retain an order for the group; whether the broker has acknowledged it.
 
         Raises:
-            NetworkError: when the broker does not take it.
+            NetworkError: when the broker refuses it.
         """
         self._acknowledged.clear()
         self._denied = ""
         message = Outgoing(self._topics.announce(self._group), envelope, retain=True)
-        end = time.monotonic() + ANSWER_S
-        # A retained message is not kept over a lost connection: here it is sent again.
-        while not self._acknowledged.wait(0.0):
-            if not self._link.publish(message):
-                raise NetworkError(f"an order of {len(envelope)} bytes is not taken")
-            if self._acknowledged.wait(ANSWER_S / 3):
-                break
-            if time.monotonic() > end:
-                raise NetworkError(
-                    f"the broker has not acknowledged the order: {self._link.reason}"
-                )
+        taken = self._link.publish(message) and self._acknowledged.wait(ANSWER_S)
         if self._denied:
             raise NetworkError(self._denied)
-        self.retained = envelope
+        if taken:
+            self.retained = envelope
+        return taken
 
     def look(self) -> dict[str, rollout.Seen]:
         """The devices as they are known now."""
         with self._lock:
             return dict(self.view.fleet)
+
+    def _new_link(self) -> Link:
+        return Link(self._options, self._on_message, births=self._fence, on_result=self._on_result)
 
     # The link's thread calls these.
 
@@ -232,6 +249,7 @@ class Controller:
         self._operator, self._records, self._order = operator, records, order
         self._signing, self._log = signing, log
         self._signed: tuple[Order | None, bytes] = None, b""
+        self._noted: Order | None = None
         self._written_at = self._refreshed_at = time.monotonic()
 
     def run(self, show: Callable[[Turn], None] = lambda turn: None) -> Turn:
@@ -253,6 +271,7 @@ class Controller:
 
     def turn(self) -> Turn:
         """Look, decide, write down, announce."""
+        self._operator.keep()
         with self._records.locked():
             record = self._records.read(self._order)
             fleet, now = self._operator.look(), time.time()
@@ -261,9 +280,10 @@ class Controller:
                 after = rollout.step(record.plan, record.progress, fleet, now)
                 after = rollout.at_least(after, self._signing.first_seq(), now)
                 record = self._keep(record, after, fleet)
-        if settled:
-            self._announce(record)
-        return Turn(record, rollout.tally(record.plan, record.progress, fleet, now), settled)
+        said = settled and self._announce(record)
+        if settled and not said:
+            log.warning("the order is not acknowledged (%s); once more", self._operator.reason)
+        return Turn(record, rollout.tally(record.plan, record.progress, fleet, now), said)
 
     def act(self, change: Callable[[Record, rollout.Fleet, float], Progress]) -> Turn:
         """Change the rollout at an operator's word.
@@ -279,7 +299,11 @@ class Controller:
             after = rollout.at_least(change(record, fleet, now), self._signing.first_seq(), now)
             record = record.moved(after, fleet)
             self._records.write(record)
-        self._announce(record)
+        if not self._announce(record):
+            raise NetworkError(
+                f"the broker has not acknowledged the order ({self._operator.reason}); it is "
+                "written down: fleet rollout or any of these commands sends it"
+            )
         return Turn(record, rollout.tally(record.plan, record.progress, fleet, now), True)
 
     def _keep(self, record: Record, after: Progress, fleet: rollout.Fleet) -> Record:
@@ -290,17 +314,17 @@ class Controller:
             self._written_at = time.monotonic()
         return moved
 
-    def _announce(self, record: Record) -> None:
-        """Have the broker retain this record's order, unless it does."""
+    def _announce(self, record: Record) -> bool:
+        """Have the broker retain this record's order, unless it does; whether it does now."""
         if not record.progress.first and record.progress.state == "running":
-            return
+            return True
         order = record.to_order()
         if order != self._signed[0]:
             self._signed = order, self._signing.sign(order)
         envelope = self._signed[1]
         heard = self._operator.retained
         if heard == envelope:
-            return
+            return True
         rival = self._signing.verified(heard) if heard is not None else None
         if rival is not None and rival.seq > order.seq:
             raise FleetError(
@@ -309,8 +333,10 @@ class Controller:
                 "here",
                 reason="overtaken",
             )
-        audit.append(self._log, "announce", time.time(), _facts(record, order, envelope))
-        self._operator.announce(envelope)
+        if order != self._noted:
+            audit.append(self._log, "announce", time.time(), _facts(record, order, envelope))
+            self._noted = order
+        return self._operator.announce(envelope)
 
 
 def _facts(record: Record, order: Order, envelope: bytes) -> dict[str, Any]:

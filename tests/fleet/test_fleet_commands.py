@@ -4,9 +4,12 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -206,3 +209,19 @@ def test_stages_and_windows_are_read() -> None:
 def test_what_cannot_be_read_is_refused(read: Any, text: str) -> None:
     with pytest.raises(InvalidRequest, match=r"write|window"):
         read(text)
+
+
+def test_a_terminal_is_shown_the_stages(shell: Shell, tmp_path: Path) -> None:
+    with shell.devices():
+        command = [sys.executable, "-m", "edgecascade", "fleet", "rollout", "tiny", *QUICK]
+        command += ["--group", shell.group, "--fleet", str(shell.home.folder)]
+        ours, theirs = pty.openpty()
+        process = subprocess.Popen([*command, "--mqtt", shell.broker.url], stdout=theirs)
+        os.close(theirs)
+        seen = b""
+        with suppress(OSError), open(ours, "rb", buffering=0) as screen:  # its end is an error
+            while piece := screen.read(4096):
+                seen += piece
+        assert process.wait() == 0
+    for part in (b"1 device", b"25 %", b"done (20 of 20 succeeded)", b"20 succeeded"):
+        assert part in seen

@@ -28,7 +28,7 @@ from edgecascade.service.topics import Topics
 cryptography = pytest.importorskip("cryptography")
 DEVICES = 60
 WAIT_S = 30.0
-QUICK = Thresholds(lost_s=1.5, soak_s=0.0)
+QUICK = Thresholds(lost_s=120.0, soak_s=0.0)  # a slow machine loses nobody
 
 
 class Bench:
@@ -133,7 +133,7 @@ def test_a_bad_bundle_stays_with_the_first_device(bench: Bench) -> None:
 
 
 def test_a_device_that_falls_silent_ends_the_rollout(bench: Bench) -> None:
-    bench.plan()
+    bench.plan(thresholds=replace(QUICK, lost_s=1.5))
     with bench.devices(vanishes=1.0) as fleet:
         turn = bench.run()
     assert "lost on trial" in turn.record.progress.reason
@@ -142,13 +142,14 @@ def test_a_device_that_falls_silent_ends_the_rollout(bench: Bench) -> None:
 
 def test_pause_stops_devices_and_resume_goes_on(bench: Bench) -> None:
     bench.plan()
-    with bench.devices(5, phase_s=0.2) as fleet:
+    with bench.devices(5, phase_s=600.0) as fleet:
         with bench.controller() as controller:
-            until(lambda: controller.turn().tally.active > 0)
+            until(lambda: controller.turn().settled and any(d.job for d in fleet.devices))
         with bench.controller(client="second") as other:
             other.act(lambda record, fleet, now: rollout.pause(record.progress, now))
         assert bench.run().record.progress.reason == "by the operator"
         until(lambda: {d.job.phase for d in fleet.devices if d.job} == {"paused"})
+        fleet.behaviour = replace(fleet.behaviour, phase_s=0.02)
         with bench.controller() as controller:
             controller.act(lambda r, fleet, now: rollout.resume(r.plan, r.progress, fleet, now))
             assert controller.run().record.progress.state == "done"
@@ -230,3 +231,23 @@ def until(reached: Callable[[], bool]) -> None:
     while not reached():
         assert time.monotonic() < end, "not reached in time"
         time.sleep(0.05)
+
+
+def test_a_command_in_another_terminal_interrupts_a_controller_for_a_moment(bench: Bench) -> None:
+    bench.plan()
+    with bench.controller() as controller:
+        assert controller.turn().settled
+        with bench.controller() as other:  # under the same name
+            other.act(lambda record, fleet, now: rollout.pause(record.progress, now))
+            until(lambda: not controller.turn().settled)
+        assert controller.run().record.progress.state == "paused"
+
+
+def test_a_broker_that_is_away_for_a_while_is_waited_for(bench: Bench) -> None:
+    bench.plan()
+    with bench.devices(0), bench.operator() as operator:
+        controller = Controller(operator, bench.records, "first", bench.signing, bench.log)
+        bench.broker.kill()
+        until(lambda: not controller.turn().settled)
+        bench.broker.start()
+        until(lambda: controller.turn().settled)
