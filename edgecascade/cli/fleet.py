@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""fleet init · publish · keys · audit, and the rollouts of cli/rollouts.py"""
+"""fleet init · publish · keys · audit, the rollouts of cli/rollouts.py, and relay"""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgecascade.cli import rollouts
+from edgecascade.cli import relay, rollouts
 from edgecascade.cli.show import print_facts, print_json
 from edgecascade.errors import InvalidRequest
 
@@ -31,6 +31,7 @@ def add(commands: Any) -> None:
     _add_publish(acts)
     _add_keys(acts)
     rollouts.add(acts, home_options, home)
+    relay.add(acts, home_options, home)
     log = acts.add_parser("audit", help="what was done, one line each")
     home_options(log)
     log.add_argument("--verify", action="store_true", help="check that no line was changed")

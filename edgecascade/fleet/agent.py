@@ -37,6 +37,7 @@ from edgecascade.fleet.jobs import Job
 from edgecascade.fleet.line import Line
 from edgecascade.fleet.orders import MAX_ENVELOPE_BYTES
 from edgecascade.fleet.refresh import MAX_ROOT_BYTES, Fetch, Trust, folder_fetch
+from edgecascade.fleet.relay import SCHEME, MqttSource
 from edgecascade.fleet.release import Release
 from edgecascade.fleet.settings import AgentSettings, foreign_config
 from edgecascade.fleet.sources import Patience, Source, SourceFault, read_file, source_of
@@ -75,13 +76,16 @@ class Agent:
         self._status_at = self._wake_at = self._tick_at = 0.0
         self._refusal: Refusal | None = None
         self._stopping = False
+        self._line: Line | None = None
         self._root_json = trusted_root(self._root, settings.trust)
         self._patience = patience
         trusts = [self._trust_in(address) for address in settings.repository]
         self._clock = trusts[0] if trusts else self._trust_in(str(self._root))
         self._proven = self._clock.now(time.time())
         files = RealFiles(self._root)
-        self._host = DeviceHost(settings, self, self._release_of, self._changed, patience)
+        self._host = DeviceHost(
+            settings, self, self._release_of, self._source, self._changed, patience
+        )
         self._executor = Executor(files, self._host, spawn=self._spawn)
         self._intake = Intake(
             trusts,
@@ -92,7 +96,8 @@ class Agent:
             lambda result: self._post(partial(self._taken, result)),
             settings.refresh_s,
         )
-        self._line = Line(settings, self._standing, self._intake.put) if settings.mqtt else None
+        if settings.mqtt:
+            self._line = Line(settings, self._standing, self._intake.put)
 
     def stop(self) -> None:
         """Make `run` end. No lock is taken: a signal handler may call this."""
@@ -232,10 +237,20 @@ class Agent:
         return "; ".join([*missing, foreign] if foreign else missing)
 
     def _trust_in(self, address: str) -> Trust:
-        if "://" not in address:
-            return Trust(self._root, self._root_json, folder_fetch(address))
-        source = source_of(address, patience=self._patience, redirects=self._settings.redirects)
-        return Trust(self._root, self._root_json, fetch_from(source, self._patience))
+        folder = ":" not in address
+        fetch = (
+            folder_fetch(address) if folder else fetch_from(self._source(address), self._patience)
+        )
+        return Trust(self._root, self._root_json, fetch)
+
+    def _source(self, place: str) -> Source:
+        if place.startswith(SCHEME):
+            return MqttSource(self, place)
+        return source_of(place, patience=self._patience, redirects=self._settings.redirects)
+
+    def exchange(self, name: str, question: bytes, timeout_s: float) -> bytes | None:
+        """See relay.Asker."""
+        return None if self._line is None else self._line.exchange(name, question, timeout_s)
 
     def _release_of(self, slot: Slot) -> Release:
         return self._executor.store.release(slot.release)

@@ -26,7 +26,7 @@ from edgecascade.fleet.fetch import Blob, Downloader, DownloadStopped, Pace
 from edgecascade.fleet.orders import Order
 from edgecascade.fleet.release import DeltaRef, Release
 from edgecascade.fleet.settings import AgentSettings
-from edgecascade.fleet.sources import Patience, Source, source_of
+from edgecascade.fleet.sources import Patience, Source
 from edgecascade.fleet.state import Slot
 
 log = logging.getLogger(__name__)
@@ -65,12 +65,13 @@ class DeviceHost:
         settings: AgentSettings,
         voice: Voice,
         release_of: Callable[[Slot], Release],
+        source_at: Callable[[str], Source],
         on_change: Callable[[], None],
         patience: Patience = Patience(),  # noqa: B008  frozen
     ) -> None:
         self.sticks: dict[str, str] = {}
         self._settings, self._voice, self._release_of = settings, voice, release_of
-        self._patience = patience
+        self._source_at, self._patience = source_at, patience
         self._root = settings.folder
         self._lock = threading.Lock()
         self._halts = 0
@@ -150,11 +151,9 @@ class DeviceHost:
         stick = self.sticks.get(order.order)
         places = [f"{stick}/blobs"] if stick else []
         places += [*self._settings.caches, *order.mirrors]
-        places += [f"{each.rstrip('/')}/blobs/" for each in self._settings.repository]
-        return [
-            source_of(place, patience=self._patience, redirects=self._settings.redirects)
-            for place in dict.fromkeys(places)
-        ]
+        for each in self._settings.repository:
+            places.append(each + "blobs/" if each.endswith(("/", ":")) else each + "/blobs/")
+        return [self._source_at(place) for place in dict.fromkeys(places)]
 
     # ---- trials -------------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from edgecascade.fleet.jobs import Job
 from edgecascade.fleet.orders import MAX_ENVELOPE_BYTES
+from edgecascade.fleet.relay import read_block
 from edgecascade.fleet.settings import AgentSettings
 from edgecascade.fleet.state import MAX_VERDICTS
 from edgecascade.service import wire
@@ -46,6 +47,7 @@ class Line:
         self._jobs: dict[str, Job] = {}
         self._told: dict[str, Any] = {}
         self._pending: dict[str, queue.SimpleQueue[bytes]] = {}
+        self._blocks: dict[str, queue.SimpleQueue[bytes]] = {}
         filters = self._topics.agent_filters(self._name, settings.groups)
         self._link = Link(
             LinkOptions(
@@ -136,6 +138,19 @@ class Line:
             return {"unasked": "the connection to the broker was lost"}
         return {"reason": "no-answer", "message": f"{said} within {timeout_s:g} s"}
 
+    def exchange(self, name: str, question: bytes, timeout_s: float) -> bytes | None:
+        """See relay.Asker."""
+        answers: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        self._blocks[name] = answers
+        try:
+            if not self._link.publish(Outgoing(self._topics.repo_get(self._name), question)):
+                return None
+            return answers.get(timeout=timeout_s)
+        except queue.Empty:
+            return None
+        finally:
+            del self._blocks[name]
+
     # The link's thread calls these.
 
     def _received(self, message: Incoming) -> None:
@@ -147,6 +162,11 @@ class Line:
                 self._on_order(message.payload)
         elif address.kind == "reply" and (asked := self._pending.get(address.request)) is not None:
             asked.put(message.payload)
+        elif address.kind == "repo-rx":
+            block = read_block(message.payload)
+            wanted = None if block is None else self._blocks.get(block.name)
+            if wanted is not None:
+                wanted.put(message.payload)
 
     def _births(self) -> list[Outgoing]:
         with self._lock:

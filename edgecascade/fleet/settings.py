@@ -111,7 +111,8 @@ HELP = {
     "root": "folder for bundles and state; this agent's alone",
     "mqtt": "broker, as mqtt://host:1883 or mqtts://host:8883",
     "device_id": "name of the device; the agent's own is DEVICE-agent",
-    "repository": "address of the repository: http(s)://host/folder/ or a folder; repeatable",
+    "repository": "the repository: http(s)://host/folder/, a folder, or mqtt: for the relay at the "
+    "broker; repeatable",
     "trust": "root.json of the repository, when the device is set up",
     "groups": "group whose orders concern this device; repeatable (default: all)",
     "caches": "folder of blobs to ask first, such as a site's cache; repeatable",
