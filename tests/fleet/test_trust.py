@@ -5,6 +5,7 @@ time, and no blob through it.
 
 from __future__ import annotations
 
+import ast
 import os
 import random
 import shutil
@@ -12,10 +13,12 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 from edgecascade.errors import FleetError, NetworkError, UpdateFailed, UpdateRefused
+from edgecascade.fleet import clock, orders, release, trust
 from edgecascade.fleet import refresh as refresh_module
 from edgecascade.fleet.clock import BUILT, LAST, trusted_now
 from edgecascade.fleet.faults.siege import DAY_S, FOLDER, GROUP, NAME, Camp, Siege
@@ -41,10 +44,10 @@ def siege(camp: Camp) -> Iterator[Siege]:
 def test_release_of_an_order_is_found(siege: Siege) -> None:
     known = siege.device.refresh()
     assert [key.owner for key in known.order_keys.keys] == ["alice", "bob"]
-    release, sha256 = siege.repository.release(NAME)
+    published, sha256 = siege.repository.release(NAME)
     found, data = siege.device.trust.release(NAME, "2.0", sha256)
-    assert found == release
-    assert data == release.to_bytes()
+    assert found == published
+    assert data == published.to_bytes()
 
 
 def test_refresh_costs_a_few_kilobytes(siege: Siege) -> None:
@@ -205,12 +208,12 @@ def test_time_is_never_before_what_is_proven(
 
 
 def test_silence_is_noticed_when_the_timestamp_expires(siege: Siege) -> None:
-    trust = siege.device.trust
-    fresh_until = siege.device.refresh().fresh_until
-    assert not trust.is_stale(fresh_until - 1)
-    assert trust.is_stale(fresh_until)
-    siege.device.lose("belief")
-    assert trust.is_stale(siege.now)
+    device = siege.device
+    fresh_until = device.refresh().fresh_until
+    assert not device.trust.is_stale(fresh_until - 1)
+    assert device.trust.is_stale(fresh_until)
+    device.lose("belief")
+    assert device.trust.is_stale(siege.now)
 
 
 # ---- a repository out of reach ------------------------------------------------------------------
@@ -288,6 +291,23 @@ def test_folder_is_not_left(tmp_path: Path) -> None:
             fetch(path, 10)
     with pytest.raises(OSError, match="symbolic link"):
         fetch("link", 10)
+
+
+@pytest.mark.parametrize("module", [clock, orders, release, trust])
+def test_what_decides_touches_nothing(module: ModuleType) -> None:
+    tree = ast.parse(Path(str(module.__file__)).read_text())
+    imported = {
+        name.split(".")[0]
+        for node in ast.walk(tree)
+        for name in (
+            [each.name for each in node.names]
+            if isinstance(node, ast.Import)
+            else [node.module or ""]
+            if isinstance(node, ast.ImportFrom)
+            else []
+        )
+    }
+    assert not imported & {"os", "io", "pathlib", "socket", "time", "tempfile", "shutil", "http"}
 
 
 def test_limits_of_ngclient_are_set(siege: Siege) -> None:
