@@ -54,6 +54,7 @@ class Toolkit:
     trt: ModuleType
     stream: int | None
     key: EngineKey | None
+    kit: plugins.Kit  # remembers what a plugin raised: TensorRT only says that one did
 
 
 def main(path: str) -> int:
@@ -83,15 +84,15 @@ def _open_tensorrt(bundle: Bundle | None) -> Toolkit:
     from edgecascade.backends.tensorrt import key_here
 
     trt, device = versions.import_tensorrt(), open_device()
-    plugins.register(trt, cuda_library(), device.copy)
+    kit = plugins.register(trt, cuda_library(), device.copy)
     key = None if bundle is None else key_here(bundle, trt, device)
-    return Toolkit(trt, device.stream(), key)
+    return Toolkit(trt, device.stream(), key, kit)
 
 
 def _open_rtx(bundle: Bundle | None) -> Toolkit:
     """TensorRT-RTX without a device. Nothing runs; the CPU kernels say how much scratch memory."""
     trt = import_rtx()
-    plugins.register(trt, cpu_library(), _no_copy)
+    kit = plugins.register(trt, cpu_library(), _no_copy)
     key = None
     if bundle is not None:
         key = engine_key(
@@ -102,7 +103,7 @@ def _open_rtx(bundle: Bundle | None) -> Toolkit:
             l4t=None,
             plugins=plugin_hash([library_path()]),
         )
-    return Toolkit(trt, None, key)
+    return Toolkit(trt, None, key, kit)
 
 
 def _no_copy(*_: int) -> None:
@@ -122,7 +123,8 @@ def run(job: Job, toolkit: Toolkit, bundle: Bundle | None, tell: Tell) -> dict[s
     parser = trt.OnnxParser(network, logger)
     started = time.monotonic()
     if not parser.parse((folder / ONNX).read_bytes()):
-        raise BuildError(f"the ONNX parser of {trt.__version__} refuses the graph: {_why(parser)}")
+        why = _why(parser) + _raised(toolkit.kit)
+        raise BuildError(f"the ONNX parser of {trt.__version__} refuses the graph: {why}")
     parsed = time.monotonic()
     config = _configure(job, toolkit, builder, tell)
     cached = bundle and toolkit.key and read_timing_cache(bundle, toolkit.key)
@@ -131,7 +133,9 @@ def run(job: Job, toolkit: Toolkit, bundle: Bundle | None, tell: Tell) -> dict[s
         config.set_timing_cache(config.create_timing_cache(b""), False)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
-        raise BuildError(f"the builder of {trt.__version__} makes no plan: {_failure(logger)}")
+        raise BuildError(
+            f"the builder of {trt.__version__} makes no plan: {logger.last}{_raised(toolkit.kit)}"
+        )
     (folder / PLAN).write_bytes(plan)
     (folder / CACHE).write_bytes(config.get_timing_cache().serialize())
     return {
@@ -194,18 +198,11 @@ def make_monitor(trt: ModuleType, tell: Tell) -> Any:
 
 def _why(parser: Any) -> str:
     errors = [parser.get_error(i) for i in range(parser.num_errors)]
-    said = "; ".join(f"node {error.node()}: {error.desc()}" for error in errors)
-    return said + _plugin_failure()
+    return "; ".join(f"node {error.node()}: {error.desc()}" for error in errors)
 
 
-def _failure(logger: Any) -> str:
-    return str(logger.last) + _plugin_failure()
-
-
-def _plugin_failure() -> str:
-    """What a plugin raised: TensorRT only says that one did."""
-    failures = [kit.failure for kit in plugins._REGISTERED.values() if kit.failure is not None]
-    return "".join(f" ({type(failure).__name__}: {failure})" for failure in failures)
+def _raised(kit: plugins.Kit) -> str:
+    return "" if kit.failure is None else f" ({type(kit.failure).__name__}: {kit.failure})"
 
 
 def profile_of(ranges: Mapping[str, Shapes]) -> dict[str, list[list[int]]]:
