@@ -23,8 +23,8 @@ PROMPTS = (1, 7, 65)  # tokens: a decode step from nothing, a chunk, more than a
 STEPS = 8
 SEED = 21
 # Rounding may turn a choice between tokens whose logits are this close, in deviations of the row.
-# The CPU rounds activations to int8 and CUDA's kernels to half: their logits are 2 to 3 % apart, and
-# the CUDA ones are the better. A miscompiled layer is off by whole deviations.
+# The CPU rounds activations to int8 and CUDA's kernels to half: their logits are 2 to 3 % apart,
+# and the CUDA ones are the better. A miscompiled layer is off by whole deviations.
 TIE = 0.5
 
 
