@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 import standin
+from kernels import cuda_emulated
+from tolerances import CUDA_LOGITS
 
 
 @pytest.mark.parametrize("release", ["10.3", "11.4"])
@@ -45,3 +47,20 @@ def test_200_answers_are_the_cpu_backends_and_decode_is_one_launch(
     assert report["tokens"]["same"] == report["tokens"]["steps"] > 0
     assert seen["refused"] == {"same": True, "captured": 0}
     assert "decode is not captured as a CUDA graph" in done.stderr
+
+
+def test_the_cuda_kernels_behind_the_plugins_give_the_references_logits(
+    prepared: standin.Prepared, own_bundle: Callable[[str, str], Path]
+) -> None:
+    """Their own source, compiled for the CPU: what a plugin hands over is what they expect."""
+    cuda_emulated()
+    library = standin.ROOT / "build" / "cuda-emulated" / "libedgecascade_cuda_emulated.so"
+    program = [sys.executable, str(standin.HERE / "emulated.py"), "10.3"]
+    arguments = [str(path) for path in (prepared("10.3"), own_bundle("moe", "speed"), library)]
+    done = subprocess.run(
+        [*program, *arguments], cwd=standin.ROOT, capture_output=True, text=True, timeout=1800
+    )
+    assert done.returncode == 0, done.stderr
+    seen = json.loads(done.stdout)
+    assert len(seen) == 5
+    assert {step: far for step, far in seen.items() if not far <= CUDA_LOGITS} == {}

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CUDA kernels' own source behind the plugins, compiled for the CPU (plugins/cuda/emulator).
+
+    python tests/trt/emulated.py RELEASE FOLDER BUNDLE LIBRARY     one line of JSON
+
+The emulator works at once and not on a stream, so nothing is captured here; how far the logits are
+from the reference, and whether every plugin stayed in its memory, is what is seen.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import standin
+
+RELEASE, (FOLDER, BUNDLE, LIBRARY) = sys.argv[1], map(Path, sys.argv[2:])
+trt = standin.load(RELEASE, FOLDER)
+os.environ["EDGECASCADE_CUDA_LIBRARY"] = str(LIBRARY)
+
+import driver  # noqa: E402
+import play  # noqa: E402
+
+from edgecascade.backends.tensorrt import TensorRTBackend  # noqa: E402
+
+
+def distance(found: Any, truth: Any) -> float:
+    """Relative, without the rows' means, which no softmax sees."""
+    found, truth = (x - x.mean(axis=-1, keepdims=True) for x in (found, truth))
+    return float(np.linalg.norm(found - truth) / np.linalg.norm(truth))
+
+
+def main() -> dict[str, float]:
+    player = driver.play(trt)
+    player.kernels_are_launches = False
+    TensorRTBackend._try_capture = lambda *arguments: None  # type: ignore[method-assign]
+    with play.Bundle.open(BUNDLE, verify=False) as bundle:
+        play.build_engine(bundle)
+    seen = {}
+    with (
+        play.opened(BUNDLE, "tensorrt", threads=1) as engine,
+        play.opened(BUNDLE, "reference") as reference,
+    ):
+        tokens = np.random.default_rng(2).integers(3, engine.vocab, 40).astype(np.int32)
+        both = (engine, reference)
+        for slot, length in enumerate((40, 1, 7)):
+            rows = [each.prefill(slot, tokens[:length]) for each in both]
+            seen[f"prefill of {length}"] = distance(*rows)
+        for slots in ([0], [2, 0, 1]):
+            rows = [each.decode(slots, [5] * len(slots)) for each in both]
+            seen[f"decode of {len(slots)}"] = distance(*rows)
+    return seen
+
+
+if __name__ == "__main__":
+    sys.stdout.write(json.dumps(main()) + "\n")
