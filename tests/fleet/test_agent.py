@@ -1,0 +1,347 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The agent on one device: set up, fed from a stick, told what it may not do, and watched."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from golden import Build
+
+from edgecascade.cli import main
+from edgecascade.errors import DownloadFailed, InvalidRequest, NetworkError
+from edgecascade.fleet import agent as agents
+from edgecascade.fleet import orders
+from edgecascade.fleet.agent import Agent, own, trusted_root
+from edgecascade.fleet.faults.web import Site, drip
+from edgecascade.fleet.home import Home
+from edgecascade.fleet.host import DeviceHost
+from edgecascade.fleet.intake import Envelope, Held, Intake, Offer, Refusal, Result, said_name
+from edgecascade.fleet.orders import Order, Policy
+from edgecascade.fleet.refresh import Trust, folder_fetch
+from edgecascade.fleet.release import GoldenPrompt, Health, Release
+from edgecascade.fleet.repository import Offer as ReleaseOffer
+from edgecascade.fleet.settings import HELP, AgentSettings, foreign_config, from_options
+from edgecascade.fleet.sources import HttpSource, Patience, Source
+from edgecascade.service.config import ServiceConfig, from_mapping
+
+GROUP, NAME, DEVICE = "lab", "tiny", "robot-7"
+PATIENCE = Patience(connect_s=5, head_s=0.5, read_s=0.5, min_bytes_per_s=10_000, window_s=0.3)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory, build: Build) -> Home:
+    """An operator's folder with the demo's bundle as version 1."""
+    made = Home(tmp_path_factory.mktemp("operator") / "fleet")
+    made.init("small", ["operator"])
+    publish(made, build("tiny", "speed"), "1")
+    return made
+
+
+def publish(home: Home, bundle: Path, version: str, *prompts: GoldenPrompt) -> Release:
+    offer = ReleaseOffer(NAME, version, health=Health(prompts=prompts))
+    return home.repository().publish(bundle, offer, time.time()).release
+
+
+def order(home: Home, name: str, version: str = "1", **changes: Any) -> Order:
+    repository = home.repository()
+    _, sha256 = repository.release(NAME, version)
+    made = Order(
+        name, repository.next_seq(GROUP), GROUP, NAME, version, sha256, 0.0, time.time() + 3600,
+        policy=Policy(retries=0),
+    )  # fmt: skip
+    return replace(made, **changes)
+
+
+def settings(root: Path, home: Home, **more: Any) -> AgentSettings:
+    values = {"trust": str(home.folder / "root.json"), "groups": (GROUP,), **more}
+    return AgentSettings(str(root), DEVICE, **values)
+
+
+def install(home: Home, root: Path, *more: str) -> int:
+    command = ["agent", "install", str(home.served), "--root", str(root), "--device-id", DEVICE]
+    trust = str(home.folder / "root.json")
+    return main([*command, "--group", GROUP, "--trust", trust, *more])
+
+
+def test_an_empty_device_is_installed_from_a_stick(
+    home: Home, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "device"
+    home.repository().sign_order(order(home, "stick"))
+    assert install(home, root) == 0
+    assert f"stick: SUCCEEDED {NAME} 1" in capsys.readouterr().out
+    assert main(["agent", "status", "--root", str(root), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    release, _ = home.repository().release(NAME, "1")
+    assert facts["active"]["manifest"] == release.manifest.sha256
+    assert facts["agent_runs"] is False
+    folder = root / "bundles" / release.manifest.sha256
+    assert {p.name for p in folder.iterdir()} == {file.path for file in release.every_file}
+    assert os.listdir(root / "partial") == []
+    # The same order again changes nothing and says the same.
+    assert install(home, root) == 0
+
+
+def test_a_stick_with_wrong_answers_leaves_the_device_as_it_was(
+    home: Home, tmp_path: Path, build: Build, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "device"
+    never = GoldenPrompt(prompt="go", max_tokens=2, tokens=(1, 1))
+    publish(home, build("tiny", "speed"), "2-wrong", never)
+    home.repository().sign_order(order(home, "wrong", "2-wrong"))
+    assert install(home, root, "--json") == 1
+    (verdict,) = json.loads(capsys.readouterr().out)["verdicts"]
+    assert (verdict["state"], verdict["evidence"]["reason"]) == ("FAILED", "wrong-answer")
+    assert os.listdir(root / "bundles") == []
+    assert os.listdir(root / "blobs") == []
+
+
+def test_a_stick_with_flipped_bits_is_refused(
+    home: Home, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stick = tmp_path / "stick"
+    home.repository().sign_order(order(home, "flipped"))
+    shutil.copytree(home.served, stick)
+    largest = max((stick / "blobs").iterdir(), key=lambda path: path.stat().st_size)
+    data = bytearray(largest.read_bytes())
+    data[100] ^= 1
+    largest.write_bytes(data)
+    command = ["agent", "install", str(stick), "--root", str(tmp_path / "device")]
+    trust = str(home.folder / "root.json")
+    assert main([*command, "--device-id", DEVICE, "--group", GROUP, "--trust", trust]) == 1
+    assert "wrong-hash" in capsys.readouterr().out
+
+
+def test_a_stick_of_another_fleet_is_refused(
+    home: Home, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = Home(tmp_path / "other")
+    other.init("small", ["stranger"])
+    home.repository().sign_order(order(home, "mine"))
+    command = ["agent", "install", str(home.served), "--root", str(tmp_path / "device")]
+    trust = str(other.folder / "root.json")
+    assert main([*command, "--device-id", DEVICE, "--group", GROUP, "--trust", trust]) == 1
+    assert "not known" in capsys.readouterr().err
+
+
+def test_a_stick_without_an_order_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    command = ["agent", "install", str(empty), "--root", str(tmp_path / "d"), "--device-id", "d"]
+    assert main(command) == 1
+    assert "no order for the groups all" in capsys.readouterr().err
+
+
+def test_a_folder_has_one_owner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agents, "LOCK_S", 0.0)
+    with own(tmp_path), pytest.raises(InvalidRequest, match="another agent"):
+        own(tmp_path)
+    own(tmp_path).close()
+
+
+def test_the_root_of_trust_is_never_replaced(home: Home, tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequest, match=r"root\.json"):
+        trusted_root(tmp_path, None)
+    first = trusted_root(tmp_path, str(home.folder / "root.json"))
+    other = tmp_path / "other.json"
+    other.write_text("{}")
+    assert trusted_root(tmp_path, str(other)) == first
+    assert trusted_root(tmp_path, None) == first
+
+
+# ---- what a release may say ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", ["mqtt", "device_id", "key", "clients", "state_dir", "command"])
+def test_a_release_cannot_say_who_the_device_is(key: str) -> None:
+    assert key in foreign_config({"flush_ms": 20, key: "x"})
+    assert foreign_config({"flush_ms": 20}) == ""
+
+
+def test_the_device_s_own_words_stand_above_a_release_s(tmp_path: Path) -> None:
+    own_file = tmp_path / "service.yaml"
+    own_file.write_text("mqtt: mqtt://site\nflush_ms: 99\n")
+    device = AgentSettings(str(tmp_path), DEVICE, mqtt="mqtt://x", service=str(own_file))
+    values = device.service_values({"flush_ms": 20, "drain_s": 5})
+    assert (values["flush_ms"], values["drain_s"]) == (99, 5)
+    assert (values["mqtt"], values["device_id"]) == ("mqtt://site", DEVICE)
+    ServiceConfig(**from_mapping(values, "test"))
+
+
+def test_settings_are_strict(tmp_path: Path) -> None:
+    file = tmp_path / "agent.yaml"
+    file.write_text(f"root: {tmp_path}\ndevice_id: robot-7\ngroups: [a, b]\nrefresh_s: 60\n")
+    nothing = dict.fromkeys(HELP)
+    given = argparse.Namespace(**{**nothing, "config": str(file), "groups": ["c"]})
+    made = from_options(given)
+    assert (made.groups, made.name, made.refresh_s) == (("c",), "robot-7-agent", 60.0)
+    for wrong in ({"refresh_s": 0.0}, {"groups": ("a b",)}, {"caches": ("http://u@h/",)}):
+        with pytest.raises(InvalidRequest):
+            replace(made, **wrong)  # type: ignore[arg-type]
+    with pytest.raises(InvalidRequest, match="certificate of its own"):
+        replace(made, cert="agent.crt", key="agent.key")
+
+
+# ---- orders -------------------------------------------------------------------------------------
+
+
+class Box:
+    """What an intake decides."""
+
+    def __init__(self, home: Home, root: Path, fetch: Callable[[str, int], bytes]) -> None:
+        root.mkdir()
+        self.results: list[Result] = []
+        trust = Trust(root, (home.folder / "root.json").read_bytes(), fetch)
+        self.intake = Intake(
+            [trust], lambda folder: trust, DEVICE, [GROUP], lambda release: "",
+            self.results.append, rest_s=0.0,
+        )  # fmt: skip
+
+    def take(self, envelope: bytes) -> Result:
+        self.intake.take(Envelope(envelope))
+        return self.results[-1]
+
+
+def test_an_order_waits_for_a_repository_that_is_out_of_reach(home: Home, tmp_path: Path) -> None:
+    there = folder_fetch(home.served)
+    down = False
+
+    def fetch(path: str, limit: int) -> bytes:
+        if down:
+            raise NetworkError("nobody there")
+        return there(path, limit)
+
+    box = Box(home, tmp_path / "device", fetch)
+    envelope = home.repository().sign_order(order(home, "waits"))
+    assert isinstance(box.take(envelope), Offer)
+    down = True
+    held = box.take(envelope)
+    assert isinstance(held, Held)
+    assert held.order.order == "waits"
+    down = False
+    offer = box.take(envelope)
+    assert isinstance(offer, Offer)
+    assert offer.document is not None
+
+
+def test_an_order_that_asks_for_what_is_not_published_is_refused_in_the_end(
+    home: Home, tmp_path: Path
+) -> None:
+    box = Box(home, tmp_path / "device", folder_fetch(home.served))
+    lost = order(home, "lost", release_sha256="0" * 64)
+    offer = box.take(home.repository().sign_order(lost))
+    assert isinstance(offer, Offer)
+    assert offer.document is None
+    assert "wrong-release" in offer.refusal
+
+
+def test_an_order_of_a_revoked_key_is_refused_though_it_was_good(
+    home: Home, tmp_path: Path
+) -> None:
+    box = Box(home, tmp_path / "device", folder_fetch(home.served))
+    repository = home.repository()
+    key = repository.add_order_key("former", time.time())
+    signed = orders.sign(order(home, "former"), [key.signer])
+    assert isinstance(box.take(signed), Offer)
+    repository.revoke_order_key("former", time.time())
+    refusal = box.take(signed)
+    assert isinstance(refusal, Refusal)
+    assert refusal.reason in ("signature", "epoch")
+    assert (refusal.order, said_name(signed)[0]) == ("former", "former")
+
+
+def test_an_order_for_others_is_none_of_ours(home: Home, tmp_path: Path) -> None:
+    box = Box(home, tmp_path / "device", folder_fetch(home.served))
+    other = order(home, "other", device="robot-8")
+    box.intake.take(Envelope(home.repository().sign_order(other)))
+    assert box.results == []
+
+
+# ---- who owns the mirror ------------------------------------------------------------------------
+
+
+class Voice:
+    """The agent of a host that only downloads."""
+
+    def now(self) -> float:
+        return time.time()
+
+    def report(self, report: object, revision: int) -> None: ...
+
+    def wake(self, at: float) -> None: ...
+
+    def progress(self, order: str, share: float) -> None: ...
+
+    def ask(self, messages: tuple[Mapping[str, Any], ...], timeout_s: float) -> dict[str, Any]:
+        return {}
+
+
+def download(home: Home, root: Path, site: Site, release: Release) -> None:
+    def source_at(place: str) -> Source:
+        return HttpSource(place, PATIENCE)
+
+    device = settings(root, home, repository=(site.url,))
+    host = DeviceHost(device, Voice(), lambda slot: release, source_at, lambda: None, PATIENCE)
+    try:
+        (root / "partial").mkdir(parents=True)
+        host._mine.halts = host._halts
+        host.download(order(home, "any"), release, release.blobs, lambda sha256: None)
+    finally:
+        host.close()
+
+
+def on_disk(root: Path) -> int:
+    return sum(path.stat().st_size for path in (root / "partial").iterdir())
+
+
+def test_a_mirror_that_never_ends_does_not_fill_the_disk(home: Home, tmp_path: Path) -> None:
+    release, _ = home.repository().release(NAME, "1")
+    files = {f"blobs/{sha256}": b"x" * size for sha256, size in release.blobs.items()}
+
+    def endless(request: Any, answer: Any) -> None:
+        answer.write("HTTP/1.1 200 OK\n\n", request.data)
+        for _ in range(200):
+            answer.write(body=bytes(1 << 16))
+
+    with Site(files, lambda request: endless) as site, pytest.raises(DownloadFailed) as failed:
+        download(home, tmp_path, site, release)
+    assert failed.value.final
+    assert on_disk(tmp_path) <= sum(release.blobs.values())
+
+
+def test_a_mirror_that_drips_is_left(home: Home, tmp_path: Path) -> None:
+    release, _ = home.repository().release(NAME, "1")
+    files = {f"blobs/{sha256}": b"x" * size for sha256, size in release.blobs.items()}
+
+    def slow(request: Any, answer: Any) -> None:
+        drip(request, answer, head=False)
+
+    began = time.monotonic()
+    with Site(files, lambda request: slow) as site, pytest.raises(DownloadFailed) as failed:
+        download(home, tmp_path, site, release)
+    assert time.monotonic() - began < 120
+    assert failed.value.reason in ("slow", "unreachable")
+
+
+def test_a_device_that_is_kept_from_news_says_so(home: Home, tmp_path: Path) -> None:
+    """Whoever owns broker and mirror can hide a release, but only until the metadata expire."""
+    made = Agent(settings(tmp_path / "device", home, repository=(str(home.served),)))
+    try:
+        assert made._standing()["update_stale"] is True  # it has never heard anything
+        made._intake.trusts[0].refresh(time.time())
+        assert made._standing()["update_stale"] is False
+        assert made._intake.is_stale(time.time() + 31 * 86_400)  # a timestamp is good for 30 days
+    finally:
+        made._host.close()
+        made._lock.close()
