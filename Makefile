@@ -4,14 +4,14 @@ PYTHON ?= python3
 VENV := .venv
 # Absolute, so that clang-format, ruff and friends of the environment come before the machine's.
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
-KERNEL_SOURCES := $(shell find plugins -name CMakeLists.txt -o -name '*.cmake' -o -name '*.cpp' -o -name '*.h')
+KERNEL_SOURCES := $(shell find plugins -name CMakeLists.txt -o -name '*.cmake' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench faults clean
+.PHONY: help setup demo test test-gpu check bench faults clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(VENV)/.kernels  ## a virtual environment with the package, the kernel library and the developer's tools
 	@$(VENV)/bin/edgecascade doctor
@@ -22,11 +22,14 @@ demo: $(VENV)/.kernels  ## build a bundle from the checkpoint in the box, genera
 test: $(VENV)/.kernels  ## the whole suite; needs no GPU
 	$(VENV)/bin/python -m pytest -q
 
+test-gpu: $(VENV)/.kernels  ## the suite of the ops on this machine's NVIDIA GPU
+	EDGECASCADE_TEST_GPU=1 $(VENV)/bin/python -m pytest -q tests -k 'kernel and cuda'
+
 check: $(VENV)/.kernels  ## format, lint, types and import directions
 	ruff format --check .
 	ruff check .
 	mypy --strict edgecascade build_engine
-	clang-format --dry-run --Werror $$(git ls-files 'plugins/*.cpp' 'plugins/*.h')
+	clang-format --dry-run --Werror $$(git ls-files 'plugins/*.cpp' 'plugins/*.h' 'plugins/*.cu' 'plugins/*.cuh')
 	$(VENV)/bin/python -m pytest -q tests/test_repo.py
 
 bench: $(VENV)/.kernels  ## kernels against this machine's own ceilings

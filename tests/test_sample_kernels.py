@@ -15,7 +15,6 @@ from tolerances import LOGPROB
 
 from edgecascade import sampling
 from edgecascade.backends import _lib
-from edgecascade.backends._lib import address
 from edgecascade.errors import InvalidRequest
 from edgecascade.sampling import SampleRow, Sampling
 
@@ -27,7 +26,8 @@ def draw(kernels: Kernels, logits: Any, rows: list[SampleRow], **changes: Any) -
     """Tokens and their log probabilities, one for each row of logits."""
     params = (_lib.Sampling * len(rows))()
     for to, row in zip(params, rows, strict=True):
-        to.seen, to.count, to.n_seen = address(row.seen), address(row.count), len(row.seen)
+        to.seen, to.count = kernels.place(row.seen), kernels.place(row.count)
+        to.n_seen = len(row.seen)
         to.temperature, to.top_p, to.min_p = (
             row.params.temperature,
             row.params.top_p,

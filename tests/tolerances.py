@@ -61,3 +61,6 @@ HALF_WEIGHTS = 4e-4
 # Logits of a small model on CUDA's kernels against the reference, likewise: activations and large
 # steps' weights are rounded to half. Seen: 1.1e-3.
 CUDA_LOGITS = 4e-3
+
+# Float32 weights on CUDA's kernels against the CPU's, likewise: only the order of sums differs.
+CUDA_EXACT = 1e-5

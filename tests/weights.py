@@ -42,7 +42,7 @@ def matrices(
     size = matrix_bytes(codec, n, k)
     stride = round_up(size, ALIGNMENT) if experts > 1 else size
     data = np.zeros(stride * experts, np.uint8)
-    weight = Weight(address(data), stride, n, k, codec.ec_type, experts)
+    weight = Weight(address(data), stride, n, k, codec.ec_type, experts)  # for the packer
     dense = np.empty((experts, n, k), np.float64)
     packing = kernels.packer.stream(1)
     for expert in range(experts):
@@ -53,4 +53,5 @@ def matrices(
         else:
             part[:] = values.astype(codec.value.replace("f", "float")).view(np.uint8).reshape(-1)
         dense[expert] = kernels.packer.unpack(weight, expert)
+    weight.data = kernels.place(data)
     return Matrices(codec, data, weight, dense, kernels.round)

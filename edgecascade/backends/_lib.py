@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -213,7 +213,7 @@ class Library:
         function: Callable[[int, Any, int], int] = self._api.op[code]
         return function
 
-    def run(self, stream: Stream, step: Step, calls: c.Array[Call]) -> None:
+    def run(self, stream: Stream | Borrowed, step: Step, calls: c.Array[Call]) -> None:
         """A recorded forward pass, without the interpreter lock."""
         failed = c.c_int32(-1)
         status = self._api.run(
@@ -249,8 +249,14 @@ class Library:
         return out
 
 
+class Borrowed(NamedTuple):
+    """A stream that somebody else made and will destroy."""
+
+    handle: int
+
+
 class Stream:
-    """A thread pool of the CPU table."""
+    """A thread pool of the CPU table, a CUDA stream of the other."""
 
     def __init__(self, library: Library, api: Api, threads: int) -> None:
         handle, count = c.c_void_p(), c.c_int32()

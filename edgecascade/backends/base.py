@@ -23,10 +23,11 @@ log = logging.getLogger(__name__)
 # Name -> (module, class). "auto" tries them in this order.
 BACKENDS = {
     "tensorrt": ("edgecascade.backends.tensorrt", "TensorRTBackend"),
+    "cuda": ("edgecascade.backends.cuda", "CudaBackend"),
     "cpu": ("edgecascade.backends.native", "NativeBackend"),
     "reference": ("edgecascade.backends.reference", "ReferenceBackend"),
 }
-AUTO = ("tensorrt", "cpu", "reference")
+AUTO = ("tensorrt", "cuda", "cpu", "reference")
 
 
 @dataclass(frozen=True)

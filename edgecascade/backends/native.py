@@ -10,24 +10,22 @@ from typing import Any
 import numpy as np
 
 from edgecascade.backends._lib import (
-    ARGS,
     PAGE_TOKENS,
     Call,
-    NormArgs,
     Step,
     Weight,
     address,
     cpu_library,
 )
 from edgecascade.backends.base import Array, Options, Snapshot, check_tokens
+from edgecascade.backends.binding import Places, bind, calls_of
 from edgecascade.backends.readahead import ReadAhead
-from edgecascade.backends.recorder import Handle, RecordedCall, Recorder, assign_buffers
+from edgecascade.backends.recorder import Handle, Recorder, assign_buffers
 from edgecascade.backends.sampler import Sampler
 from edgecascade.bundle import Bundle
 from edgecascade.device.memory import memory_bytes
 from edgecascade.errors import BackendError, ContextExceeded, InvalidRequest
 from edgecascade.models import family
-from edgecascade.ops import Kind, Norm
 from edgecascade.sampling import SampleRow
 from edgecascade.state import PagePool, StatePool, fit_pages, reserve
 from edgecascade.tensors import Codec, State
@@ -93,16 +91,16 @@ class NativeBackend:
         self._logits = reserve((max(self.slots, LOGITS_CHUNK), self.vocab), np.float32)
         self._records: dict[tuple[int, str], Array] = {}
         defaults = {"kv_type": 0 if kv_dtype == np.float32 else 1, "force": 0}
-        self._args = [self._bind(call, defaults) for call in recorder.calls]
-        self._decode, self._prefill = (
-            (Call * len(self._args))(
-                *(
-                    Call(c.addressof(args), call.op.codes[phase], 0)
-                    for args, call in zip(self._args, recorder.calls, strict=True)
-                )
-            )
-            for phase in (0, 1)
+        places = Places(
+            tokens=_address(self._tokens),
+            value=lambda handle: _address(self._memory(handle)),
+            state=lambda layer, name: _address(self._state.array(layer, name)),
+            record=self._new_record,
+            vector=_address,
         )
+        self._args = [bind(call, defaults, places) for call in recorder.calls]
+        self._decode = calls_of(recorder.calls, self._args, 0)
+        self._prefill = calls_of(recorder.calls, self._args, 1)
         self._open_step()
 
     def _weight(self, name: str) -> Any:
@@ -116,32 +114,10 @@ class NativeBackend:
         n, k = stored.shape[-2:]
         return Weight(address(data), stored.stride, n, k, stored.codec.ec_type, stored.experts)
 
-    def _bind(self, call: RecordedCall, defaults: dict[str, int]) -> c.Structure:
-        values = {**defaults, **call.fields}
-        args = ARGS[call.op.name]()
-        for field in call.op.fields:
-            value = values.get(field.name)
-            if field.kind is Kind.OUTPUT:
-                value = self._memory(call.output)
-            elif field.kind is Kind.STATE:
-                value = self._state.array(call.layer, field.name)
-            elif field.kind is Kind.TOKENS:
-                value = self._tokens
-            elif field.kind is Kind.RECORD:
-                kind = np.int32 if field.name == "ids" else np.float32
-                value = np.zeros((PREFILL_CHUNK, values["top_k"]), kind)
-                self._records[call.layer, field.name] = value
-            elif isinstance(value, Handle):
-                value = self._memory(value)
-            elif isinstance(value, Norm):
-                value = NormArgs(address(value.gamma), value.eps, value.groups)
-            if isinstance(value, np.ndarray):
-                value = address(value)
-            if value is not None:
-                setattr(args, field.name, value)
-            elif not field.optional:
-                raise BackendError(f"op {call.op.name} of layer {call.layer} lacks {field.name}")
-        return args
+    def _new_record(self, layer: int, name: str, columns: int) -> int:
+        kind = np.int32 if name == "ids" else np.float32
+        made = self._records[layer, name] = np.zeros((PREFILL_CHUNK, columns), kind)
+        return _address(made)
 
     def _memory(self, handle: Handle) -> Array:
         return self._logits if handle.of_head else self._buffers[handle.buffer]
@@ -298,3 +274,7 @@ class NativeBackend:
     def _check_open(self) -> None:
         if self._stream.handle is None:
             raise BackendError("the backend is closed; load the bundle again")
+
+
+def _address(array: Array) -> int:
+    return int(array.ctypes.data)

@@ -71,8 +71,10 @@ inline void mma16816(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint3
 
 template <class... Parameters, class... Arguments>
 ec_status launch(const char*, void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared,
-                 ec_stream, const Arguments&... arguments) {
-  emulator::launch(grid, dim3(threads), shared, [&] { kernel(Parameters(arguments)...); });
+                 ec_stream stream, const Arguments&... arguments) {
+  emulator::launch(
+      grid, dim3(threads), shared, stream,
+      [kernel, values = std::make_tuple(Parameters(arguments)...)] { std::apply(kernel, values); });
   return EC_OK;
 }
 
@@ -129,9 +131,12 @@ ec_status launch(const char* op, void (*kernel)(Parameters...), dim3 grid, int t
                                  static_cast<int>(shared));
   }
   if (error == cudaSuccess) {
-    kernel<<<grid, threads, shared, reinterpret_cast<cudaStream_t>(stream)> > >(
-        Parameters(arguments)...);
-    error = cudaGetLastError();
+    const auto start = [&](Parameters... values) {
+      void* addresses[] = {&values...};
+      return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, dim3(threads), addresses,
+                              shared, reinterpret_cast<cudaStream_t>(stream));
+    };
+    error = start(arguments...);
   }
   if (error == cudaSuccess) return EC_OK;
   return fail(EC_DEVICE, "%s: %s", op, cudaGetErrorString(error));

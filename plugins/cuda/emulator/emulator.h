@@ -17,6 +17,7 @@
 #include <cstring>
 #include <functional>
 #include <limits>
+#include <tuple>
 
 #define __global__ static
 #define __device__
@@ -55,7 +56,10 @@ struct Thread {
 const Thread& thread();
 extern dim3 block, blocks, threads;  // blockIdx, gridDim, blockDim
 
-void launch(dim3 grid, dim3 size, size_t sharedBytes, const std::function<void()>& body);
+// On a stream of a stand-in for the driver, as that does with what is put on its streams: at once,
+// or when a captured graph is launched. On ownStream() at once.
+void launch(dim3 grid, dim3 size, size_t sharedBytes, void* stream, std::function<void()> body);
+void* ownStream();
 unsigned char* sharedMemory();
 void blockBarrier();
 void warpBarrier(unsigned mask);

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernel library on an NVIDIA GPU: the recorded pass in device memory, decode as CUDA graphs.
+
+A decode step is captured once for each number of sequences and each bound of the context, which is
+launch geometry; replaying it is one call. What changes from step to step lies in device arrays.
+"""
+
+from __future__ import annotations
+
+import ctypes as c
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from edgecascade.backends._cuda import Graph
+from edgecascade.backends._device_backend import OUT_ROWS, PREFILL_CHUNK, DeviceBackend
+from edgecascade.backends._lib import Borrowed, Call, Step, Weight, cuda_library
+from edgecascade.backends.base import Options
+from edgecascade.backends.binding import Places, bind, calls_of
+from edgecascade.backends.recorder import Handle, Recorder, assign_buffers
+from edgecascade.bundle import Bundle
+from edgecascade.errors import BackendError
+from edgecascade.models import family
+from edgecascade.tensors import Codec
+
+log = logging.getLogger(__name__)
+
+LEAST_CONTEXT = 1024  # of a captured step; each further capture doubles it
+
+
+class CudaBackend(DeviceBackend):
+    """Runs a bundle on the CUDA table of the kernel library."""
+
+    name = "cuda"
+
+    def _open_pass(self, bundle: Bundle, options: Options) -> None:
+        self._library = cuda_library()
+        self._queue = Borrowed(self._stream)
+        model = family(bundle.family)
+        recorder = Recorder()
+        config = model.read_config(bundle.config)
+        model.forward(
+            recorder, config, {name: self._weight(bundle, name) for name in bundle.tensors}
+        )
+        columns = assign_buffers(recorder.calls)
+        self._buffers = [self._device.alloc(4 * PREFILL_CHUNK * n) for n in columns]
+        places = Places(
+            tokens=self._step.addresses["tokens"],
+            value=self._value,
+            state=self._states.address,
+            record=self._record,
+            vector=int,
+        )
+        defaults = {"kv_type": 0 if bundle.kv_type == "f32" else 1, "force": 0}
+        self._args = [bind(call, defaults, places) for call in recorder.calls]
+        self._decode_calls = calls_of(recorder.calls, self._args, 0)
+        self._prefill_calls = calls_of(recorder.calls, self._args, 1)
+        self._args_step = Step(**{n: a for n, a in self._step.addresses.items() if n != "tokens"})
+        self._args_step.max_pages = self._pages.table.shape[1]
+        self._open_workspace()
+        self._captured: dict[tuple[int, int], Graph] = {}
+        self._capture = True
+
+    def _weight(self, bundle: Bundle, name: str) -> Any:
+        """A matrix as the kernels' descriptor; the address of a vector or of the router."""
+        stored, place = bundle.tensors[name], self._weights[name]
+        if stored.codec is Codec.F32 and stored.role.value in ("vector", "router"):
+            return place
+        n, k = stored.shape[-2:]
+        return Weight(place, stored.stride, n, k, stored.codec.ec_type, stored.experts)
+
+    def _open_workspace(self) -> None:
+        needed, slots = 0, self.slots
+        shapes: list[tuple[c.Array[Call], int, int]] = [(self._prefill_calls, PREFILL_CHUNK, 1)]
+        # Up to 8 rows take other kernels than more do.
+        shapes += [(self._decode_calls, n, n) for n in range(1, slots + 1)]
+        shapes += [(self._prefill_calls, n, 1) for n in range(1, 10)]
+        for calls, n_tok, n_seq in shapes:
+            step = Step.from_buffer_copy(self._args_step)
+            step.n_tok, step.n_seq, step.n_out = n_tok, n_seq, min(n_tok, OUT_ROWS)
+            step.max_context = self.max_context
+            needed = max(needed, self._library.workspace_size(step, calls))
+        self._args_step.workspace = self._device.alloc(needed)
+        self._args_step.workspace_bytes = needed
+
+    def _value(self, handle: Handle) -> int:
+        return self._logits_address if handle.of_head else self._buffers[handle.buffer]
+
+    def _record(self, layer: int, name: str, columns: int) -> int:
+        return self._device.alloc(4 * PREFILL_CHUNK * columns)
+
+    @property
+    def captured(self) -> list[tuple[int, int]]:
+        """Sequences, and bound of the context, of the steps that are a single launch by now."""
+        return sorted(self._captured)
+
+    def _run_prefill(self, count: int, n_out: int) -> None:
+        self._run(self._prefill_calls, count, 1, n_out, self.max_context)
+
+    def _run_decode(self, count: int) -> None:
+        longest = int(self._step.arrays["past"][:count].max()) + 1
+        bound = LEAST_CONTEXT
+        while bound < longest:
+            bound *= 2
+        bound = min(bound, self.max_context)
+        graph = self._captured.get((count, bound))
+        if graph is not None:
+            graph.launch(self._stream)
+            return
+        self._captured_or_run(count, bound)
+
+    def _captured_or_run(self, count: int, bound: int) -> None:
+        def step() -> None:
+            self._run(self._decode_calls, count, count, count, bound)
+
+        if self._capture:
+            self._try_capture((count, bound), step)
+        graph = self._captured.get((count, bound))
+        if graph is None:
+            step()
+        else:
+            graph.launch(self._stream)
+
+    def _try_capture(self, key: tuple[int, int], step: Callable[[], None]) -> None:
+        try:
+            self._captured[key] = self._device.capture(self._stream, step)
+        except BackendError as error:
+            self._capture = False
+            log.warning("decode is not captured as a CUDA graph: %s", error)
+
+    def _run(self, calls: c.Array[Call], n_tok: int, n_seq: int, n_out: int, context: int) -> None:
+        step = self._args_step
+        step.n_tok, step.n_seq, step.n_out, step.max_context = n_tok, n_seq, n_out, context
+        self._library.run(self._queue, step, calls)
+
+    def _close_pass(self) -> None:
+        for graph in self._captured.values():
+            graph.close()
+        self._captured = {}

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CUDA backend against the CPU's, in a process whose driver is the stand-in.
+
+    python tests/cuda/backend_program.py STAND_INS KERNELS BUNDLE
+
+STAND_INS holds libcuda.so.1 (tests/trt/fakecuda.c), KERNELS is the CUDA library for the emulator.
+Prints what was seen as JSON.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+
+
+def main(stand_ins: Path, kernels: Path, folder: Path) -> None:
+    ctypes.CDLL(str(stand_ins / "libcuda.so.1"), mode=ctypes.RTLD_GLOBAL)
+    os.environ["EDGECASCADE_CUDA_LIBRARY"] = str(kernels)
+    from edgecascade.backends.base import Options
+    from edgecascade.backends.cuda import CudaBackend
+    from edgecascade.backends.native import NativeBackend
+    from edgecascade.bundle import Bundle
+
+    bundle = Bundle.open(folder)
+    options = Options(slots=3, max_context=512)
+    cuda, cpu = CudaBackend(bundle, options), NativeBackend(bundle, options)
+    random = np.random.default_rng(7)
+    prompts = [random.integers(0, cpu.vocab, n).astype(np.int32) for n in (1, 37, 70)]
+    seen: dict[str, object] = {"name": cuda.name}
+
+    long = random.integers(0, cpu.vocab, 80).astype(np.int32)
+    got, want = cuda.logits(long), cpu.logits(long)
+    seen["logits"] = distance(got, want)
+    seen["margin_flips"] = flips(got, want)
+
+    logits = {slot: (cuda.prefill(slot, p), cpu.prefill(slot, p)) for slot, p in enumerate(prompts)}
+    seen["prefill"] = max(distance(a[None], b[None]) for a, b in logits.values())
+    tokens = {slot: int(b.argmax()) for slot, (_, b) in logits.items()}
+    worst = 0.0
+    for slots in ([0, 1, 2], [1, 2], [2], [0, 1, 2], [0, 2], [1]) * 2:
+        fed = [tokens[slot] for slot in slots]
+        a, b = cuda.decode(slots, fed), cpu.decode(slots, fed)
+        worst = max(worst, distance(a, b))
+        tokens |= {slot: int(row.argmax()) for slot, row in zip(slots, b, strict=True)}
+    seen["decode"] = worst
+    seen["captured"] = cuda.captured
+
+    # One conversation from backend to backend.
+    cuda.reset(0)
+    cuda.restore(0, cpu.save(1))
+    cpu.reset(0)
+    cpu.restore(0, cpu.save(1))
+    moved = distance(cuda.decode([0], [5]), cpu.decode([0], [5]))
+    cpu.restore(2, cuda.save(0))
+    seen["moved"] = max(moved, distance(cuda.decode([0], [6]), cpu.decode([2], [6])))
+    cuda.reset(0)
+    seen["again"] = bool(np.array_equal(cuda.prefill(0, prompts[1]), logits[1][0]))
+    cuda.close()
+    print(json.dumps(seen))
+
+
+def distance(got: np.ndarray, want: np.ndarray) -> float:
+    """Relative Frobenius distance of centred logits, the median of the rows."""
+    got, want = (rows - rows.mean(axis=1, keepdims=True) for rows in (got, want))
+    rows = np.linalg.norm(got - want, axis=1) / np.linalg.norm(want, axis=1)
+    return float(np.median(rows))
+
+
+def flips(got: np.ndarray, want: np.ndarray) -> int:
+    """Rows whose best token differs although its lead is far above the row's error."""
+    top = np.sort(want, axis=1)
+    lead = top[:, -1] - top[:, -2]
+    error = np.sqrt(np.mean((got - want) ** 2, axis=1))
+    return int(((got.argmax(axis=1) != want.argmax(axis=1)) & (lead > 4 * error)).sum())
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:]))
