@@ -139,7 +139,11 @@ class Executor:
             target = Slot(
                 release.name, release.version, release.seq, sha256, release.manifest.sha256
             )
-            self._documents = {sha256: document}
+            waiting = {each.target.release for each in self._deferred.values() if each.target}
+            self._documents = {
+                name: known for name, known in self._documents.items() if name in waiting
+            }
+            self._documents[sha256] = document
         self.post(ev.Ordered(order, target, refusal))
 
     def tick(self) -> None:
