@@ -50,6 +50,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "cuStreamSynchronize": (_P,),
     "cuStreamBeginCapture_v2": (_P, _INT),
     "cuStreamEndCapture": (_P, _P),
+    "cuGraphGetNodes": (_P, _P, _P),
     "cuGraphInstantiateWithFlags": (_P, _P, c.c_ulonglong),
     "cuGraphLaunch": (_P, _P),
     "cuGraphDestroy": (_P,),
@@ -83,10 +84,12 @@ def _call(name: str, *arguments: Any) -> None:
 
 
 class Graph:
-    """Captured work of a stream, replayed with one call."""
+    """Captured work of a stream, replayed with one call; `nodes` counts its launches and copies."""
 
     def __init__(self, handle: int) -> None:
-        self._run = c.c_void_p()
+        self._run, nodes = c.c_void_p(), c.c_size_t()
+        _call("cuGraphGetNodes", handle, None, c.byref(nodes))
+        self.nodes = nodes.value
         _call("cuGraphInstantiateWithFlags", c.byref(self._run), handle, 0)
         _call("cuGraphDestroy", handle)
 

@@ -37,7 +37,7 @@ typedef struct Node {
   enum { kCopy, kFill, kCall } kind;
   void *to, *from;
   size_t size;
-  int value;
+  int value, off;
   HostFunction call;
   void* data;
   struct Node* next;
@@ -117,6 +117,7 @@ static Result refuse(const char* what) {
   if (!current) return kNoContext
 
 static void perform(const Node* node) {
+  if (node->off) return;
   unlock();
   if (node->kind == kCopy) memmove(node->to, node->from, node->size);
   if (node->kind == kFill) memset(node->to, node->value, node->size);
@@ -293,10 +294,16 @@ Result cuStreamEndCapture(Stream* stream, Graph** out) {
 Result cuGraphInstantiateWithFlags(Graph** out, Graph* graph, unsigned long long flags) {
   return *out = graph, kOk;
 }
-Result cuGraphGetNodes(Graph* graph, void** nodes, size_t* count) {
-  *count = 0;
-  for (const Node* node = graph->first; node; node = node->next) ++*count;
+Result cuGraphGetNodes(Graph* graph, Node** nodes, size_t* count) {
+  size_t found = 0;
+  for (Node* node = graph->first; node; node = node->next, ++found) {
+    if (nodes && found < *count) nodes[found] = node;
+  }
+  if (!nodes || found < *count) *count = found;
   return kOk;
+}
+Result cuGraphNodeSetEnabled(Graph* graph, Node* node, unsigned on) {
+  return node->off = !on, kOk;
 }
 Result cuGraphLaunch(Graph* graph, Stream* stream) {
   NEEDS_CONTEXT;
