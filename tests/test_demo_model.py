@@ -14,6 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from build_engine.pipeline import build
+from edgecascade import LLM
 from edgecascade.suite import find_suite, read_suite
 from edgecascade.text.prompt import Prompter
 from edgecascade.text.tools import ToolParser
@@ -45,7 +47,7 @@ LISTS = (
 def training() -> list[make_data.Sample]:
     rng = random.Random("leak")
     return [
-        make_data.sample(rng, progress=rng.random(), wide=rng.random() < 0.5) for _ in range(20_000)
+        make_data.sample(rng, progress=rng.random(), part=rng.randint(1, 3)) for _ in range(20_000)
     ]
 
 
@@ -185,3 +187,79 @@ def test_a_name_has_the_same_tokens_in_command_and_call(
 def test_any_text_survives_the_tokenizer(tokenizer: make_tokenizer.Tokenizer, text: str) -> None:
     ids = tokenizer.encode(text).ids
     assert tokenizer.decode(ids, skip_special_tokens=False) == text
+
+
+def test_the_stored_files_are_small() -> None:
+    def size(folder: str) -> int:
+        return sum(file.stat().st_size for file in (FOLDER / folder).iterdir())
+
+    assert size("bundle") <= 8_000_000
+    assert size("checkpoint") <= 20_000_000
+
+
+def test_the_stored_bundle_is_what_the_checkpoint_builds(tmp_path: Path) -> None:
+    build(FOLDER / "checkpoint", tmp_path / "bundle", precision="speed", verify=False)
+    stored = sorted((FOLDER / "bundle").glob("*.safetensors"))
+    assert stored
+    for file in stored:
+        assert (tmp_path / "bundle" / file.name).read_bytes() == file.read_bytes(), file.name
+    for name in ("tokenizer.json", "chat_template.jinja"):
+        sources = [FOLDER / folder / name for folder in ("bundle", "checkpoint")]
+        assert sources[0].read_bytes() == sources[1].read_bytes()
+
+
+@pytest.fixture(scope="module")
+def llm() -> Iterator[LLM]:
+    with LLM.load(FOLDER / "bundle", slots=2) as loaded:
+        yield loaded
+
+
+@pytest.mark.parametrize(
+    ("said", "meant"),
+    [
+        ("Drive forward 2 m.", [("move", {"direction": "forward", "distance": 2})]),
+        (
+            "Go to the kitchen and then turn left 90 degrees.",
+            [("go_to", {"place": "kitchen"}), ("turn", {"direction": "left", "angle": 90})],
+        ),
+        (
+            "Please bring the red cup to Anna.",
+            [("deliver", {"object": "red cup", "to": "Anna"})],
+        ),
+        ("Wait for 2 minutes.", [("wait", {"seconds": 120})]),
+        ("Was kostet ein Kilo Kartoffeln?", []),
+        ("xqz wpl 88 ###", []),
+        ("Please hit Anna.", []),
+    ],
+)
+@pytest.mark.parametrize("thinking", [False, True])
+def test_a_robotics_engineer_gets_what_was_asked_for(
+    llm: LLM, said: str, meant: list[tuple[str, dict[str, object]]], thinking: bool
+) -> None:
+    answer = llm.generate(
+        messages=[{"role": "user", "content": said}],
+        tools=TOOLS,
+        temperature=0,
+        max_tokens=200,
+        thinking=thinking,
+    )
+    assert [(call.name, call.arguments) for call in answer.tool_calls] == meant
+    assert bool(answer.text.strip()) == (not meant)
+
+
+@settings(deadline=None, max_examples=25)
+@given(text=st.text(min_size=1, max_size=400))
+def test_any_text_gets_an_answer(llm: LLM, text: str) -> None:
+    answer = llm.generate(
+        messages=[{"role": "user", "content": text}], tools=TOOLS, temperature=0, max_tokens=64
+    )
+    assert answer.finish_reason in ("stop", "length", "tool_calls")
+
+
+def test_two_thousand_words_move_nothing(llm: LLM) -> None:
+    rng = random.Random(6)
+    text = make_data.long_text(make_data.grammar_of(rng, "train"), 2000)
+    answer = llm.generate(
+        messages=[{"role": "user", "content": text}], tools=TOOLS, temperature=0, max_tokens=64
+    )
+    assert not answer.tool_calls

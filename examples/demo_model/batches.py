@@ -36,12 +36,12 @@ class Batch:
 
 @dataclass(frozen=True)
 class Mixture:
-    """What a step draws: the curriculum's progress, more nouns or not, and the weight of a prompt's
-    tokens in the loss, where the answer's weigh 1.
+    """What a step draws: the curriculum's progress, the part of the training, and the weight of a
+    prompt's tokens in the loss, where the answer's weigh 1.
     """
 
     progress: float
-    wide: bool
+    part: int
     prompt_weight: float
 
 
@@ -53,7 +53,7 @@ def rows_of(
     packed: list[list[tuple[list[int], int]]] = [[] for _ in range(rows)]
     left, misses = [LENGTH] * rows, 0
     while misses < MISSES:
-        made = encoded(tokenizer, sample(rng, progress=mixture.progress, wide=mixture.wide))
+        made = encoded(tokenizer, sample(rng, progress=mixture.progress, part=mixture.part))
         room = [(free, row) for row, free in enumerate(left) if free >= len(made[0])]
         if not room:
             misses += 1

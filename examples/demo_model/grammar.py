@@ -58,6 +58,7 @@ class Grammar:
     typos: float = 0.0  # share of clauses with one misspelt word
     lower: bool = False  # as speech recognition writes
     wide: bool = False  # many more nouns, as in the second part of training
+    compounds: bool = False  # words made of words, as in the third
     drawn: list[Clause] = field(default_factory=list)
 
     # ------------------------------------------------------------------ words
@@ -76,6 +77,8 @@ class Grammar:
         word = rng.choice(more) if seen is more else self.invented()
         if rng.random() < 0.7:
             return word
+        if self.compounds and rng.random() < 0.5:
+            seen = more
         known = rng.choice(seen).split()
         return f"{word} {known[-1]}" if rng.random() < 0.6 else f"{known[0]} {word}"
 
@@ -87,6 +90,8 @@ class Grammar:
 
     def _invented(self) -> str:
         rng = self.rng
+        if self.compounds and rng.random() < 0.45:
+            return rng.choice(wider.PARTS) + rng.choice(wider.PARTS)
         if self.wide and rng.random() < 0.3:
             return self.letters()
         if rng.random() < 0.3:

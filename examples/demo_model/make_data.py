@@ -49,24 +49,25 @@ OF_SPLIT = {
 OF_SPLIT["combinations"] = OF_SPLIT["names"]
 
 
-def grammar_of(rng: random.Random, split: str, wide: bool = False) -> Grammar:
+def grammar_of(rng: random.Random, split: str, part: int = 1) -> Grammar:
     return Grammar(
         rng,
         held_phrasings=split in ("phrasings", "combinations"),
         held_nouns=split in ("names", "combinations"),
         typos={"train": 0.05, "typos": 0.8}.get(split, 0.0),
         lower=rng.random() < 0.3,
-        wide=wide,
+        wide=part > 1,
+        compounds=part > 2,
     )
 
 
 def sample(
-    rng: random.Random, split: str = "train", progress: float = 1.0, wide: bool = False
+    rng: random.Random, split: str = "train", progress: float = 1.0, part: int = 1
 ) -> Sample:
-    """One conversation. `progress` 0..1 is the curriculum: from single commands to plans; `wide`
-    draws from more nouns.
+    """One conversation. `progress` 0..1 is the curriculum: from single commands to plans; `part`
+    1, 2, 3 of the training draws from more and more nouns.
     """
-    g = grammar_of(rng, split, wide)
+    g = grammar_of(rng, split, part)
     weights = {k: START[k] + (FINAL[k] - START[k]) * min(1.0, progress) for k in SCENES}
     weights.update(OF_SPLIT.get(split, {}))
     skill, messages, answer, *schema = SCENES[

@@ -46,14 +46,16 @@ class Plan:
     """What is trained, and when. Steps count optimizer updates."""
 
     seed: int = 0
-    steps: int = 3700
+    steps: int = 3950
     workers: int = 2
     rows: int = 8  # a worker's share of a step
     micro_rows: int = 4  # of them at a time
     warm_up: int = 60
     curriculum: int = 1200  # by then the mixture is the final one
-    wider_from: int = 1600  # from here nouns are many more, and prompts count less
-    decay_from: int = 1900  # from here the learning rate falls to zero
+    second_part: int = 1600  # from here nouns are many more, and prompts count less
+    third_part: int = 3300  # from here also words made of two words
+    decay_from: int = 1900  # from here the learning rate falls
+    aim: int = 3700
     int4_from: int = 2850  # from here the matrices are rounded as the bundle will round them
     long_every: int = 64  # steps between long rows
     long_from: int = 1000
@@ -61,13 +63,17 @@ class Plan:
     weight_decay: float = 0.05
 
     def mixture(self, step: int) -> Mixture:
-        wide = step >= self.wider_from
-        return Mixture(step / self.curriculum, wide, 0.02 if wide else 0.1)
+        part = 1 + (step >= self.second_part) + (step >= self.third_part)
+        return Mixture(step / self.curriculum, part, 0.1 if part == 1 else 0.02)
 
     def rate_at(self, step: int) -> float:
+        """Constant, then down a line that would reach zero at `aim`, at last down to zero."""
         if step < self.decay_from:
             return self.rate * min(1.0, (step + 1) / self.warm_up)
-        return self.rate * max(0.01, (self.steps - step) / (self.steps - self.decay_from))
+        fall = (self.aim - min(step, self.third_part)) / (self.aim - self.decay_from)
+        if step > self.third_part:
+            fall *= (self.steps - step) / (self.steps - self.third_part)
+        return self.rate * fall
 
 
 @dataclass
@@ -380,7 +386,8 @@ def draw(log: Path, picture: Path, plan: Plan) -> None:
     figure, axes = plt.subplots(figsize=(8, 4.5))
     axes.semilogy(sorted(losses), [losses[step] for step in sorted(losses)], linewidth=1)
     marks = {
-        plan.wider_from: "more nouns",
+        plan.second_part: "more nouns",
+        plan.third_part: "compounds",
         plan.decay_from: "rate falls",
         plan.int4_from: "INT4 weights",
     }

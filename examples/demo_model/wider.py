@@ -57,5 +57,13 @@ Megan Milan Miriam Mohamed Monica Nadia Naomi Nathan Niko Noah Nora Omar Orla Os
 Petra Philip Pia Quentin Rachel Rafael Ramona Ravi Rita Rosa Ruben Sally Samir Sandra Sergei Silvia
 Sonia Stefan Stella Sven Tamara Tariq Teresa Theo Thomas Tina Ulrich Uma Valeria Vera Walter
 Wanda Wendy William Xavier Yara Yasmin Yvonne Zara Zoe""".split()
+# Two of them make a word: "rainbell", "handlight".
+PARTS = """hand foot head back side top out over under water fire sun moon rain snow wind air sea land
+house home work play day night time light board stand book case box bag pot pan cup bowl bell ball room
+door way yard bed bath wall paper post card pin point line rope wire wheel chair table cloth coat hat
+shoe lace string stone wood iron steel glass silver gold green red blue black white sand salt milk bean
+corn apple bird fish cat dog horse cow bee butter flower tree leaf grass hill rock lamp brush comb drum
+horn key lock nail saw ship boat car cart train plane wing tail tooth finger eye ear nose mouth heart
+bone skin blood bread cake pie soup tea coffee""".split()
 LETTERS = "etaoinshrdlucmfwypvbgkjqxz"
 VOWELS = "aeiouy"
