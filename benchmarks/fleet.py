@@ -2,7 +2,8 @@
 """A fleet, end to end: real agents and services, Mosquitto, an HTTP server, the demo's bundles.
 
 Publishes, rolls out, and then tries what must fail: wrong answers, corrupted and dead mirrors, an
-order of a revoked key. Every device must end where it should, with a report that says why.
+order of a revoked key; at last every agent is killed in the middle of an update. Every device must
+end where it should, with a report that says why.
 
     python benchmarks/fleet.py --devices 20 --json result.json
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import subprocess
 import sys
 import tempfile
@@ -46,6 +48,7 @@ GROUP, NAME = "lab", "tiny"
 TOPICS = Topics()
 PROMPT = "Drive to the charging dock."
 STOP_S = 60.0
+KILL_S = 4.0  # within about so long after an order
 
 
 class Failure(Exception):
@@ -101,7 +104,7 @@ class Fleet:
         self.link = Link(options, self.watcher.hear)
         self.link.start()
         stack.callback(self.link.stop)
-        self.seq = 0
+        self.agents: dict[str, subprocess.Popen[bytes]] = {}
 
     def start(self) -> None:
         self._run("fleet", "init", *self._fleet())
@@ -111,16 +114,19 @@ class Fleet:
             [sys.executable, "-m", "http.server", str(port), "--bind", "127.0.0.1",
              "--directory", str(self.home.served)], "http")  # fmt: skip
         for name in self.names:
-            self._spawn(
-                [*PROGRAM, "-v", "agent", "--root", str(self.place / name), "--mqtt",
-                 self.broker.url, "--device-id", name, "--group", GROUP, "--repository", self.url,
-                 "--trust", str(self.home.folder / "root.json")], name)  # fmt: skip
+            self.agents[name] = self._agent(name)
         online = self.watcher.statuses
         self.watcher.wait(
             "all agents online",
             lambda: sum(s["status"] == "online" for s in online.values()) == len(self.names),
             self.timeout_s,
         )
+
+    def _agent(self, name: str) -> subprocess.Popen[bytes]:
+        words = ["--root", str(self.place / name), "--device-id", name, "--group", GROUP]
+        words += ["--mqtt", self.broker.url, "--repository", self.url]
+        words += ["--trust", str(self.home.folder / "root.json")]
+        return self._spawn([*PROGRAM, "-v", "agent", *words], name)
 
     def _fleet(self) -> list[str]:
         return ["--fleet", str(self.home.folder)]
@@ -131,11 +137,12 @@ class Fleet:
             raise Failure(f"{' '.join(words)}: {done.returncode} {done.stderr} {done.stdout}")
         return done.stdout
 
-    def _spawn(self, command: list[str], name: str) -> None:
-        log = self._stack.enter_context((self.place / f"{name}.log").open("wb"))
+    def _spawn(self, command: list[str], name: str) -> subprocess.Popen[bytes]:
+        log = self._stack.enter_context((self.place / f"{name}.log").open("ab"))
         process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
         self._stack.callback(_end, process)
         self._stack.callback(process.terminate)  # all of them first
+        return process
 
     def publish(self, bundle: Path, version: str) -> Release:
         self._run("fleet", "publish", *self._fleet(), str(bundle), "--name", NAME,
@@ -295,16 +302,24 @@ class Fleet:
         repository.revoke_order_key("former", time.time())
         self.fails("revoked key", signed, "revoked", "REJECTED", {"signature", "epoch"}, old)
 
-    def mended(self, release: Release) -> None:
-        """After all that a good order still goes through."""
+    def killed(self, release: Release) -> None:
+        """A good order still goes through, though each agent is killed on the way."""
         began = time.monotonic()
-        repository = self.home.repository()
+        repository, rng = self.home.repository(), random.Random(1)
         order = self.order("back", "1", policy=Policy(retries=0, allow_downgrade=True))
         self.announce(repository.sign_order(order))
+        phases = []
+        for name in rng.sample(self.names, len(self.names)):
+            time.sleep(rng.uniform(0, 2 * KILL_S / len(self.names)))
+            job = self.watcher.jobs.get((name, "back"))
+            phases.append("" if job is None else job.phase or job.state)
+            self.agents[name].kill()
+            self.agents[name].wait()
+            self.agents[name] = self._agent(name)
         jobs = self.ended("back")
         _check("states", {job.state for job in jobs.values()}, {"SUCCEEDED"})
         self.answers(release.manifest.sha256)
-        self.act("a good order again", {"succeeded": len(jobs)}, began)
+        self.act("killed agents", {"succeeded": len(jobs), "killed_in": phases}, began)
 
 
 def _check(what: str, found: object, expected: object) -> None:
@@ -344,7 +359,7 @@ def run(place: Path, devices: int, timeout_s: float) -> dict[str, Any]:
         fleet.corrupted_mirror(quality, current)
         fleet.dead_mirror(exact, current)
         fleet.revoked_key(current)
-        fleet.mended(old)
+        fleet.killed(old)
         fleet.results["seconds"] = round(time.monotonic() - began, 1)
         return fleet.results
 

@@ -7,6 +7,7 @@ import argparse
 import json
 import os
 import shutil
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -141,6 +142,22 @@ def test_a_stick_without_an_order_says_so(
     command = ["agent", "install", str(empty), "--root", str(tmp_path / "d"), "--device-id", "d"]
     assert main(command) == 1
     assert "no order for the groups all" in capsys.readouterr().err
+
+
+def test_a_running_agent_takes_a_stick(
+    home: Home, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "device"
+    home.repository().sign_order(order(home, "beside"))
+    running = Agent(settings(root, home))
+    thread = threading.Thread(target=running.run)
+    thread.start()
+    try:
+        assert install(home, root, "--timeout", "300") == 0
+    finally:
+        running.stop()
+        thread.join()
+    assert f"beside: SUCCEEDED {NAME} 1" in capsys.readouterr().out
 
 
 def test_a_folder_has_one_owner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,4 +35,4 @@ def test_a_fleet_is_installed_updated_and_survives_what_must_fail(tmp_path: Path
     assert acts["update"]["succeeded"] == 3
     assert {name: acts[name]["state"] for name in FAILS} == dict.fromkeys(FAILS, "FAILED")
     assert acts["revoked key"]["state"] == "REJECTED"
-    assert acts["a good order again"]["succeeded"] == 3
+    assert acts["killed agents"]["succeeded"] == 3
