@@ -80,6 +80,10 @@ class DeviceBackend(ABC):
             raise
 
     @abstractmethod
+    def _prepare(self, bundle: Bundle) -> None:
+        """Find out early, before gigabytes are copied, what stands in the way."""
+
+    @abstractmethod
     def _open_pass(self, bundle: Bundle, options: Options) -> None:
         """Bind the passes to what `_open` allocated."""
 
@@ -101,6 +105,7 @@ class DeviceBackend(ABC):
 
     def _open(self, bundle: Bundle, options: Options) -> None:
         device = self._device
+        self._prepare(bundle)
         self._stream = device.stream()
         self._weights = self._upload(bundle)
         self._open_state(bundle, options)

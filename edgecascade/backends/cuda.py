@@ -33,8 +33,10 @@ class CudaBackend(DeviceBackend):
 
     name = "cuda"
 
-    def _open_pass(self, bundle: Bundle, options: Options) -> None:
+    def _prepare(self, bundle: Bundle) -> None:
         self._library = cuda_library()
+
+    def _open_pass(self, bundle: Bundle, options: Options) -> None:
         self._queue = Borrowed(self._stream)
         model = family(bundle.family)
         recorder = Recorder()

@@ -78,7 +78,7 @@ class Play:
         self.creators: dict[tuple[str, str, str], Any] = {}
         self.cuda = ctypes.CDLL("libcuda.so.1")
         self.checking = True  # of the memory around every plugin's work: slow
-        self.kernels_are_launches = True  # False: an emulator's work is not a stream's
+        self.one_launch_each = True  # False: ops of the real kernels are several
         self.enqueued = 0
         self.contexts = 0
 
