@@ -16,7 +16,7 @@ help:  ## this list
 setup: $(VENV)/.kernels  ## a virtual environment with the package, the kernel library and the developer's tools
 	@$(VENV)/bin/edgecascade doctor
 
-demo: $(VENV)/.kernels  ## build a bundle from the checkpoint in the box, generate, compare with goldens, measure
+demo: $(VENV)/.kernels  ## command the robot's model in the box, also over MQTT; every number and answer is checked
 	$(VENV)/bin/python examples/demo.py
 
 test: $(VENV)/.kernels  ## the whole suite; needs no GPU

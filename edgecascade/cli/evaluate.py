@@ -97,11 +97,11 @@ def _table(result: Evaluation) -> Table:
 
     compared = result.other_tokens_per_s is not None
     table = Table(title="exact match, and the interval of 95 % confidence", title_justify="left")
-    table.add_column("split and skill")
+    table.add_column("split, skill")
     for name in ("samples", "exact", "interval", "valid", "perplexity"):
         table.add_column(name, justify="right")
     if compared:
-        for name in ("against: exact", "perplexity", "KL", "top-1"):
+        for name in ("other: exact", "perplexity", "KL", "top-1"):
             table.add_column(name, justify="right")
     for split in result.splits:
         table.add_section()
