@@ -1,0 +1,260 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every op of a decode step alone, on the weights and shapes of a loaded CUDA backend.
+
+The calls of one kind, an input projection of each layer say, are captured as one graph and
+replayed: each replay goes through the weights of all layers, which is more than a GPU's L2 holds;
+where it is not, the weights are copied until it is. Where an op is several launches, they are also
+timed one by one, with the others of the graph switched off. Inputs are random rows that nothing
+overwrites, so that the router chooses the same experts each time.
+"""
+
+from __future__ import annotations
+
+import ctypes as c
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+from edgecascade.backends import _cuda
+from edgecascade.backends._lib import ARGS, Call, Step, Weight
+from edgecascade.backends.cuda import CudaBackend
+from edgecascade.ops import OPS, Kind
+from edgecascade.tensors import Codec, matrix_bytes
+
+NAMES = {code: op.name for op in OPS.values() for code in op.codes}
+CODECS = {codec.ec_type: codec for codec in Codec}
+L2_TIMES = 4  # what is replayed is at least so many times the L2
+PARTS = {"moe": ("router, shared up", "experts up", "experts down, shared down")}
+
+
+@dataclass(frozen=True)
+class OpTime:
+    """One kind of call, or one launch of it."""
+
+    op: str
+    batch: int
+    calls: int  # in a decode step
+    launches: int  # of a call
+    us: float  # a call
+    bytes: int  # of weights, state or keys and values that a call has to move
+    ceiling: float | None  # bytes a second
+    replayed_bytes: int
+
+    @property
+    def share(self) -> float | None:
+        """Of the ceiling."""
+        return self.bytes / self.us * 1e6 / self.ceiling if self.ceiling and self.bytes else None
+
+    def row(self) -> dict[str, Any]:
+        """For JSON."""
+        rate = self.bytes / self.us / 1e3
+        return asdict(self) | {"gb_per_s": rate, "share": self.share}
+
+
+def seconds_of(work: Callable[[], None], wait: Callable[[], None], least_s: float) -> float:
+    """Of one `work`, the median of five rounds that take at least so long."""
+    work()
+    wait()
+    start = perf_counter()
+    work()
+    wait()
+    count = max(1, int(least_s / max(perf_counter() - start, 1e-7)))
+    rounds = []
+    for _ in range(5 if least_s else 1):
+        start = perf_counter()
+        for _ in range(count):
+            work()
+        wait()
+        rounds.append((perf_counter() - start) / count)
+    return statistics.median(rounds)
+
+
+class SwitchedGraph:
+    """A captured graph of which single launches can be switched off.
+
+    The driver lists the nodes of a captured stream in their order.
+    """
+
+    def __init__(self, device: _cuda.Device, stream: int, work: Callable[[], None]) -> None:
+        driver = _cuda._library()
+        driver.cuGraphNodeSetEnabled.argtypes = [c.c_void_p, c.c_void_p, c.c_uint]
+        with device._capturing(stream) as graph:
+            work()
+        self._graph, self._run, count = graph, c.c_void_p(), c.c_size_t()
+        _cuda._call("cuGraphGetNodes", graph, None, c.byref(count))
+        self._nodes = (c.c_void_p * count.value)()
+        _cuda._call("cuGraphGetNodes", graph, self._nodes, c.byref(count))
+        _cuda._call("cuGraphInstantiateWithFlags", c.byref(self._run), graph, 0)
+
+    def __len__(self) -> int:
+        return len(self._nodes)
+
+    def keep(self, wanted: Callable[[int], bool]) -> None:
+        """Switch all other launches off."""
+        for i, node in enumerate(self._nodes):
+            _cuda._call("cuGraphNodeSetEnabled", self._run, node, int(wanted(i)))
+
+    def launch(self, stream: int) -> None:
+        """Start the work."""
+        _cuda._call("cuGraphLaunch", self._run, stream)
+
+    def close(self) -> None:
+        """Free it."""
+        _cuda._call("cuGraphExecDestroy", self._run)
+        _cuda._call("cuGraphDestroy", self._graph)
+
+
+class OpTimer:
+    """Times the ops of a backend whose last step was a decode step of `batch` sequences."""
+
+    def __init__(self, backend: CudaBackend, ceiling: float | None, least_s: float) -> None:
+        self._backend, self._ceiling, self._least_s = backend, ceiling, least_s
+        self._device, self._stream = backend._device, backend._stream
+        names = {place: name for name, place in backend._weights.items()}
+        self._kinds: dict[str, list[tuple[int, c.Structure]]] = {}
+        for call in backend._decode_calls:
+            name = NAMES[call.op]
+            args = ARGS[name].from_address(call.args)
+            label = name if name != "linear" else names[args.w.data].rpartition(".")[2]
+            self._kinds.setdefault(label, []).append((call.op, args))
+        widest = max(_widths(op, args) for calls in self._kinds.values() for op, args in calls)
+        values = np.random.default_rng(3).standard_normal((backend.slots, widest), np.float32)
+        self._x = self._device.alloc(values.nbytes)
+        self._y = self._device.alloc(values.nbytes)
+        self._device.upload(self._x, values, self._stream)
+        self._device.synchronize(self._stream)
+        self._l2 = backend._library.query().l2_bytes
+        self._copies: dict[tuple[int, int], int] = {}
+
+    def times(self, batch: int) -> Iterator[OpTime]:
+        """All kinds of the step, in its order."""
+        for label, calls in self._kinds.items():
+            yield from self._time(label, calls, batch)
+
+    def boundary_us(self) -> float:
+        """A launch in a graph that does next to nothing: one row of the embedding."""
+        code, args = self._kinds["embed"][0]
+        row = self._own(args)
+        calls = (Call * 256)(*[Call(c.addressof(row), code, 0)] * 256)
+        graph = SwitchedGraph(self._device, self._stream, lambda: self._start(calls, 1))
+        seconds = self._seconds(graph)
+        graph.close()
+        return seconds / len(calls) * 1e6
+
+    def _time(self, label: str, calls: list[tuple[int, c.Structure]], batch: int) -> list[OpTime]:
+        own = [(code, self._own(args)) for code, args in calls]
+        own = self._past_l2(own)
+        array = (Call * len(own))(*(Call(c.addressof(args), code, 0) for code, args in own))
+        graph = SwitchedGraph(self._device, self._stream, lambda: self._start(array, batch))
+        launches, left = divmod(len(graph), len(own))
+        assert left == 0, f"{label}: {len(graph)} launches of {len(own)} calls"
+        calls_made = len(own)
+
+        def made(name: str, parts: slice, launches: int) -> OpTime:
+            us = self._seconds(graph) / calls_made * 1e6
+            # After the run, which chose the experts.
+            moved = sum(sum(self._bytes(code, args, batch)[parts]) for code, args in own)
+            each = moved // calls_made
+            return OpTime(name, batch, len(calls), launches, us, each, self._ceiling, moved)
+
+        rows = [made(label, slice(None), launches)]
+        names = PARTS.get(label, tuple(f"launch {i + 1}" for i in range(launches)))
+        for part in range(launches if launches > 1 else 0):
+            graph.keep(lambda i, part=part: i % launches == part)  # type: ignore[misc]
+            rows.append(made(f"  {names[part]}", slice(part, part + 1), 1))
+        graph.close()
+        return rows
+
+    def _own(self, args: Any) -> Any:
+        """The call with inputs and outputs of its own."""
+        own = type(args).from_buffer_copy(args)
+        op = next(op for op in OPS.values() if ARGS[op.name] is type(args))
+        for field in op.fields:
+            if field.kind is Kind.INPUT and getattr(own, field.name):
+                setattr(own, field.name, self._x)
+            if field.kind is Kind.OUTPUT and op.name != "head":
+                setattr(own, field.name, self._y)
+        return own
+
+    def _past_l2(self, own: list[tuple[int, Any]]) -> list[tuple[int, Any]]:
+        """Calls of a matrix again, on copies of it, until they are more than the L2 holds."""
+        if NAMES[own[0][0]] not in ("linear", "head"):
+            return own
+        size = sum(_stored(args.w) for _, args in own)
+        made = list(own)
+        for again in range(1, -(-L2_TIMES * self._l2 // size)):
+            for code, args in own:
+                copy = type(args).from_buffer_copy(args)
+                copy.w.data = self._copy(args.w, again)
+                made.append((code, copy))
+        return made
+
+    def _copy(self, weight: Weight, again: int) -> int:
+        key = (weight.data, again)
+        if key not in self._copies:
+            size = _stored(weight)
+            self._copies[key] = self._device.alloc(size)
+            self._device.copy(self._copies[key], weight.data, size, self._stream)
+        return self._copies[key]
+
+    def _start(self, calls: c.Array[Call], batch: int) -> None:
+        step = Step.from_buffer_copy(self._backend._args_step)
+        step.n_tok = step.n_seq = step.n_out = batch
+        step.max_context = max(bound for count, bound in self._backend.captured if count == batch)
+        self._backend._library.run(self._backend._queue, step, calls)
+
+    def _seconds(self, graph: SwitchedGraph) -> float:
+        return seconds_of(
+            lambda: graph.launch(self._stream),
+            lambda: self._device.synchronize(self._stream),
+            self._least_s,
+        )
+
+    def _bytes(self, code: int, args: Any, batch: int) -> list[int]:
+        """What each launch of a call has to move; only the first's where that is most of it."""
+        name = NAMES[code]
+        if name in ("linear", "head"):
+            return [_stored(args.w)]
+        if name == "moe":
+            taken = self._taken(args, batch)
+            return [
+                4 * args.up.experts * args.up.k + _stored(args.shared_up),
+                taken * _stored(args.up),
+                taken * _stored(args.down) + _stored(args.shared_down),
+            ]
+        if name == "mamba":
+            return [8 * args.heads * args.head_dim * args.state * batch]
+        if name == "attention":
+            held = int(self._backend._step.arrays["past"][:batch].sum()) + batch
+            return [2 * args.kv_heads * args.head_dim * (2 if args.kv_type else 4) * held, 0]
+        return [0]
+
+    def _taken(self, args: Any, batch: int) -> int:
+        """Different experts that the call took when it last ran."""
+        ids = np.empty((batch, args.top_k), np.int32)
+        self._device.download(ids, args.ids, self._stream)
+        self._device.synchronize(self._stream)
+        return len(np.unique(ids))
+
+
+def _stored(weight: Weight) -> int:
+    """Bytes of one matrix; 0 for none."""
+    return matrix_bytes(CODECS[weight.type], weight.n, weight.k) if weight.data else 0
+
+
+def _widths(code: int, args: Any) -> int:
+    """Columns of the widest row that a call reads or writes, logits apart."""
+    name = NAMES[code]
+    if name == "mamba":
+        inner = args.heads * args.head_dim
+        return int(2 * inner + 2 * args.groups * args.state + args.heads)
+    if name == "attention":
+        return int((args.heads + 2 * args.kv_heads) * args.head_dim)
+    if name == "moe":
+        return int(args.up.k)
+    weight = args.table if name == "embed" else args.w
+    return int(weight.k if name in ("embed", "head") else max(weight.n, weight.k))
