@@ -64,12 +64,12 @@ def rows_of(
     return to_batch(packed, LENGTH, mixture.prompt_weight)
 
 
-def long_row(tokenizer: Tokenizer, seed: int, step: int, shard: int) -> Batch:
+def long_row(tokenizer: Tokenizer, seed: int, step: int, shard: int, part: int) -> Batch:
     """One row with a long text that asks for nothing. Only the answer counts."""
     rng = random.Random(f"{seed}/{step}/{shard}/long")
-    words = rng.randint(150, 700)
+    words = rng.randint(150, 700) if part < 4 else rng.randint(100, 1100)
     while True:
-        ids, start = encoded(tokenizer, long_sample(rng, words))
+        ids, start = encoded(tokenizer, long_sample(rng, words, part))
         if len(ids) <= LONG:
             return to_batch([[(ids, start)]], LONG, 0.0)
         words = words * 9 // 10

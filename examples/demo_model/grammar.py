@@ -59,6 +59,7 @@ class Grammar:
     lower: bool = False  # as speech recognition writes
     wide: bool = False  # many more nouns, as in the second part of training
     compounds: bool = False  # words made of words, as in the third
+    worldly: bool = False  # English that is no command, and misspelt numbers and directions
     drawn: list[Clause] = field(default_factory=list)
 
     # ------------------------------------------------------------------ words
@@ -246,6 +247,8 @@ class Grammar:
         if self.typos and self.rng.random() < self.typos:
             text = misspelt(self.rng, text)
         for slot, value in slots.items():
+            if self.worldly and slot in MISSPELT and self.rng.random() < 0.08:
+                value = misspelt(self.rng, value)
             if slot == "p" and NUMBERED.search(value):
                 text = text.replace("the {p}", value)
             if slot in ("s", "s2") and NUMBERED.search(value):
@@ -254,6 +257,7 @@ class Grammar:
         return text
 
 
+MISSPELT = ("dir", "lr", "dist", "ang", "dur", "c", "sp")
 NUMBERED = re.compile(r" (\d+|[a-h])$")
 FORBIDDEN = {part.lower() for noun in say.HELD_NOUNS for part in noun.split()}
 

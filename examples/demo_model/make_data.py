@@ -58,6 +58,7 @@ def grammar_of(rng: random.Random, split: str, part: int = 1) -> Grammar:
         lower=rng.random() < 0.3,
         wide=part > 1,
         compounds=part > 2,
+        worldly=part > 3,
     )
 
 
@@ -65,10 +66,12 @@ def sample(
     rng: random.Random, split: str = "train", progress: float = 1.0, part: int = 1
 ) -> Sample:
     """One conversation. `progress` 0..1 is the curriculum: from single commands to plans; `part`
-    1, 2, 3 of the training draws from more and more nouns.
+    1 to 4 of the training draws from more and more of the world.
     """
     g = grammar_of(rng, split, part)
     weights = {k: START[k] + (FINAL[k] - START[k]) * min(1.0, progress) for k in SCENES}
+    if part > 3:
+        weights["nonsense"] *= 3
     weights.update(OF_SPLIT.get(split, {}))
     skill, messages, answer, *schema = SCENES[
         rng.choices(list(weights), list(weights.values()))[0]
@@ -99,8 +102,8 @@ def with_history(g: Grammar, messages: list[Message]) -> list[Message]:
     return messages[:at] + earlier + messages[at:]
 
 
-def long_sample(rng: random.Random, words: int) -> Sample:
-    g = grammar_of(rng, "train")
+def long_sample(rng: random.Random, words: int, part: int = 1) -> Sample:
+    g = grammar_of(rng, "train", part)
     return Sample("unknown", (user(long_text(g, words)),), rng.random() < 0.5, UNKNOWN)
 
 

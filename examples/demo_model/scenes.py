@@ -28,6 +28,7 @@ from conversation import (
     written,
 )
 from grammar import Call, Clause, Grammar, speak, tell, with_it
+from prose import order, prose
 
 SKILLS = {
     "motion": ("move", "turn", "set_speed", "dock", "stop"),
@@ -259,6 +260,8 @@ def nonsense(g: Grammar) -> Scene:
 def nonsense_text(g: Grammar) -> str:
     rng, draw = g.rng, g.rng.random()
     count = rng.choice((1, 2, 3, 4, 6, 10, 20))
+    if g.worldly and rng.random() < 0.6:
+        return written(g, order(rng) if draw < 0.4 else prose(rng, rng.randint(3, 60)))
     if draw < 0.35:
         words = rng.choice(say.FOREIGN).split(" ")
         if rng.random() < 0.4:
@@ -294,6 +297,8 @@ def nonsense_text(g: Grammar) -> str:
 
 def long_text(g: Grammar, words: int) -> str:
     """Much talk and no command."""
+    if g.worldly and g.rng.random() < 0.7:
+        return prose(g.rng, words)
     parts: list[str] = []
     while sum(part.count(" ") + 1 for part in parts) < words:
         draw = g.rng.random()

@@ -46,7 +46,7 @@ class Plan:
     """What is trained, and when. Steps count optimizer updates."""
 
     seed: int = 0
-    steps: int = 3950
+    steps: int = 4170
     workers: int = 2
     rows: int = 8  # a worker's share of a step
     micro_rows: int = 4  # of them at a time
@@ -54,25 +54,32 @@ class Plan:
     curriculum: int = 1200  # by then the mixture is the final one
     second_part: int = 1600  # from here nouns are many more, and prompts count less
     third_part: int = 3300  # from here also words made of two words
+    fourth_part: int = 3950  # from here also English that is no command
     decay_from: int = 1900  # from here the learning rate falls
     aim: int = 3700
     int4_from: int = 2850  # from here the matrices are rounded as the bundle will round them
     long_every: int = 64  # steps between long rows
     long_from: int = 1000
     rate: float = 4e-3
+    last_rate: float = 7e-4  # at the beginning of the fourth part
     weight_decay: float = 0.05
 
     def mixture(self, step: int) -> Mixture:
-        part = 1 + (step >= self.second_part) + (step >= self.third_part)
+        parts = self.second_part, self.third_part, self.fourth_part
+        part = 1 + sum(step >= start for start in parts)
         return Mixture(step / self.curriculum, part, 0.1 if part == 1 else 0.02)
 
     def rate_at(self, step: int) -> float:
-        """Constant, then down a line that would reach zero at `aim`, at last down to zero."""
+        """Constant, then down a line that would reach zero at `aim`, then down to zero; once more
+        for the fourth part.
+        """
+        if step >= self.fourth_part:
+            return self.last_rate * (self.steps - step) / (self.steps - self.fourth_part)
         if step < self.decay_from:
             return self.rate * min(1.0, (step + 1) / self.warm_up)
         fall = (self.aim - min(step, self.third_part)) / (self.aim - self.decay_from)
         if step > self.third_part:
-            fall *= (self.steps - step) / (self.steps - self.third_part)
+            fall *= (self.fourth_part - step) / (self.fourth_part - self.third_part)
         return self.rate * fall
 
 
@@ -135,8 +142,9 @@ class Worker:
         plan = self.plan
         made = rows_of(self.tokenizer, plan.seed, step, self.rank, plan.rows, plan.mixture(step))
         yield from ((self.short, piece) for piece in made.split(plan.micro_rows))
-        if step >= plan.long_from and step % plan.long_every == 0:
-            yield self.long, long_row(self.tokenizer, plan.seed, step, self.rank)
+        part = plan.mixture(step).part
+        if step >= plan.long_from and step % (plan.long_every if part < 4 else 8) == 0:
+            yield self.long, long_row(self.tokenizer, plan.seed, step, self.rank, part)
 
     def accumulate(self, step: int) -> None:
         """Gradients of this worker's rows."""
@@ -388,12 +396,15 @@ def draw(log: Path, picture: Path, plan: Plan) -> None:
     marks = {
         plan.second_part: "more nouns",
         plan.third_part: "compounds",
+        plan.fourth_part: "other English",
         plan.decay_from: "rate falls",
         plan.int4_from: "INT4 weights",
     }
     for step, name in marks.items():
         axes.axvline(step, color="grey", linewidth=0.8, linestyle=":")
-        axes.annotate(name, (step, max(losses.values()) / 2), rotation=90, fontsize=8, ha="right")
+        axes.annotate(
+            name, (step, max(losses.values())), rotation=90, fontsize=8, ha="right", va="top"
+        )
     axes.set(xlabel="step", ylabel="loss of the answer's tokens (nats)")
     axes.grid(alpha=0.3)
     figure.tight_layout()
