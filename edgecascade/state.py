@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -150,7 +150,7 @@ class StatePool:
             parts[layer, "kv"] = flat[:, :tokens].copy()
         return parts
 
-    def load(self, slot: int, tokens: int, parts: dict[tuple[int, str], Array]) -> None:
+    def load(self, slot: int, tokens: int, parts: Mapping[tuple[int, str], Array]) -> None:
         """Put a snapshot's parts into an empty slot."""
         self.pages.grow(slot, tokens)
         owned = self.pages.pages(slot)

@@ -19,10 +19,10 @@ from tolerances import (
 
 from edgecascade.backends import open_backend
 from edgecascade.backends._lib import cpu_isas
-from edgecascade.backends.native import LOGITS_CHUNK, PREFILL_CHUNK
 from edgecascade.bundle import Bundle
 from edgecascade.errors import BackendError, ContextExceeded, InvalidRequest, OutOfMemory
 from edgecascade.sampling import SampleRow, Sampling
+from edgecascade.trace import OUT_ROWS, PREFILL_CHUNK
 
 Open = Callable[..., Any]
 EXECUTORS = ["reference", *(f"cpu:{isa}" for isa in cpu_isas())]
@@ -133,7 +133,7 @@ def test_a_prompt_in_pieces_is_the_prompt_in_one(
 def test_long_prompts_cross_the_chunks(opened: Open, name: str) -> None:
     """Longer than one prefill chunk, and not a multiple of either chunk."""
     backend = opened(name, "exact", "cpu:")
-    tokens = prompt(PREFILL_CHUNK + LOGITS_CHUNK + 13, backend.vocab)
+    tokens = prompt(PREFILL_CHUNK + OUT_ROWS + 13, backend.vocab)
     all_rows = backend.logits(tokens)
     assert all_rows.shape == (len(tokens), backend.vocab)
     last = backend.prefill(0, tokens)
@@ -283,7 +283,7 @@ def test_logits_without_a_number_are_the_backends_failure(opened: Open, executor
 def test_an_unknown_backend_is_refused_with_the_known_ones(build: Build) -> None:
     with (
         Bundle.open(build("moe", "speed")) as bundle,
-        pytest.raises(InvalidRequest, match=r"'tpu'; choose auto, tensorrt, cpu, reference"),
+        pytest.raises(InvalidRequest, match=r"'tpu'; choose auto, tensorrt, cuda, cpu, reference"),
     ):
         open_backend("tpu", bundle)
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from edgecascade.backends._cuda import Graph
-from edgecascade.backends._device_backend import OUT_ROWS, PREFILL_CHUNK, DeviceBackend
+from edgecascade.backends._device_backend import DeviceBackend
 from edgecascade.backends._lib import Borrowed, Call, Step, Weight, cuda_library
 from edgecascade.backends.base import Options
 from edgecascade.backends.binding import Places, bind, calls_of
@@ -22,6 +22,7 @@ from edgecascade.bundle import Bundle
 from edgecascade.errors import BackendError
 from edgecascade.models import family
 from edgecascade.tensors import Codec
+from edgecascade.trace import OUT_ROWS, PREFILL_CHUNK
 
 log = logging.getLogger(__name__)
 
@@ -96,10 +97,10 @@ class CudaBackend(DeviceBackend):
         """Sequences, and bound of the context, of the steps that are a single launch by now."""
         return sorted(self._captured)
 
-    def _run_prefill(self, count: int, n_out: int) -> None:
+    def _start_prefill(self, count: int, n_out: int) -> None:
         self._run(self._prefill_calls, count, 1, n_out, self.max_context)
 
-    def _run_decode(self, count: int) -> None:
+    def _start_decode(self, count: int) -> None:
         longest = int(self._step.arrays["past"][:count].max()) + 1
         bound = LEAST_CONTEXT
         while bound < longest:

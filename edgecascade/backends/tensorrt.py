@@ -95,6 +95,7 @@ class TensorRTBackend(DeviceBackend):
     """Runs a bundle's TensorRT engine on an NVIDIA GPU."""
 
     name = "tensorrt"
+    least_out = 1  # no tensor of the engine is empty
 
     def __init__(self, bundle: Bundle, options: Options) -> None:
         self._trt = versions.import_tensorrt()
@@ -145,11 +146,11 @@ class TensorRTBackend(DeviceBackend):
         """For how many sequences a decode step is a single launch by now."""
         return sorted(self._captured)
 
-    def _run_prefill(self, count: int, n_out: int) -> None:
+    def _start_prefill(self, count: int, n_out: int) -> None:
         self._prefill.shape(n_tok=count, n_seq=1, n_out=n_out)
         self._enqueue(self._prefill)
 
-    def _run_decode(self, count: int) -> None:
+    def _start_decode(self, count: int) -> None:
         """One step of `count` sequences, by replay once that is captured."""
         graph = self._captured.get(count)
         if graph is not None:

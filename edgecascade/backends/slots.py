@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every backend with kernels does alike: slots with pages, prompts in chunks, steps filled in.
+
+How a step is computed, and where its memory is, belongs to the backends.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from edgecascade.backends._lib import PAGE_TOKENS
+from edgecascade.backends.base import Array, Options, Snapshot, check_tokens
+from edgecascade.bundle import Bundle
+from edgecascade.errors import ContextExceeded, InvalidRequest
+from edgecascade.models import family
+from edgecascade.state import PagePool, fit_pages
+from edgecascade.tensors import State
+from edgecascade.trace import OUT_ROWS, PREFILL_CHUNK
+
+
+class States(Protocol):
+    """The pools of all slots, wherever they lie."""
+
+    def clear(self, slot: int) -> None:
+        """Forget a slot, and release its pages."""
+
+    def export(self, slot: int, tokens: int) -> dict[tuple[int, str], Array]:
+        """The slot's state in the form of Snapshot."""
+
+    def load(self, slot: int, tokens: int, parts: Mapping[tuple[int, str], Array]) -> None:
+        """Put a snapshot's parts into an empty slot."""
+
+
+class SlotBackend(ABC):
+    """A backend but for its steps; see Backend."""
+
+    page_tokens = PAGE_TOKENS
+    least_out = 0  # rows that a step's head must have
+
+    _states: States
+    _arrays: Mapping[str, Array]  # tokens, start, slot, past and out_row of the next step
+
+    def _open_slots(
+        self, bundle: Bundle, options: Options, *, available: int | None, most_pages: int | None
+    ) -> tuple[list[State], int, np.dtype[Any]]:
+        """Share out the memory: the model's states, KV pages and their type.
+
+        One slot more than asked is for `logits`, which belongs to no sequence.
+        """
+        model = family(bundle.family)
+        config = model.read_config(bundle.config)
+        states: list[State] = model.states(config)
+        self.vocab: int = config.vocab
+        self.slots = options.slots
+        self._scratch_slot = options.slots
+        self._held = [0] * (self.slots + 1)
+        kv_dtype = np.dtype("float32" if bundle.kv_type == "f32" else "float16")
+        context, num_pages = fit_pages(
+            states,
+            slots=self.slots + 1,
+            context=min(options.max_context or bundle.max_context, bundle.max_context),
+            asked=options.max_context is not None,
+            page_tokens=PAGE_TOKENS,
+            itemsize=kv_dtype.itemsize,
+            available=available,
+        )
+        num_pages = min(num_pages, most_pages or num_pages)
+        self.max_context = min(context, num_pages * PAGE_TOKENS)
+        self.kv_tokens = num_pages * PAGE_TOKENS
+        max_pages = -(-self.max_context // PAGE_TOKENS)
+        self._pages = PagePool(num_pages, self.slots + 1, max_pages, PAGE_TOKENS)
+        return states, num_pages, kv_dtype
+
+    @abstractmethod
+    def _run_prefill(self, count: int, n_out: int) -> None:
+        """Compute, or start, a step of one sequence that the step's arrays describe."""
+
+    @abstractmethod
+    def _run_decode(self, count: int) -> None:
+        """Likewise for one token of each of `count` sequences."""
+
+    @abstractmethod
+    def _read_logits(self, rows: int) -> Array:
+        """A copy of the step's logits, once it is computed."""
+
+    @abstractmethod
+    def _check_open(self) -> None:
+        """Raise BackendError after close()."""
+
+    def prefill(self, slot: int, tokens: Array) -> Array:
+        """See Backend."""
+        self._check_slot(slot)
+        ids = check_tokens(tokens, self.vocab)
+        self._admit(slot, len(ids))
+        last: Array = self._append(slot, ids, chunk=PREFILL_CHUNK, all_rows=False)[-1][0]
+        return last
+
+    def decode(self, slots: Sequence[int], tokens: Sequence[int]) -> Array:
+        """See Backend."""
+        count = len(slots)
+        if not 0 < count <= self.slots or len(set(slots)) != count or len(tokens) != count:
+            raise InvalidRequest(
+                f"decode needs 1 to {self.slots} distinct slots and a token for each, "
+                f"got slots {list(slots)} and {len(tokens)} tokens"
+            )
+        ids = check_tokens(tokens, self.vocab)
+        for slot in slots:
+            self._check_slot(slot)
+        for slot in slots:
+            self._admit(slot, 1)
+        arrays = self._arrays
+        arrays["tokens"][:count] = ids
+        arrays["start"][: count + 1] = np.arange(count + 1)
+        arrays["slot"][:count] = slots
+        arrays["past"][:count] = [self._held[slot] for slot in slots]
+        arrays["out_row"][:count] = np.arange(count)
+        self._run_decode(count)
+        logits = self._read_logits(count)
+        for slot in slots:
+            self._held[slot] += 1
+        return logits
+
+    def logits(self, tokens: Array) -> Array:
+        """See Backend."""
+        self._check_open()
+        ids = check_tokens(tokens, self.vocab)
+        slot = self._scratch_slot
+        try:
+            self._admit(slot, len(ids))
+            return np.concatenate(self._append(slot, ids, chunk=OUT_ROWS, all_rows=True))
+        finally:
+            self._clear(slot)
+
+    def _append(self, slot: int, ids: Array, *, chunk: int, all_rows: bool) -> list[Array]:
+        """Run tokens through a slot in chunks: logits of all rows, or of the last one."""
+        made = []
+        for at in range(0, len(ids), chunk):
+            part = ids[at : at + chunk]
+            count, last = len(part), at + chunk >= len(ids)
+            wanted = count if all_rows else int(last)
+            n_out = max(wanted, self.least_out)
+            arrays = self._arrays
+            arrays["tokens"][:count] = part
+            arrays["start"][:2] = 0, count
+            arrays["slot"][0], arrays["past"][0] = slot, self._held[slot]
+            arrays["out_row"][:n_out] = np.arange(count - n_out, count)
+            self._run_prefill(count, n_out)
+            self._held[slot] += count
+            if wanted:
+                made.append(self._read_logits(n_out))
+        return made
+
+    def tokens(self, slot: int) -> int:
+        """See Backend."""
+        self._check_slot(slot)
+        return self._held[slot]
+
+    def reset(self, slot: int) -> None:
+        """See Backend."""
+        self._check_slot(slot)
+        self._clear(slot)
+
+    def save(self, slot: int) -> Snapshot:
+        """See Backend."""
+        self._check_slot(slot)
+        return Snapshot(self._held[slot], self._states.export(slot, self._held[slot]))
+
+    def restore(self, slot: int, snapshot: Snapshot) -> None:
+        """See Backend."""
+        self._check_slot(slot)
+        self._clear(slot)
+        self._admit(slot, snapshot.tokens)
+        self._states.load(slot, snapshot.tokens, snapshot.parts)
+        self._held[slot] = snapshot.tokens
+
+    def _clear(self, slot: int) -> None:
+        self._states.clear(slot)
+        self._held[slot] = 0
+
+    def _admit(self, slot: int, count: int) -> None:
+        """Room for `count` more tokens in a slot, or an error that changes nothing."""
+        held = self._held[slot]
+        if held + count > self.max_context:
+            raise ContextExceeded(
+                f"{held} tokens held and {count} more exceed the context of {self.max_context}"
+            )
+        self._pages.grow(slot, held + count)
+
+    def _check_slot(self, slot: int) -> None:
+        self._check_open()
+        if not 0 <= slot < self.slots:
+            raise InvalidRequest(f"slot is {slot}; this backend has {self.slots}")
