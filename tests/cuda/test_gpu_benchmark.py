@@ -25,7 +25,7 @@ KINDS = ["embed", "in_proj", "mamba", "out_proj", "moe", "qkv", "attention", "o_
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What the script would write."""
+    """What the script wrote and said."""
     cuda_emulated()
     kernels = ROOT / "build" / "cuda-emulated" / "libedgecascade_cuda_emulated.so"
     folder = tmp_path_factory.mktemp("gpu")
@@ -46,7 +46,8 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         timeout=600,
     )
     assert done.returncode == 0, done.stderr
-    made: dict[str, Any] = json.loads(done.stdout)
+    made: dict[str, Any] = json.loads((folder / "seen.json").read_text())
+    made["said"] = done.stdout.splitlines()
     assert made["failed"] == []
     return made
 
@@ -95,8 +96,9 @@ def test_every_figure_is_there(seen: dict[str, Any]) -> None:
     ]  # fmt: skip
     assert [row["tokens"] for row in seen["prefill"]] == [9]
     assert [row["batch"] for row in seen["generate"]] == [1, 2]
-    assert len(seen["said"]) == 2 + 2 + 4 + len(seen["ops"]) + 1 + 1 + 1 + 2
+    assert len(seen["said"]) == 2 + 2 + 4 + len(seen["ops"]) + 1 + 1 + 1 + 2 + 1
     assert seen["gpu"]["cuda_driver"] == "12.6"
+    assert {"commit", "date", "device", "version"} <= seen.keys()
 
 
 def test_the_greedy_tokens_are_compared_with_the_cpus(seen: dict[str, Any]) -> None:
