@@ -71,7 +71,7 @@ MAY_IMPORT = {
     "__init__": "completion errors llm sampling session text",
     "__main__": "cli",
 }
-LAZY_ONLY = {"matplotlib", "onnx", "onnxruntime", "pycuda", "safetensors", "tensorrt", "torch", "transformers"}
+LAZY_ONLY = {"matplotlib", "onnx", "pycuda", "safetensors", "tensorrt", "torch", "transformers"}
 DEVICE_MODULES = {"tensorrt": "backends", "pycuda": "backends", "ctypes": "backends"}
 
 
