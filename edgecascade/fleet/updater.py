@@ -150,11 +150,13 @@ def _enter(
 
 def _booted(state: DeviceState, event: Booted, now: float) -> Step:
     """Go on where the stored state says; what was to be reported may not have been."""
+    current = state.update
+    # An order that is being rolled back has an outcome that no longer holds.
+    ended = [v for v in state.verdicts if current is None or v.order != current.order.order]
     again: tuple[Effect, ...] = (
         RaiseFloor(state.seqs, state.floors),
-        *(_verdict_report(verdict) for verdict in state.verdicts),
+        *(_verdict_report(verdict) for verdict in ended),
     )
-    current = state.update
     if current is not None and current.phase in ON_TRIAL:
         if current.boots >= MAX_BOOTS:
             evidence = {

@@ -13,7 +13,18 @@ import pytest
 
 from edgecascade.cli import main
 from edgecascade.errors import InvalidRequest
-from edgecascade.fleet.faults import CLASSES, Failure, Outcome, crash, load, mutants, runner
+from edgecascade.fleet.executor import Executor
+from edgecascade.fleet.faults import (
+    CLASSES,
+    Failure,
+    Outcome,
+    crash,
+    disk,
+    flips,
+    load,
+    mutants,
+    runner,
+)
 from edgecascade.fleet.faults.runner import Result, chosen, closing_line, run_class
 from edgecascade.fleet.store import Store
 
@@ -61,6 +72,29 @@ def _failure(scenario: crash.Scenario, files: crash.SimFiles, cuts: int) -> str 
     except AssertionError as error:
         return str(error)
     return None
+
+
+def test_every_failure_is_repeated_by_seed_and_case() -> None:
+    def careless(store: Store, sha256: str) -> None:
+        store.files.rename(f"partial/{sha256}", f"blobs/{sha256}")
+
+    with patch.object(Store, "adopt", careless):
+        failures = crash.run(5, 500).failures
+        once = next(failure for failure in failures if "." not in failure.case)
+        twice = next(failure for failure in failures if "." in failure.case)
+        for failure in (once, twice):
+            again = crash.run(5, 500, failure.case)
+            assert (again.tried, again.failures) == (1, (failure,))
+    with patch.object(Store, "check", lambda store, slot: ""):
+        failure = flips.run(5, 60).failures[0]
+        assert flips.run(5, 60, failure.case).failures == (failure,)
+
+    def give_in(executor: Executor, error: OSError) -> None:
+        raise error
+
+    with patch.object(Executor, "_rest", give_in):
+        failure = next(f for f in disk.run(5, 60).failures if "tmpfs" not in f.case)
+        assert disk.run(5, 60, failure.case).failures == (failure,)
 
 
 def test_enough_steps_are_taken_away_to_mean_something() -> None:

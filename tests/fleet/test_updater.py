@@ -301,6 +301,8 @@ def test_rollback_returns_to_what_the_order_replaced() -> None:
     kept, _ = run(at(Phase.PROBATION), ev.Soaked("o2", True))
     state, effects = run(kept, ev.Ordered(order(3, name="o2", action="rollback")))
     assert only(effects, ev.Verify).target == slot(1)
+    _, effects = run(state, ev.Booted())
+    assert only(effects, ev.Report).state == "IN_PROGRESS"  # it succeeded once, but not any more
     state, _ = run(
         state,
         ev.Verified("o2"),

@@ -43,7 +43,7 @@ def run(seed: int, count: int, case: str | None = None) -> Outcome:
     """See the package."""
     tried, failures = 0, []
     notes = {}
-    for number in seeds(seed):
+    for number in seeds(seed, case):
         for kind in ("good", "bad"):
             scenario = Scenario.make(kind, number)
             for name, files in _cases(scenario, number, count):

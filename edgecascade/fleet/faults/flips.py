@@ -33,7 +33,7 @@ DAMAGES = ("flip", "flip", "flip", "swap", "cut", "empty")
 def run(seed: int, count: int, case: str | None = None) -> Outcome:
     """See the package."""
     tried, failures = 0, []
-    for number in seeds(seed):
+    for number in seeds(seed, case):
         for kind, moments in (("after", _after), ("during", _during)):
             for name, scenario, files in moments(number, max(1, count // 6)):
                 if case not in (None, f"{kind}/{name}"):

@@ -57,13 +57,13 @@ def run_images(
         return Outcome(skipped=lacking)
     tried, failures = 0, []
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
-        for number in seeds(seed):
+        for number in seeds(seed, case):
             for kind in kinds:
                 for mode in MODES:
                     names = f"{kind}/{number}/{mode}"
                     if case is not None and not case.startswith(f"{names}/"):
                         continue
-                    left = max(1, (count - tried) // 2)
+                    left = max(1, (count - tried) // 2) if case is None else 1 << 30
                     for point, image in _images(Path(folder), kind, number, mode, skip, left):
                         name = f"{names}/{point}"
                         if case not in (None, name):

@@ -37,7 +37,7 @@ def run(seed: int, count: int, case: str | None = None) -> Outcome:
 def _run(base: Path, seed: int, count: int, case: str | None) -> Outcome:
     tried = kills = 0
     failures = []
-    for number in seeds(seed):
+    for number in seeds(seed, case):
         for kind in KINDS:
             scenario = Scenario.make(kind, number)
             if case is not None and not case.startswith(f"{kind}/{number}/"):

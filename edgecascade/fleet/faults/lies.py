@@ -49,7 +49,7 @@ def run(seed: int, count: int, case: str | None = None) -> Outcome:
         images.tried,
         [Failure(f"ext4/{failure.case}", failure.message) for failure in images.failures],
     )
-    for number in seeds(seed):
+    for number in seeds(seed, case):
         scenario = Scenario.make("good", number)
         if case is not None and not case.startswith(f"{number}/"):
             continue

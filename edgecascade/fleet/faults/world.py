@@ -282,8 +282,11 @@ def last_word(world: World, order: str) -> Report | None:
     return next((r for r in reversed(world.reports) if r.order == order), None)
 
 
-def seeds(seed: int) -> Iterator[int]:
-    """Seeds of the runs of one class, from the seed that was given."""
+def seeds(seed: int, case: str | None = None) -> Iterator[int]:
+    """Seeds of the runs of one class; of a case only the one that its name has."""
+    if case is not None:
+        yield next((int(part) for part in case.split("/") if part.isdigit()), 0)
+        return
     rng = random.Random(seed)
     while True:
         yield rng.randrange(1 << 32)
