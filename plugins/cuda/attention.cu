@@ -14,7 +14,7 @@
 // to 16 heads that share a key head go through a split together, so that its keys and values are
 // read once. Decode takes the splits in parallel and joins them in a second launch; prefill, one
 // CTA for each token, one after the other. Bound: decode by the memory of K and V, prefill by fp32
-// arithmetic. Reference: edgecascade/backends/reference.py   Test: tests/test_cuda_kernels.py
+// arithmetic. Reference: edgecascade/backends/reference.py   Test: tests/test_attention_kernels.py
 #include <cmath>
 
 #include "kernels.h"

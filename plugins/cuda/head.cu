@@ -7,7 +7,7 @@
 //
 // Bound: memory, one read of W (product.cuh). Outputs whose row belongs to a sequence that does not
 // count, or that is no row of the step, are left as they are.
-// Reference: edgecascade/backends/reference.py  Test: tests/test_cuda_kernels.py
+// Reference: edgecascade/backends/reference.py  Test: tests/test_linear_kernels.py
 #include "kernels.h"
 #include "product.cuh"
 

@@ -6,7 +6,7 @@
 //   float32
 //
 // Bound: memory for a few tokens, one read of W; the tensor cores for many (product.cuh).
-// Reference: edgecascade/backends/reference.py  Test: tests/test_cuda_kernels.py
+// Reference: edgecascade/backends/reference.py  Test: tests/test_linear_kernels.py
 #include "kernels.h"
 #include "product.cuh"
 

@@ -18,7 +18,7 @@
 // it. One token is the same code with one tile: step and prefill give the same bits. The scan goes
 // token by token: heads x 2 CTAs fill a Jetson, and the arithmetic is a tenth of a prompt's. Bound:
 // the step by memory, 8 bytes a state value; prefill by fp32 arithmetic. Reference:
-// edgecascade/backends/reference.py   Test: tests/test_cuda_kernels.py
+// edgecascade/backends/reference.py   Test: tests/test_mamba_kernels.py
 #include "kernels.h"
 #include "platform.h"
 

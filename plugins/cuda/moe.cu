@@ -13,7 +13,7 @@
 //   more tokens, blocks     moe_prefill.cu   bound by the memory of all experts, then by tensor
 //   cores a float matrix          here             exact, for small models and for tests
 //
-// Reference: edgecascade/backends/reference.py  Test: tests/test_cuda_kernels.py
+// Reference: edgecascade/backends/reference.py  Test: tests/test_moe_kernels.py
 #include "moe.h"
 #include "moe_route.cuh"
 

@@ -12,7 +12,7 @@
 //
 // A row of x has the same bits in any batch: which warp adds a block depends on the expert and the
 // block only. Bound: memory, one read of what is taken.
-// Reference: edgecascade/backends/reference.py  Test: tests/test_cuda_kernels.py
+// Reference: edgecascade/backends/reference.py  Test: tests/test_moe_kernels.py
 #include "gemv.cuh"
 #include "moe.h"
 #include "moe_route.cuh"

@@ -7,7 +7,7 @@
 // tiles as there can be, and those beyond the last return. Every pair has a row of its own to
 // write, and a last launch adds a token's rows in the order of its experts: no atomics. Bound:
 // memory of the experts that are taken, then the tensor cores. Reference:
-// edgecascade/backends/reference.py  Test: tests/test_cuda_kernels.py
+// edgecascade/backends/reference.py  Test: tests/test_moe_kernels.py
 #include "moe.h"
 #include "moe_route.cuh"
 #include "product.cuh"

@@ -12,7 +12,7 @@
 // in any order of the threads; tokens below one unit cannot be drawn and are left out first. A
 // place in the order is found as radix select does: four times 8 bits of the score, by counts or by
 // sums. A NaN is never chosen; a row without a token to choose gets -1. Bound: a few passes over
-// vocab. Reference: edgecascade/sampling.py   Test: tests/test_cuda_kernels.py
+// vocab. Reference: edgecascade/sampling.py   Test: tests/test_sample_kernels.py
 #include "kernels.h"
 #include "platform.h"
 
