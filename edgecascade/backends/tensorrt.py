@@ -16,14 +16,14 @@ from typing import Any
 
 from edgecascade.backends import _trt_plugins as plugins
 from edgecascade.backends import _trt_versions as versions
-from edgecascade.backends._cuda import Device, Graph
+from edgecascade.backends._cuda import Device, Graph, open_device
 from edgecascade.backends._device_backend import DeviceBackend
 from edgecascade.backends._lib import PAGE_TOKENS, cuda_library, cuda_library_path
 from edgecascade.backends.base import Options
 from edgecascade.bundle import Bundle
 from edgecascade.device.facts import facts
 from edgecascade.engines import EngineKey, engine_key, plugin_hash, read_engine
-from edgecascade.errors import BackendError
+from edgecascade.errors import BackendError, BackendUnavailable, BundleError
 from edgecascade.nodes import state_name, state_output
 from edgecascade.trace import (
     LOGITS,
@@ -48,6 +48,24 @@ def key_here(bundle: Bundle, trt: Any, device: Device) -> EngineKey:
         l4t=facts().identity.l4t,
         plugins=plugin_hash([cuda_library_path()]),
     )
+
+
+def engine_is_current(bundle: Bundle) -> bool:
+    """Whether the bundle has the engine that this machine needs; also where it can use none."""
+    if not cuda_library_path().exists():
+        return True
+    try:
+        trt, device = versions.import_tensorrt(), open_device()
+    except BackendUnavailable:
+        return True
+    try:
+        read_engine(bundle, key_here(bundle, trt, device))
+    except BundleError as error:
+        log.info("the engine has to be built: %s", error)
+        return False
+    finally:
+        device.close()
+    return True
 
 
 class Steps:

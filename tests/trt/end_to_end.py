@@ -29,6 +29,7 @@ import driver  # noqa: E402
 import play  # noqa: E402
 
 from edgecascade import LLM  # noqa: E402
+from edgecascade.backends.tensorrt import engine_is_current  # noqa: E402
 from edgecascade.cli import main as cli  # noqa: E402
 
 PLAYER = driver.play(trt)
@@ -170,6 +171,17 @@ def doctor() -> dict[str, Any]:
     return {"status": status, **json.loads(printed.getvalue())["engine"]}
 
 
+def currency() -> list[bool]:
+    """Is the engine the one needed: as built, and once it is gone."""
+    engines, away = BUNDLE / "engines", BUNDLE.parent / "engines-away"
+    with play.Bundle.open(BUNDLE, verify=False) as bundle:
+        here = engine_is_current(bundle)
+        engines.rename(away)
+        gone = engine_is_current(bundle)
+        away.rename(engines)
+    return [here, gone]
+
+
 def main() -> None:
     PLAYER.checking = False  # tests/trt/mutations.py looks at every byte; this is about answers
     with play.Bundle.open(BUNDLE, verify=False) as bundle:
@@ -179,6 +191,7 @@ def main() -> None:
     differ = [i for i, pair in enumerate(zip(made, expected, strict=True)) if pair[0] != pair[1]]
     seen |= {"prompts": len(made), "differ": differ, "tokens": sum(map(len, made))}
     seen |= {"replay": replay(), "refused": refused(), "costs": costs()}
+    seen["current"] = currency()
     seen["doctor"] = doctor()
     seen["steps"] = {path.name: steps(path) for path in MORE}
     sys.stdout.write(json.dumps(seen) + "\n")

@@ -40,6 +40,7 @@ def test_200_answers_are_the_cpu_backends_and_decode_is_one_launch(
     replay = {"enqueued": 0, "allocations": 0, "waits": 1, "copies": 2, "calls": 0, "launches": 1}
     assert seen["replay"] == replay
     assert seen["steps"] == {path.name: [] for path in more}
+    assert seen["current"] == [True, False]
     report = seen["doctor"]
     assert (report["status"], report["error"], report["stage"]) == (0, None, "done")
     assert report["decode"]["distance"] == 0
