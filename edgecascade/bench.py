@@ -41,7 +41,6 @@ def bench(
     Raises:
         ContextExceeded: when the bundle's context is too short for the tokens asked for.
     """
-    bandwidth = _read_bytes_per_s(options.get("backend", "auto"))
     start = perf_counter()
     with LLM.load(path, **options) as llm:
         load_s = perf_counter() - start
@@ -59,6 +58,7 @@ def bench(
         content |= {"backend": llm.backend, "threads": llm.threads}
     token_bytes = content["read_bytes_per_token"] + 2 * content["state_bytes_per_session"]
     rate = statistics.median(decode)
+    bandwidth = _read_bytes_per_s(content["backend"])
     return {
         "bundle_id": content["id"],
         "precision": content["precision"],
