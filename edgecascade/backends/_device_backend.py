@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import logging
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
-from edgecascade.backends._cuda import Device, open_device
+from edgecascade.backends._cuda import Device, Graph, open_device
 from edgecascade.backends._device_state import DeviceStates
 from edgecascade.backends._lib import cpu_library
 from edgecascade.backends.base import Array, Options
@@ -93,7 +94,7 @@ class DeviceBackend(SlotBackend):
 
     @abstractmethod
     def _close_pass(self) -> None:
-        """Free what `_open_pass` made."""
+        """Let go of what `_open_pass` made."""
 
     def _most_pages(self, bundle: Bundle) -> int | None:
         """KV pages that a pass can address; None is no bound."""
@@ -101,6 +102,8 @@ class DeviceBackend(SlotBackend):
 
     def _open(self, bundle: Bundle, options: Options) -> None:
         device = self._device
+        self._captured: dict[Any, Graph] = {}
+        self._capture = True
         self._prepare(bundle)
         self._stream = device.stream()
         self._weights = self._upload(bundle)
@@ -153,6 +156,31 @@ class DeviceBackend(SlotBackend):
         self._step.upload()
         self._start_decode(count)
 
+    @property
+    def captured(self) -> list[Any]:
+        """Keys of the decode steps that are a single launch by now."""
+        return sorted(self._captured)
+
+    def _replay(self, key: Any) -> bool:
+        """Launch a captured step; False if there is none."""
+        graph = self._captured.get(key)
+        if graph is not None:
+            graph.launch(self._stream)
+        return graph is not None
+
+    def _try_capture(self, key: Any, step: Callable[[], None]) -> None:
+        """Record a step for `_replay`, unless it was found that none can be."""
+        if not self._capture:
+            return
+        try:
+            self._captured[key] = self._device.capture(self._stream, step)
+        except BackendError as error:
+            self._capture = False
+            log.warning(
+                "decode is not captured as a CUDA graph, so every token costs Python's time: %s",
+                error,
+            )
+
     def sample(self, logits: Array, rows: Sequence[SampleRow]) -> list[tuple[int, float]]:
         """See Backend."""
         self._check_open()
@@ -171,6 +199,9 @@ class DeviceBackend(SlotBackend):
         self._open_now = False
         self._device.use()
         self._device.synchronize(self._stream)
+        for graph in self._captured.values():
+            graph.close()
+        self._captured = {}
         self._close_pass()
         self._device.close()
         self._host_stream.close()

@@ -8,10 +8,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from edgecascade.backends._lib import ARGS, Call, NormArgs
+from edgecascade.backends._lib import ARGS, Call, NormArgs, Weight
 from edgecascade.backends.recorder import Handle, RecordedCall
+from edgecascade.bundle import Bundle
 from edgecascade.errors import BackendError
 from edgecascade.ops import Kind, Norm
+from edgecascade.tensors import Codec, Role
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,15 @@ class Places:
     value: Callable[[Handle], int]  # of the pass
     state: Callable[[int, str], int]  # the pool of a layer's state by name
     record: Callable[[int, str, int], int]  # layer, field, values of 4 bytes a row
-    vector: Callable[[Any], int]  # float32 parameters, as the pass was given them
+
+
+def operand(bundle: Bundle, name: str, place: int) -> Weight | int:
+    """A tensor as the pass is given it: vectors and the router by address, matrices described."""
+    stored = bundle.tensors[name]
+    if stored.codec is Codec.F32 and stored.role in (Role.VECTOR, Role.ROUTER):
+        return place
+    n, k = stored.shape[-2:]
+    return Weight(place, stored.stride, n, k, stored.codec.ec_type, stored.experts)
 
 
 def bind(call: RecordedCall, defaults: Mapping[str, Any], places: Places) -> c.Structure:
@@ -46,9 +56,7 @@ def bind(call: RecordedCall, defaults: Mapping[str, Any], places: Places) -> c.S
         elif isinstance(value, Handle):
             value = places.value(value)
         elif isinstance(value, Norm):
-            value = NormArgs(places.vector(value.gamma), value.eps, value.groups)
-        elif field.kind is Kind.VECTOR and value is not None:
-            value = places.vector(value)
+            value = NormArgs(value.gamma, value.eps, value.groups)
         if value is not None:
             setattr(args, field.name, value)
         elif not field.optional:

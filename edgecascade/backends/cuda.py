@@ -9,19 +9,14 @@ from __future__ import annotations
 
 import ctypes as c
 import logging
-from collections.abc import Callable
-from typing import Any
 
-from edgecascade.backends._cuda import Graph
 from edgecascade.backends._device_backend import DeviceBackend
-from edgecascade.backends._lib import Borrowed, Call, Step, Weight, cuda_library
+from edgecascade.backends._lib import Borrowed, Call, Step, cuda_library
 from edgecascade.backends.base import Options
-from edgecascade.backends.binding import Places, bind, calls_of
+from edgecascade.backends.binding import Places, bind, calls_of, operand
 from edgecascade.backends.recorder import Handle, Recorder, assign_buffers
 from edgecascade.bundle import Bundle
-from edgecascade.errors import BackendError
 from edgecascade.models import family
-from edgecascade.tensors import Codec
 from edgecascade.trace import OUT_ROWS, PREFILL_CHUNK
 
 log = logging.getLogger(__name__)
@@ -42,9 +37,8 @@ class CudaBackend(DeviceBackend):
         model = family(bundle.family)
         recorder = Recorder()
         config = model.read_config(bundle.config)
-        model.forward(
-            recorder, config, {name: self._weight(bundle, name) for name in bundle.tensors}
-        )
+        weights = {name: operand(bundle, name, place) for name, place in self._weights.items()}
+        model.forward(recorder, config, weights)
         columns = assign_buffers(recorder.calls)
         self._buffers = [self._device.alloc(4 * PREFILL_CHUNK * n) for n in columns]
         places = Places(
@@ -52,7 +46,6 @@ class CudaBackend(DeviceBackend):
             value=self._value,
             state=self._states.address,
             record=self._record,
-            vector=int,
         )
         defaults = {"kv_type": 0 if bundle.kv_type == "f32" else 1, "force": 0}
         self._args = [bind(call, defaults, places) for call in recorder.calls]
@@ -61,16 +54,6 @@ class CudaBackend(DeviceBackend):
         self._args_step = Step(**{n: a for n, a in self._step.addresses.items() if n != "tokens"})
         self._args_step.max_pages = self._pages.table.shape[1]
         self._open_workspace()
-        self._captured: dict[tuple[int, int], Graph] = {}
-        self._capture = True
-
-    def _weight(self, bundle: Bundle, name: str) -> Any:
-        """A matrix as the kernels' descriptor; the address of a vector or of the router."""
-        stored, place = bundle.tensors[name], self._weights[name]
-        if stored.codec is Codec.F32 and stored.role.value in ("vector", "router"):
-            return place
-        n, k = stored.shape[-2:]
-        return Weight(place, stored.stride, n, k, stored.codec.ec_type, stored.experts)
 
     def _open_workspace(self) -> None:
         needed, slots = 0, self.slots
@@ -92,11 +75,6 @@ class CudaBackend(DeviceBackend):
     def _record(self, layer: int, name: str, columns: int) -> int:
         return self._device.alloc(4 * PREFILL_CHUNK * columns)
 
-    @property
-    def captured(self) -> list[tuple[int, int]]:
-        """Sequences, and bound of the context, of the steps that are a single launch by now."""
-        return sorted(self._captured)
-
     def _start_prefill(self, count: int, n_out: int) -> None:
         self._run(self._prefill_calls, count, 1, n_out, self.max_context)
 
@@ -106,30 +84,16 @@ class CudaBackend(DeviceBackend):
         while bound < longest:
             bound *= 2
         bound = min(bound, self.max_context)
-        graph = self._captured.get((count, bound))
-        if graph is not None:
-            graph.launch(self._stream)
-            return
-        self._captured_or_run(count, bound)
+        key = (count, bound)
 
-    def _captured_or_run(self, count: int, bound: int) -> None:
         def step() -> None:
             self._run(self._decode_calls, count, count, count, bound)
 
-        if self._capture:
-            self._try_capture((count, bound), step)
-        graph = self._captured.get((count, bound))
-        if graph is None:
+        if self._replay(key):
+            return
+        self._try_capture(key, step)
+        if not self._replay(key):
             step()
-        else:
-            graph.launch(self._stream)
-
-    def _try_capture(self, key: tuple[int, int], step: Callable[[], None]) -> None:
-        try:
-            self._captured[key] = self._device.capture(self._stream, step)
-        except BackendError as error:
-            self._capture = False
-            log.warning("decode is not captured as a CUDA graph: %s", error)
 
     def _run(self, calls: c.Array[Call], n_tok: int, n_seq: int, n_out: int, context: int) -> None:
         step = self._args_step
@@ -137,6 +101,4 @@ class CudaBackend(DeviceBackend):
         self._library.run(self._queue, step, calls)
 
     def _close_pass(self) -> None:
-        for graph in self._captured.values():
-            graph.close()
-        self._captured = {}
+        """All it made is the device's memory, which is freed next."""

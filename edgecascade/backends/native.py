@@ -12,12 +12,11 @@ import numpy as np
 from edgecascade.backends._lib import (
     Call,
     Step,
-    Weight,
     address,
     cpu_library,
 )
 from edgecascade.backends.base import Array, Options
-from edgecascade.backends.binding import Places, bind, calls_of
+from edgecascade.backends.binding import Places, bind, calls_of, operand
 from edgecascade.backends.readahead import ReadAhead
 from edgecascade.backends.recorder import Handle, Recorder, assign_buffers
 from edgecascade.backends.sampler import Sampler
@@ -28,7 +27,6 @@ from edgecascade.errors import BackendError
 from edgecascade.models import family
 from edgecascade.sampling import SampleRow
 from edgecascade.state import StatePool, reserve
-from edgecascade.tensors import Codec
 from edgecascade.trace import OUT_ROWS, PREFILL_CHUNK
 
 
@@ -73,7 +71,6 @@ class NativeBackend(SlotBackend):
             value=lambda handle: _address(self._memory(handle)),
             state=lambda layer, name: _address(self._states.array(layer, name)),
             record=self._new_record,
-            vector=_address,
         )
         self._args = [bind(call, defaults, places) for call in recorder.calls]
         self._decode = calls_of(recorder.calls, self._args, 0)
@@ -81,15 +78,9 @@ class NativeBackend(SlotBackend):
         self._open_step()
 
     def _weight(self, name: str) -> Any:
-        """A matrix as the kernels' descriptor; vectors and the router as float32 arrays."""
-        stored = self._bundle.tensors[name]
-        as_array = stored.codec is Codec.F32 and stored.role.value in ("vector", "router")
-        data = self._bundle.matrix(name) if as_array else self._bundle.map(name)
+        data = self._bundle.map(name)
         self._mapped.append(data)
-        if as_array:
-            return data
-        n, k = stored.shape[-2:]
-        return Weight(address(data), stored.stride, n, k, stored.codec.ec_type, stored.experts)
+        return operand(self._bundle, name, _address(data))
 
     def _new_record(self, layer: int, name: str, columns: int) -> int:
         kind = np.int32 if name == "ids" else np.float32

@@ -16,7 +16,7 @@ from typing import Any
 
 from edgecascade.backends import _trt_plugins as plugins
 from edgecascade.backends import _trt_versions as versions
-from edgecascade.backends._cuda import Device, Graph, open_device
+from edgecascade.backends._cuda import Device, open_device
 from edgecascade.backends._device_backend import DeviceBackend
 from edgecascade.backends._lib import PAGE_TOKENS, cuda_library, cuda_library_path
 from edgecascade.backends.base import Options
@@ -148,8 +148,6 @@ class TensorRTBackend(DeviceBackend):
         self._memory = self._device.alloc(self._memory_bytes)
         self._prefill = self._steps(PREFILL)
         self._decode: dict[int, Steps] = {}
-        self._captured: dict[int, Graph] = {}
-        self._capture = True
 
     def _steps(self, profile: int) -> Steps:
         """A context of a profile. All share one activation memory: one step runs at a time."""
@@ -159,38 +157,20 @@ class TensorRTBackend(DeviceBackend):
         context.set_device_memory(self._memory, self._memory_bytes)
         return Steps(context, self._graph.inputs, self._sizes, self._addresses, self._stream)
 
-    @property
-    def captured(self) -> list[int]:
-        """For how many sequences a decode step is a single launch by now."""
-        return sorted(self._captured)
-
     def _start_prefill(self, count: int, n_out: int) -> None:
         self._prefill.shape(n_tok=count, n_seq=1, n_out=n_out)
         self._enqueue(self._prefill)
 
     def _start_decode(self, count: int) -> None:
         """One step of `count` sequences, by replay once that is captured."""
-        graph = self._captured.get(count)
-        if graph is not None:
-            graph.launch(self._stream)
+        if self._replay(count):
             return
         steps = self._decode.get(count)
         if steps is None:
             steps = self._decode[count] = self._steps(DECODE)
             steps.shape(n_tok=count, n_seq=count, n_out=count)
         self._enqueue(steps)  # TensorRT asks for one run before a capture
-        if self._capture:
-            self._try_capture(count, steps)
-
-    def _try_capture(self, count: int, steps: Steps) -> None:
-        try:
-            self._captured[count] = self._device.capture(self._stream, lambda: self._enqueue(steps))
-        except BackendError as error:
-            self._capture = False
-            log.warning(
-                "decode is not captured as a CUDA graph, so every token costs Python's time: %s",
-                error,
-            )
+        self._try_capture(count, lambda: self._enqueue(steps))
 
     def _enqueue(self, steps: Steps) -> None:
         self._kit.failure = None
@@ -199,7 +179,5 @@ class TensorRTBackend(DeviceBackend):
             raise BackendError(f"TensorRT did not run the step: {reason}")
 
     def _close_pass(self) -> None:
-        for graph in self._captured.values():
-            graph.close()
-        self._captured, self._decode = {}, {}
+        self._decode = {}
         del self._prefill, self._engine
