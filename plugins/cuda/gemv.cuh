@@ -22,12 +22,11 @@ struct GemvShared {
   float* scale;    // [8] of each row
   float* sums;     // [8 warps][8 rows][33], where the octets were
 
-  __device__ GemvShared(unsigned char* base, int n, int groups, int k)
-      : octets(reinterpret_cast<uint4*>(base)), sums(reinterpret_cast<float*>(base)) {
-    float* after = reinterpret_cast<float*>(base + octetBytes(n, k));
-    scale = after;
-    inverse = after + kColumns;
-    (void)groups;
+  __device__ GemvShared(unsigned char* base, int n, int k)
+      : octets(reinterpret_cast<uint4*>(base)),
+        scale(reinterpret_cast<float*>(base + octetBytes(n, k))),
+        sums(reinterpret_cast<float*>(base)) {
+    inverse = scale + kColumns;
   }
   static __host__ __device__ size_t octetBytes(int n, int k) {
     const int blocks = ceilDiv(k, kGroup) < kStagedBlocks ? ceilDiv(k, kGroup) : kStagedBlocks;
@@ -98,7 +97,7 @@ __device__ __forceinline__ void multiplyRows(const uint8_t* blocks, int k, const
                                              int n, const RowOf& rowOf, const Take& take) {
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int count = ceilDiv(k, kGroup), groups = norm.gamma ? norm.groups : 1;
-  const GemvShared shared(dynamicShared<unsigned char>(), n, groups, k);
+  const GemvShared shared(dynamicShared<unsigned char>(), n, k);
   if (warp < count) prefetchL2(blocks + int64_t(warp) * Codec::kBytes + lane * 34);
   if (warp < n) {
     const float largest = normRow(rowOf(warp), k, norm, shared.inverse + warp * groups, lane);

@@ -224,10 +224,8 @@ __device__ int collect(Exchange& x, const float* scores, int vocab, float top, f
   return all;
 }
 
-__global__ void __launch_bounds__(kThreads)
-    sampleRows(ec_step step, ec_sample args, Scratch scratch) {
+__global__ void __launch_bounds__(kThreads) sampleRows(ec_sample args, Scratch scratch) {
   __shared__ Exchange x;
-  (void)step;
   const int row = blockIdx.x, vocab = args.vocab;
   const ec_sampling p = args.params[row];
   const float* logits = args.logits + int64_t(row) * vocab;
@@ -293,7 +291,7 @@ ec_status sample(ec_stream stream, const ec_step& step, const ec_sample& args) {
   Arena arena(step);
   const Scratch scratch(arena, step, args);
   EC_TRY(arena.status("sample"));
-  return launch("sample", sampleRows, dim3(step.n_out), kThreads, 0, stream, step, args, scratch);
+  return launch("sample", sampleRows, dim3(step.n_out), kThreads, 0, stream, args, scratch);
 }
 
 }  // namespace ec::cuda

@@ -39,13 +39,9 @@ struct alignas(16) uint4 {
 struct alignas(8) float2 {
   float x, y;
 };
-struct alignas(16) float4 {
-  float x, y, z, w;
-};
 inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 inline float2 make_float2(float x, float y) { return {x, y}; }
-inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
 namespace ec::emulator {
 
@@ -94,11 +90,6 @@ template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int bits) {
   return ec::emulator::exchange(mask, value, ec::emulator::thread().lane ^ bits);
 }
-template <class T>
-T __shfl_up_sync(unsigned mask, T value, int delta) {
-  const int lane = ec::emulator::thread().lane;
-  return ec::emulator::exchange(mask, value, lane >= delta ? lane - delta : lane);
-}
 inline unsigned __ballot_sync(unsigned mask, bool set) {
   std::memset(ec::emulator::warpSlots()[ec::emulator::thread().lane], 0, 32);
   ec::emulator::warpSlots()[ec::emulator::thread().lane][0] = set;
@@ -110,16 +101,6 @@ inline unsigned __ballot_sync(unsigned mask, bool set) {
   ec::emulator::warpBarrier(mask);
   return bits;
 }
-inline int __syncthreads_or(int set) {
-  static int any;
-  ec::emulator::blockBarrier();
-  any = 0;
-  ec::emulator::blockBarrier();
-  any |= set;
-  ec::emulator::blockBarrier();
-  return any;
-}
-
 // Fibers share one processor thread: a plain addition is atomic.
 template <class T>
 T atomicAdd(T* at, T value) {
@@ -127,19 +108,11 @@ T atomicAdd(T* at, T value) {
   *at = old + value;
   return old;
 }
-template <class T>
-T atomicOr(T* at, T value) {
-  const T old = *at;
-  *at = old | value;
-  return old;
-}
 
 template <class T>
 T __ldg(const T* at) {
   return *at;
 }
-inline float __expf(float x) { return std::exp(x); }
-inline float rsqrtf(float x) { return 1.f / std::sqrt(x); }
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline unsigned __float_as_uint(float value) {
   unsigned bits;
@@ -171,8 +144,6 @@ struct alignas(4) __half2 {
 float __half2float(__half h);
 __half __float2half_rn(float f);
 inline __half __ushort_as_half(uint16_t bits) { return {bits}; }
-inline uint16_t __half_as_ushort(__half h) { return h.bits; }
-inline __half2 __halves2half2(__half x, __half y) { return {x, y}; }
 inline __half2 __half2half2(__half h) { return {h, h}; }
 inline __half2 __floats2half2_rn(float x, float y) {
   return {__float2half_rn(x), __float2half_rn(y)};
@@ -192,12 +163,5 @@ inline __half2 __hfma2(__half2 a, __half2 b, __half2 c) {
   };
   return __floats2half2_rn(fma(a.x, b.x, c.x), fma(a.y, b.y, c.y));
 }
-
-// The host's side: a device whose memory is the host's.
-using cudaStream_t = void*;
-using cudaError_t = int;
-constexpr cudaError_t cudaSuccess = 0;
-constexpr unsigned cudaStreamNonBlocking = 1;
-inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
 
 #endif  // EC_CUDA_EMULATOR_H
