@@ -32,7 +32,7 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
 
 def add_backend(parser: argparse.ArgumentParser) -> None:
     """What a bundle is loaded with."""
-    parser.add_argument("--backend", default="auto", help="auto, tensorrt, cpu or reference")
+    parser.add_argument("--backend", default="auto", help="auto, tensorrt, cuda, cpu or reference")
     parser.add_argument("--threads", type=int, help="as many as the memory can feed by default")
     parser.add_argument("--max-context", type=int, help="tokens of a prompt and its answer")
 

@@ -4,13 +4,12 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from edgecascade.cli.rollouts import HomeOf, broker_options
+from edgecascade.cli.rollouts import HomeOf, broker_options, operator_address
 from edgecascade.errors import NetworkError
 
 if TYPE_CHECKING:
@@ -29,17 +28,9 @@ def add(acts: Any, home_options: Callable[[argparse.ArgumentParser], None], home
 
 def _relay(args: argparse.Namespace, home: Home) -> int:
     from edgecascade.fleet.relay import Relay
-    from edgecascade.service.config import PASSWORD_VARIABLE, broker_address
     from edgecascade.service.topics import DEFAULT_PREFIX
 
-    address = broker_address(
-        args.mqtt,
-        username=args.username,
-        password=os.environ.get(PASSWORD_VARIABLE),
-        ca_file=args.ca,
-        cert_file=args.cert,
-        key_file=args.key,
-    )
+    address = operator_address(args)
     with Relay(home.served, address, args.client_id, args.prefix or DEFAULT_PREFIX) as relay:
         print(f"{home.served} at {address.shown}; Ctrl-C ends it", file=sys.stderr)
         while relay.link.fatal is None:

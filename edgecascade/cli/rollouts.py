@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from edgecascade.fleet.record import Record
     from edgecascade.fleet.rollout import Progress
     from edgecascade.fleet.view import View
+    from edgecascade.service.config import BrokerAddress
 
 STOPPED = 3  # exit status of a rollout that ended before everybody had the bundle
 TROUBLES = 5  # devices that are shown with their reason
@@ -73,6 +74,20 @@ def broker_options(parser: argparse.ArgumentParser) -> None:
     for name in ("prefix", "username", "ca", "cert", "key"):
         parser.add_argument(f"--{name}")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
+
+
+def operator_address(args: argparse.Namespace) -> BrokerAddress:
+    """Where `broker_options` say the broker is; the password comes from the environment."""
+    from edgecascade.service.config import PASSWORD_VARIABLE, broker_address
+
+    return broker_address(
+        args.mqtt,
+        username=args.username,
+        password=os.environ.get(PASSWORD_VARIABLE),
+        ca_file=args.ca,
+        cert_file=args.cert,
+        key_file=args.key,
+    )
 
 
 def _plan_options(parser: argparse.ArgumentParser) -> None:
@@ -200,18 +215,10 @@ def _control(
     """A settled connection, and the controller of one rollout."""
     from edgecascade.fleet.operator import Controller, Operator
     from edgecascade.fleet.view import View
-    from edgecascade.service.config import PASSWORD_VARIABLE, broker_address
     from edgecascade.service.topics import DEFAULT_PREFIX, Topics
 
     order = record.order
-    address = broker_address(
-        args.mqtt,
-        username=args.username,
-        password=os.environ.get(PASSWORD_VARIABLE),
-        ca_file=args.ca,
-        cert_file=args.cert,
-        key_file=args.key,
-    )
+    address = operator_address(args)
     view = View(order.group, order.order, order.cohort.salt, record.heard)
     topics = Topics(args.prefix or DEFAULT_PREFIX)
     with Operator(
