@@ -193,8 +193,6 @@ class Fleet:
         self.results["acts"][name] = facts
         print(f"{name:18} {json.dumps(facts)}", flush=True)
 
-    # ---- the acts -----------------------------------------------------------------------------
-
     def first_installation(self, release: Release) -> None:
         began = time.monotonic()
         self.rollout(release.version, "first")

@@ -285,8 +285,6 @@ def test_sizes_are_checked_even_without_hashing(own: Path) -> None:
         Bundle.open(own, verify=False)
 
 
-# ---- builds that are killed ---------------------------------------------------------------------
-
 BUILD = """
 import sys
 from build_engine.pipeline import build

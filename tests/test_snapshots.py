@@ -224,9 +224,6 @@ def run(backend, cache, tokens):
     return logits
 
 
-# ---- on disk -------------------------------------------------------------------------------------
-
-
 def saved(tokens: np.ndarray | None = None) -> SavedState:
     tokens = prompt(30, 20) if tokens is None else tokens
     return SavedState("b" * 64, "nemotron_h", tokens, state_of(tokens), {"messages": ["hé"]})

@@ -246,9 +246,6 @@ for _ in range(4):
     assert (done.returncode, done.stderr) == (0, "")
 
 
-# ---- asyncio -------------------------------------------------------------------------------------
-
-
 def test_answers_and_pieces_come_without_blocking_the_loop(load: Load) -> None:
     llm = load(slots=2)
     prompts = [[5 + i, 30] for i in range(6)]
@@ -308,9 +305,6 @@ def test_errors_reach_who_awaits(load: Load) -> None:
 
     with pytest.raises(InvalidRequest, match="empty"):
         asyncio.run(ask())
-
-
-# ---- reuse ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", range(12))

@@ -141,8 +141,6 @@ class Agent:
         """What became of an order."""
         return self._executor.state.verdict(order)
 
-    # ---- the loop -----------------------------------------------------------------------------
-
     def _loop(self, until: Callable[[], bool]) -> None:
         period_s, alive_at = units.watchdog_period_s(), 0.0
         units.notify("READY=1")
@@ -191,8 +189,6 @@ class Agent:
         path.unlink(missing_ok=True)
         if folder:
             self.install(folder)
-
-    # ---- orders -------------------------------------------------------------------------------
 
     def _taken(self, result: Result) -> None:
         match result:
@@ -255,8 +251,6 @@ class Agent:
     def _release_of(self, slot: Slot) -> Release:
         return self._executor.store.release(slot.release)
 
-    # ---- what the host asks of us -------------------------------------------------------------
-
     def now(self) -> float:
         """Seconds since 1970, never before what is proven."""
         with contextlib.suppress(OSError):  # a disk that fails now and then stops no clock
@@ -288,8 +282,6 @@ class Agent:
         if self._line is None:
             return {"unasked": "no broker is configured"}
         return self._line.ask(messages, timeout_s)
-
-    # ---- what we say --------------------------------------------------------------------------
 
     def _report(self, report: ev.Report, revision: int = 0) -> None:
         before = self._jobs.get(report.order)

@@ -127,8 +127,6 @@ class DeviceHost:
             with self._lock:
                 self._stoppers.discard(stop)
 
-    # ---- downloads ----------------------------------------------------------------------------
-
     def download(
         self,
         order: Order,
@@ -154,8 +152,6 @@ class DeviceHost:
         for each in self._settings.repository:
             places.append(each + "blobs/" if each.endswith(("/", ":")) else each + "/blobs/")
         return [self._source_at(place) for place in dict.fromkeys(places)]
-
-    # ---- trials -------------------------------------------------------------------------------
 
     def room_for_two(self, release: Release) -> bool:
         """See executor.Host."""
@@ -218,8 +214,6 @@ class DeviceHost:
     def _trouble(self, slot: Slot, crashes: int) -> str:
         state = self.child.state
         return state.last_words if state.crashes > crashes else ""
-
-    # ---- the service --------------------------------------------------------------------------
 
     def drain(self) -> None:
         """See executor.Host."""

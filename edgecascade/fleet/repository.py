@@ -135,8 +135,6 @@ class Repository:
         fsync_folder(folder.parent)
         return cls(folder, keys)
 
-    # ---- what is there ------------------------------------------------------------------------
-
     @property
     def root_json(self) -> bytes:
         """The newest root metadata: what a device is given when it is set up."""
@@ -192,8 +190,6 @@ class Repository:
             for one, _ in each:
                 wanted |= one.blobs | {d.sha256: d.size for d in one.deltas}
         return self._blobs.check(wanted)
-
-    # ---- publishing ---------------------------------------------------------------------------
 
     def publish(
         self, bundle: str | Path, offer: Offer, now: float, *, link: bool = True
@@ -259,8 +255,6 @@ class Repository:
             replace_file(path, envelope)
             fsync_folder(path.parent)
         return envelope
-
-    # ---- keys ---------------------------------------------------------------------------------
 
     def refresh(self, now: float) -> dict[str, float]:
         """Sign a new timestamp, and what else is due as far as its keys are at hand.
@@ -361,8 +355,6 @@ class Repository:
             delegate(metadata, role, [f"bundles/{name}/*/release.json"], made, plan)
             metadata.commit(["targets", role], self.keys, now)
             return made
-
-    # ---- inside -------------------------------------------------------------------------------
 
     def _metadata(self) -> SignedMetadata:
         return SignedMetadata(self.folder / "metadata")

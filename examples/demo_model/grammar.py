@@ -62,8 +62,6 @@ class Grammar:
     worldly: bool = False  # English that is no command, and misspelt numbers and directions
     drawn: list[Clause] = field(default_factory=list)
 
-    # ------------------------------------------------------------------ words
-
     def noun(
         self, seen: Sequence[str], more: Sequence[str], held: Sequence[str], invented: float
     ) -> str:
@@ -174,8 +172,6 @@ class Grammar:
     def with_article(self, noun: str) -> str:
         return f"{self.rng.choice(('the', 'the', 'the', 'that', 'my', 'this'))} {noun}"
 
-    # ---------------------------------------------------------------- numbers
-
     def distance(self) -> tuple[str, float, str]:
         """In words, in metres, and how one leads to the other where that takes a step."""
         rng, draw = self.rng, self.rng.random()
@@ -224,8 +220,6 @@ class Grammar:
         rng = self.rng
         value = rng.choice((rng.randint(1, 20) / 10, rng.choice((0.25, 0.5, 0.75, 1, 1.5, 2))))
         return f"{number(value)} {rng.choice(('m/s', 'm/s', 'meters per second'))}", value
-
-    # --------------------------------------------------------------- commands
 
     def clause(self, kind: str) -> Clause:
         """One command of a kind; `drawn` keeps it, for the tests that look for leaks."""
@@ -295,9 +289,6 @@ def misspelt(rng: random.Random, text: str) -> str:
         )
     )
     return " ".join(words)
-
-
-# ------------------------------------------------------------------- one function a kind
 
 
 def move(g: Grammar) -> Clause:

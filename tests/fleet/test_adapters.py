@@ -26,8 +26,6 @@ FAILED = replace(
     JOB, state="FAILED", phase="", evidence={"reason": "wrong-answer", "message": "token 3 is 9"}
 )
 
-# ---- AWS IoT Jobs: developer guide, "Jobs notifications" and "Jobs device MQTT API" ------------
-
 TOPIC = "$aws/things/robot-7/jobs"
 
 
@@ -180,8 +178,6 @@ def test_aws_may_say_anything(messages: list[tuple[str, Any]]) -> None:
             jobs.hear(f"{TOPIC}/{topic}", json.dumps(value).encode())
             jobs.report(JOB)
 
-
-# ---- hawkBit: Direct Device Integration API --------------------------------------------------
 
 URL = "https://hawkbit.example/DEFAULT/controller/v1/robot-7"
 POLL = {

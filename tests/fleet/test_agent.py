@@ -177,9 +177,6 @@ def test_the_root_of_trust_is_never_replaced(home: Home, tmp_path: Path) -> None
     assert trusted_root(tmp_path, None) == first
 
 
-# ---- what a release may say ---------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("key", ["mqtt", "device_id", "key", "clients", "state_dir", "command"])
 def test_a_release_cannot_say_who_the_device_is(key: str) -> None:
     assert key in foreign_config({"flush_ms": 20, key: "x"})
@@ -208,9 +205,6 @@ def test_settings_are_strict(tmp_path: Path) -> None:
             replace(made, **wrong)  # type: ignore[arg-type]
     with pytest.raises(InvalidRequest, match="certificate of its own"):
         replace(made, cert="agent.crt", key="agent.key")
-
-
-# ---- orders -------------------------------------------------------------------------------------
 
 
 class Box:
@@ -283,9 +277,6 @@ def test_an_order_for_others_is_none_of_ours(home: Home, tmp_path: Path) -> None
     other = order(home, "other", device="robot-8")
     box.intake.take(Envelope(home.repository().sign_order(other)))
     assert box.results == []
-
-
-# ---- who owns the mirror ------------------------------------------------------------------------
 
 
 class Voice:

@@ -136,9 +136,6 @@ def test_keys_survive_their_document(keys: KeyFolders) -> None:
         known(keys, threshold=4)
 
 
-# ---- cohorts ------------------------------------------------------------------------------------
-
-
 def test_wider_cohort_keeps_everyone_and_has_its_share() -> None:
     devices = [f"robot-{i}" for i in range(10_000)]
     inside: set[str] = set()
@@ -164,9 +161,6 @@ def test_order_concerns_its_group_its_device_and_its_cohort() -> None:
     assert replace(everyone, device="robot-1").concerns("robot-1", ["site-7"])
     assert not replace(everyone, device="robot-2").concerns("robot-1", ["site-7"])
     assert not replace(everyone, cohort=Cohort("", 0)).concerns("robot-1", ["site-7"])
-
-
-# ---- windows ------------------------------------------------------------------------------------
 
 
 def at(text: str, zone: str = "Europe/Berlin", fold: int = 0) -> float:
@@ -211,8 +205,6 @@ def test_zone_that_left_the_machine_counts_as_utc() -> None:
     assert not window.is_known
     assert window.next_open(at("2026-11-23T00:00:00", "UTC")) == at("2026-11-23T12:00:00", "UTC")
 
-
-# ---- documents ----------------------------------------------------------------------------------
 
 BLOB = "cd" * 32
 RELEASE = Release(
@@ -356,9 +348,6 @@ def test_any_value_in_an_order_is_read_or_refused(key: str, value: Any) -> None:
 )
 def test_mirror_is_a_plain_web_address(url: str, good: bool) -> None:
     assert orders.is_mirror(url) is good
-
-
-# ---- keys ---------------------------------------------------------------------------------------
 
 
 def test_key_is_for_its_owner_only(tmp_path: Path) -> None:

@@ -66,9 +66,6 @@ def device(repository: Repository, root: Path, now: float = START + 60) -> Trust
     return trust
 
 
-# ---- publishing ---------------------------------------------------------------------------------
-
-
 def test_published_bundle_is_found_and_opens(
     repository: Repository, bundles: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -199,9 +196,6 @@ def test_check_names_what_is_wrong(repository: Repository, bundles: tuple[Path, 
     assert f"{other} is damaged" in wrong
 
 
-# ---- making and signing -------------------------------------------------------------------------
-
-
 def test_init_does_not_write_over_anything(tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "file").write_text("")
@@ -312,9 +306,6 @@ def test_delegated_name_needs_its_own_keys(
     repository.publish(bundles[1], OFFER, START)
     with pytest.raises(FleetError, match="delegate a name before its first"):
         repository.delegate(NAME, START)
-
-
-# ---- killed in the middle -----------------------------------------------------------------------
 
 
 def killed(act: Callable[[], object], at: int) -> bool:

@@ -55,9 +55,6 @@ def test_refresh_costs_a_few_kilobytes(siege: Siege) -> None:
     assert siege.mirror.bytes_given < 6000
 
 
-# ---- nothing unsynced ---------------------------------------------------------------------------
-
-
 def test_all_metadata_are_synced_before_the_floor_names_them(
     siege: Siege, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -113,9 +110,6 @@ def test_file_in_the_place_of_the_folder_is_replaced(siege: Siege) -> None:
     with pytest.raises(UpdateFailed, match="metadata cannot be stored"):
         siege.device.refresh()
     siege.device.refresh()
-
-
-# ---- no way back after a loss -------------------------------------------------------------------
 
 
 def test_without_our_floor_ngclient_would_take_old_metadata(
@@ -183,9 +177,6 @@ def test_floor_survives_the_loss_of_either_copy(tmp_path: Path) -> None:
         assert (tmp_path / name).stat().st_size > 0
 
 
-# ---- time ---------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("system", "proven", "elapsed", "time", "suspect"),
     [
@@ -214,9 +205,6 @@ def test_silence_is_noticed_when_the_timestamp_expires(siege: Siege) -> None:
     assert device.trust.is_stale(fresh_until)
     device.lose("belief")
     assert device.trust.is_stale(siege.now)
-
-
-# ---- a repository out of reach ------------------------------------------------------------------
 
 
 def test_orders_are_checked_by_the_last_known_keys(siege: Siege) -> None:

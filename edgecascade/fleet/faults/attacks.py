@@ -123,9 +123,6 @@ def _cases(seed: int, count: int) -> list[str]:
     return random.Random(seed).sample(every, count) if count < len(names) else every[:count]
 
 
-# ---- the mirror lies ----------------------------------------------------------------------------
-
-
 @attack("rollback")
 def old_repository(siege: Siege) -> None:
     """Rollback: everything as it was, with signatures that are still good."""
@@ -323,9 +320,6 @@ def stick_with_links_and_pipes(siege: Siege) -> None:
     siege.device.take(siege.signed())
 
 
-# ---- keys of one's own, and stolen ones ---------------------------------------------------------
-
-
 @attack("signature")
 def foreign_repository(siege: Siege) -> None:
     """Everything signed, with other keys."""
@@ -472,9 +466,6 @@ def publisher_of_another_bundle(siege: Siege) -> None:
     forged.delegated[role].signed.targets[f"bundles/{NAME}/8.0/release.json"] = evil
     forged.write({r: siege.stolen(r, 1) for r in (role, "snapshot", "timestamp")}, siege.now)
     siege.device.take(siege.repository.sign_order(replace(siege.order(order=EVIL), version="8.0")))
-
-
-# ---- the broker lies ----------------------------------------------------------------------------
 
 
 @attack("signature")
@@ -708,9 +699,6 @@ BAD_BODIES: dict[str, Change] = {
 def well_signed_nonsense(siege: Siege) -> None:
     """An operator's key signs what no order may be."""
     siege.device.take(with_signed_body(siege, BAD_BODIES[siege.rng.choice(sorted(BAD_BODIES))]))
-
-
-# ---- the attacker's tools -----------------------------------------------------------------------
 
 
 def _flip(siege: Siege, data: bytes) -> bytes:

@@ -79,9 +79,6 @@ def tried(camp: Camp, case: str) -> str:
     return ""
 
 
-# ---- metadata and orders by a wrong clock -------------------------------------------------------
-
-
 def _refused(siege: Siege, reason: str) -> None:
     try:
         siege.device.refresh()
@@ -188,8 +185,6 @@ METADATA: dict[str, Callable[[Siege], None]] = {
 }
 
 
-# ---- steps in the middle of an update -----------------------------------------------------------
-
 JUMPS = {
     "to-1970": -NOW,
     "a-day-back": -DAY_S,
@@ -239,9 +234,6 @@ def _step(folder: Path, rng: random.Random, jump: float, phase: Phase) -> None:
     device.offset = 0.0
     device.deliver(replace(order_for(third, 3), expires=NOW + 1e9), third)
     require(device.state.active == third.slot, "the next update does not come through")
-
-
-# ---- windows ------------------------------------------------------------------------------------
 
 
 def _windows(rng: random.Random, zone: str, kind: str) -> None:
