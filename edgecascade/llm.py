@@ -139,6 +139,18 @@ class LLM:
             bundle.close()
             raise
 
+    @staticmethod
+    def has_engine(path: str | Path) -> bool:
+        """Whether a bundle has the TensorRT engine that this machine needs, or it needs none.
+
+        Raises:
+            BundleError: when the bundle is damaged.
+        """
+        from edgecascade.backends.tensorrt import engine_is_current
+
+        with Bundle.open(path) as bundle:
+            return engine_is_current(bundle)
+
     @overload
     def generate(self, prompt: Text | Tokens | None = None, **options: Any) -> Completion: ...
 

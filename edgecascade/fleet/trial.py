@@ -19,7 +19,6 @@ import json
 import logging
 import sys
 import time
-from importlib import import_module
 from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,12 +28,10 @@ from edgecascade.fleet import strict
 from edgecascade.fleet.release import GoldenPrompt
 
 if TYPE_CHECKING:
-    from edgecascade.bundle import Bundle
     from edgecascade.completion import Completion
     from edgecascade.llm import LLM
 
 MAX_SHOWN = 200  # characters of an answer that is reported
-ENGINE_BACKEND = "edgecascade.backends.tensorrt"
 
 
 def main() -> int:
@@ -50,22 +47,11 @@ def main() -> int:
     return 0
 
 
-def engine_is_current(bundle: Bundle) -> bool:
-    """Whether the engine in a bundle's folder is the one this machine needs, or needs none."""
-    try:
-        hook = getattr(import_module(ENGINE_BACKEND), "engine_is_current", None)
-    except ImportError:  # this installation has no such backend
-        return True
-    return hook is None or bool(hook(bundle))
-
-
 def _run(asked: dict[str, Any], out: IO[str]) -> None:
-    from edgecascade.bundle import Bundle
     from edgecascade.llm import LLM
 
     if "prompts" not in asked:
-        with Bundle.open(asked["folder"]) as bundle:
-            _say(out, step="engine", current=engine_is_current(bundle))
+        _say(out, step="engine", current=LLM.has_engine(asked["folder"]))
         return
     prompts = [strict.read(GoldenPrompt, raw, "prompt") for raw in asked["prompts"]]
     begin = time.monotonic()
