@@ -14,9 +14,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import installed
 import pytest
 from golden import Build
-from virtual_devices import mosquitto_program, virtual_devices
+from virtual_devices import virtual_devices
 
 from edgecascade.cli import main
 from edgecascade.errors import InvalidRequest
@@ -31,7 +32,7 @@ QUICK = ("--soak", "0", "--lost-after", "60")
 
 @pytest.fixture(scope="module")
 def broker() -> Iterator[LocalBroker]:
-    with LocalBroker(mosquitto_program()) as running:
+    with LocalBroker(installed.broker()) as running:
         yield running
 
 

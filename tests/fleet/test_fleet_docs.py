@@ -11,8 +11,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import installed
 import pytest
-from virtual_devices import mosquitto_program
 
 from edgecascade.fleet import audit
 from edgecascade.service.broker import free_port
@@ -40,7 +40,7 @@ def shell(tmp_path: Path) -> dict[str, str]:
     ours = programs / "edgecascade"
     ours.write_text(f'#!/bin/sh\nexec {sys.executable} -m edgecascade "$@"\n')
     ours.chmod(0o755)
-    (programs / "mosquitto").symlink_to(mosquitto_program().path)
+    (programs / "mosquitto").symlink_to(installed.broker().path)
     (programs / "python3").symlink_to(sys.executable)
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     path = f"{programs}:{os.environ.get('PATH', '')}"

@@ -8,14 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-from virtual_devices import mosquitto_program
+import installed
 
 ROOT = Path(__file__).resolve().parents[2]
 DEVICES = 300
 
 
 def test_a_rollout_s_control_traffic_completes(tmp_path: Path) -> None:
-    mosquitto_program()
+    installed.broker()
     script = [sys.executable, str(ROOT / "benchmarks" / "fleet_scale.py")]
     options = ["--devices", str(DEVICES), "--phase-s", "0.05", "--json", str(tmp_path / "result")]
     done = subprocess.run([*script, *options], cwd=ROOT, capture_output=True, text=True)

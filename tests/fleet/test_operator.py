@@ -10,8 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import installed
 import pytest
-from virtual_devices import mosquitto_program, virtual_devices
+from virtual_devices import virtual_devices
 
 from edgecascade.errors import FleetError, InvalidRequest, NetworkError, UpdateRefused
 from edgecascade.fleet import audit, orders, rollout
@@ -25,7 +26,6 @@ from edgecascade.service.broker import LocalBroker
 from edgecascade.service.config import broker_address
 from edgecascade.service.topics import Topics
 
-cryptography = pytest.importorskip("cryptography")
 DEVICES = 60
 WAIT_S = 30.0
 QUICK = Thresholds(lost_s=120.0, soak_s=0.0)  # a slow machine loses nobody
@@ -108,7 +108,7 @@ class Bench:
 
 @pytest.fixture
 def bench(tmp_path: Path) -> Iterator[Bench]:
-    with LocalBroker(mosquitto_program()) as broker:
+    with LocalBroker(installed.broker()) as broker:
         yield Bench(tmp_path, broker)
 
 
@@ -219,7 +219,7 @@ def test_only_the_newest_rollout_of_a_group_can_be_changed(bench: Bench) -> None
 def test_a_broker_that_refuses_orders_is_an_error(bench: Bench, tmp_path: Path) -> None:
     acl = tmp_path / "acl"
     acl.write_text("topic read #\ntopic write edgecascade/v1/d/operator/cmd/fence\n")
-    with LocalBroker(mosquitto_program(), extra_config=f"acl_file {acl}\n") as broker:
+    with LocalBroker(installed.broker(), extra_config=f"acl_file {acl}\n") as broker:
         bench.broker = broker
         bench.plan()
         with bench.controller() as controller, pytest.raises(NetworkError, match="refuses orders"):

@@ -4,31 +4,16 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import pytest
-
-from edgecascade.errors import NetworkError
 from edgecascade.fleet.faults.virtual import Behaviour, VirtualFleet
 from edgecascade.fleet.orders import OrderKeys
-from edgecascade.service.broker import BrokerProgram, find_broker
 
 WAIT_S = 30.0
-
-
-def mosquitto_program() -> BrokerProgram:
-    """CI must have it; elsewhere its absence is a reason to skip."""
-    try:
-        return find_broker("mosquitto")
-    except NetworkError as error:
-        if os.environ.get("CI") == "true":
-            raise
-        pytest.skip(str(error))
 
 
 @contextmanager

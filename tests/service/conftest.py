@@ -3,20 +3,19 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import installed
 import pytest
 from golden import Build
 
 from edgecascade import LLM
 from edgecascade.client import Client
-from edgecascade.errors import NetworkError
-from edgecascade.service.broker import BrokerProgram, LocalBroker, find_broker
+from edgecascade.service.broker import LocalBroker
 from edgecascade.service.config import ServiceConfig
 from edgecascade.service.service import Service
 
@@ -25,25 +24,15 @@ Serve = Callable[..., Service]
 Connect = Callable[..., Client]
 
 
-def program(kind: str | None) -> BrokerProgram:
-    """A broker to test with. CI must have them; elsewhere its absence is a reason to skip."""
-    try:
-        return find_broker(kind)
-    except NetworkError as error:
-        if os.environ.get("CI") == "true":
-            raise
-        pytest.skip(str(error))
-
-
 @pytest.fixture
 def mosquitto() -> Iterator[LocalBroker]:
-    with LocalBroker(program("mosquitto")) as broker:
+    with LocalBroker(installed.broker("mosquitto")) as broker:
         yield broker
 
 
 @pytest.fixture(params=["mosquitto", "iotcore"])
 def any_broker(request: pytest.FixtureRequest) -> Iterator[LocalBroker]:
-    with LocalBroker(program(request.param)) as broker:
+    with LocalBroker(installed.broker(request.param)) as broker:
         yield broker
 
 

@@ -15,8 +15,9 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
+import installed
 import pytest
-from conftest import WAIT_S, program
+from conftest import WAIT_S
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -136,7 +137,7 @@ class Broker:
         (folder / "mosquitto.conf").write_text(config)
         (folder / "acl").write_text(access_list(setup))
         (folder / "acl").chmod(0o600)
-        command = [program("mosquitto").path, "-c", str(folder / "mosquitto.conf")]
+        command = [installed.broker().path, "-c", str(folder / "mosquitto.conf")]
         self.log = open(folder / "log", "wb")  # noqa: SIM115  closed by close()
         self.process = subprocess.Popen(command, stderr=self.log)
 

@@ -15,9 +15,10 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
+import installed
 import paho.mqtt.client as paho
 import pytest
-from conftest import WAIT_S, Connect, Serve, program
+from conftest import WAIT_S, Connect, Serve
 from paho.mqtt.enums import CallbackAPIVersion
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
@@ -399,7 +400,7 @@ def test_a_client_that_dies_frees_the_device(
 
 def test_a_long_answer_comes_through_a_small_broker(llm: LLM, bundle: Path, tmp_path: Path) -> None:
     with ExitStack() as stack:
-        small = LocalBroker(program("mosquitto"), extra_config="max_packet_size 4096\n")
+        small = LocalBroker(installed.broker(), extra_config="max_packet_size 4096\n")
         stack.enter_context(small)
         config = ServiceConfig(mqtt=small.url, device_id="dev-1", state_dir=str(tmp_path))
         service = stack.enter_context(Service(llm, config))
