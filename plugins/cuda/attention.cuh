@@ -39,13 +39,20 @@ struct Layout {
 
 enum Half { kKeys = 0, kValues = 1 };
 
+// The keys, or the values, of a page and key head, counted from kv: [64][head_dim].
+__device__ __forceinline__ int64_t pageAt(const ec_attention& a, int page, Half half, int kvHead) {
+  return ((int64_t(page) * 2 + half) * a.kv_heads + kvHead) * EC_PAGE_TOKENS * a.head_dim;
+}
+
+__device__ __forceinline__ const int32_t* pagesOf(const ec_step& step, int slot) {
+  return step.page_table + int64_t(slot) * step.max_pages;
+}
+
 // First of head_dim values, counted from kv.
 __device__ __forceinline__ int64_t valuesAt(const ec_step& step, const ec_attention& a, int slot,
                                             Half half, int kvHead, int position) {
-  const int page = step.page_table[int64_t(slot) * step.max_pages + position / EC_PAGE_TOKENS];
-  return (((int64_t(page) * 2 + half) * a.kv_heads + kvHead) * EC_PAGE_TOKENS +
-          position % EC_PAGE_TOKENS) *
-         a.head_dim;
+  const int page = pagesOf(step, slot)[position / EC_PAGE_TOKENS];
+  return pageAt(a, page, half, kvHead) + int64_t(position % EC_PAGE_TOKENS) * a.head_dim;
 }
 
 __device__ __forceinline__ float widen(float v) { return v; }

@@ -69,6 +69,27 @@ inline void mma16816(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint3
   emulator::warpBarrier(kAll);
 }
 
+// Four matrices of 8 x 8 halves: lanes 8 i to 8 i + 7 point to the rows of matrix i in shared
+// memory. r[i] holds its row lane / 4, columns 2 (lane % 4) and the next; transposed, its column
+// lane / 4 and those rows.
+template <bool kTransposed>
+inline void loadMatrices(uint32_t (&r)[4], const uint4* row) {
+  const int lane = emulator::thread().lane, g = lane / 4, t = lane % 4;
+  uint32_t(*slots)[8] = emulator::warpSlots();
+  std::memcpy(slots[lane], &row, sizeof row);
+  emulator::warpBarrier(kAll);
+  for (int i = 0; i < 4; ++i) {
+    uint16_t halves[2];
+    for (int e = 0; e < 2; ++e) {
+      const uint16_t* from;
+      std::memcpy(&from, slots[8 * i + (kTransposed ? 2 * t + e : g)], sizeof from);
+      halves[e] = from[kTransposed ? g : 2 * t + e];
+    }
+    std::memcpy(&r[i], halves, sizeof halves);
+  }
+  emulator::warpBarrier(kAll);
+}
+
 template <class... Parameters, class... Arguments>
 ec_status launch(const char*, void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared,
                  ec_stream stream, const Arguments&... arguments) {
@@ -120,6 +141,22 @@ __device__ __forceinline__ void mma16816(float (&c)[4], uint32_t a0, uint32_t a1
       "{%0,%1,%2,%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+template <bool kTransposed>
+__device__ __forceinline__ void loadMatrices(uint32_t (&r)[4], const uint4* row) {
+  const auto at = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+  if (kTransposed) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3},[%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(at)
+                 : "memory");
+  } else {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3},[%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(at)
+                 : "memory");
+  }
 }
 
 template <class... Parameters, class... Arguments>
