@@ -58,12 +58,8 @@ ROUNDED_ACTIVATIONS = 2e-3
 # Router weights against NumPy's, relative: a float32 dot, exp and a division.
 ROUTER_WEIGHTS = 1e-5
 
-# Blocks on CUDA for more than 8 rows, likewise: a weight is rounded to half once more when its
-# scale is multiplied in, 2^-12 relative on average.
-HALF_WEIGHTS = 4e-4
-
-# Logits of a small model on CUDA's kernels against the reference, likewise: activations and large
-# steps' weights are rounded to half. Seen: 1.1e-3.
+# Logits of a small model on CUDA's kernels against the reference, likewise: activations are
+# rounded to half. Seen: 1.1e-3.
 CUDA_LOGITS = 4e-3
 
 # Float32 weights on CUDA's kernels against the CPU's, likewise: only the order of sums differs.

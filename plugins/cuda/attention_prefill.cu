@@ -26,13 +26,6 @@ namespace {
 
 using namespace attention;
 
-// The sequence that owns a row, by its start; n_seq is small.
-__device__ __forceinline__ int sequenceOf(const ec_step& step, int row) {
-  int sequence = 0;
-  while (step.start[sequence + 1] <= row) ++sequence;
-  return sequence;
-}
-
 template <class Kv>
 __global__ void __launch_bounds__(kThreads) appendRows(ec_step step, ec_attention a) {
   const int row = blockIdx.x;

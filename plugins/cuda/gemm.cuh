@@ -4,9 +4,11 @@
 // an expert has few rows.
 //
 // The rows of X are first turned into halves, with a scale each (prepareRows). A CTA of 4 warps
-// then owns 128 rows of W and a tile of up to kTile rows of X: each warp reads the codes of its 32
-// rows straight into fragments and scales them there, the tile of X comes through shared memory,
-// three steps of 64 columns deep. The sums run along k in one order whatever the tile holds.
+// then owns 128 rows of W and a tile of up to kTile rows of X, of which it multiplies as many
+// groups of 16 as there are. Steps of 64 columns, of W and of X, come through shared memory, three
+// of them ahead: 13 KB of W for each of the three CTAs of an SM, more than latency times bandwidth
+// of any GPU. Products of a step are summed by the tensor cores with integer weights, then
+// multiplied by the weights' scale; the steps are added in one order whatever the tile holds.
 #ifndef EC_CUDA_GEMM_CUH
 #define EC_CUDA_GEMM_CUH
 
@@ -17,8 +19,8 @@ namespace ec::cuda {
 constexpr int kTile = 64;  // rows of X in a tile
 constexpr int kGemmWarps = 4, kGemmThreads = kGemmWarps * kWarp;
 constexpr int kGemmRows = kGemmWarps * kBlockRows;  // of W
-constexpr int kStages = 3;
-constexpr int kPitch = 9;  // uint4 from row to row of the staged tile: 8, and one against conflicts
+constexpr int kStages = 4;
+constexpr int kRowGroup = 16;  // rows of X that are multiplied or left out together
 
 // Rows of X as halves.
 struct Acts {
@@ -58,64 +60,163 @@ ec_status prepare(const char* op, ec_stream stream, const float* x, int k, const
                 size_t(kWarps) * groups * sizeof(float), stream, x, k, norm, rows, acts, rowOf);
 }
 
-// The whole CTA: rows [first, first + count) of the tile's list, row i of it being row rowOf(i) of
-// acts, times 128 rows of W from `blocks` on. take(i, r, values) gets rows r .. r+3 of W, from the
-// CTA's first, times row i.
-template <class Codec, class RowOf, class Take>
-__device__ __forceinline__ void multiplyTile(const uint8_t* blocks, int n, int k, const Acts& acts,
-                                             int count, const RowOf& rowOf, const Take& take) {
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, g = lane / 4, t = lane % 4;
-  const int steps = ceilDiv(k, kGroup), blockRows = ceilDiv(n, kBlockRows);
-  uint4* tile = dynamicShared<uint4>();  // [kStages][kTile][kPitch]
-  const auto stage = [&](int step) {
-    for (int i = threadIdx.x; step < steps && i < kTile * 8; i += kGemmThreads) {
-      const int row = i / 8 < count ? i / 8 : count - 1;
-      copyAsync(tile + (step % kStages * kTile + i / 8) * kPitch + i % 8,
-                acts.octets + (int64_t(rowOf(row)) * steps + step) * 8 + i % 8);
+// 16 bytes of codes that a lane takes, and which rows of eight such pieces they lie in.
+__device__ __forceinline__ int pieceRow(const U4::Codes&, int i, int t) { return t + 4 * i; }
+__device__ __forceinline__ int pieceRow(const I8::Codes&, int i, int t) {
+  return 2 * t + i / 2 * 8 + i % 2;
+}
+// Pieces of a row are in an order in which lanes that load together use different banks.
+__device__ __forceinline__ int pieceAt(const U4::Codes&, int row, int g) {
+  return row * 8 + (g ^ 2 * (row & 3));
+}
+__device__ __forceinline__ int pieceAt(const I8::Codes&, int row, int g) {
+  return row * 8 + (g ^ (row & 6));
+}
+__device__ __forceinline__ int octetAt(int row, int octet) {
+  return row * 8 + (octet ^ 4 * (row & 1));
+}
+
+// One step of 64 columns in shared memory.
+template <class Codec>
+struct Stage {
+  static constexpr int kBlock = Codec::kBytes / 16, kCodes = Codec::kScales / 16;
+  static constexpr int kPieces = sizeof(typename Codec::Codes) / 16;
+  static constexpr int kOctets = kGemmWarps * kBlock + kTile * 8;
+  static constexpr size_t kShared = size_t(kStages) * kOctets * sizeof(uint4);
+
+  uint4 *block, *x;  // of the warp; [kTile][8]
+
+  __device__ __forceinline__ Stage(uint4* shared, int step, int warp)
+      : block(shared + step % kStages * kOctets + warp * kBlock),
+        x(shared + step % kStages * kOctets + kGemmWarps * kBlock) {}
+
+  // A block of W, by its warp.
+  __device__ __forceinline__ void copyBlock(const uint8_t* from, int lane) const {
+    const uint4* pieces = reinterpret_cast<const uint4*>(from);
+#pragma unroll
+    for (int i = lane; i < kBlock; i += kWarp) {
+      const int at = i < kCodes ? pieceAt(typename Codec::Codes(), i / 8, i % 8) : i;
+      copyAsync(block + at, pieces + i);
     }
-    commitAsync();
-  };
-  const bool owns = warp < blockRows;  // rows of W beyond its last belong to nobody
-  const uint8_t* mine = blocks + int64_t(owns ? warp : 0) * steps * Codec::kBytes;
-  float sum[2][kTile / 8][4] = {};
-  stage(0);
-  stage(1);
-  typename Codec::Codes codes = Codec::load(mine, g, t);
-  uint2 scales = loadScales<Codec>(mine, g);
-  for (int step = 0; step < steps; ++step) {
-    waitAsync<1>();
-    __syncthreads();
-    stage(step + 2);
-    const int next = step + 1 < steps ? step + 1 : step;
-    const typename Codec::Codes nextCodes = Codec::load(mine + int64_t(next) * Codec::kBytes, g, t);
-    const uint2 nextScales = loadScales<Codec>(mine + int64_t(next) * Codec::kBytes, g);
-    const uint4* x = tile + step % kStages * kTile * kPitch;
+  }
+
+  __device__ __forceinline__ typename Codec::Codes codes(int g, int t) const {
+    typename Codec::Codes codes;
+    uint4 pieces[kPieces];
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i) pieces[i] = block[pieceAt(codes, pieceRow(codes, i, t), g)];
+    memcpy(&codes, pieces, sizeof codes);
+    return codes;
+  }
+
+  // sum += the warp's 32 rows of W times columns [0, count) of X, whole groups of 16.
+  __device__ __forceinline__ void multiply(int count, int g, int t,
+                                           float (&sum)[2][kTile / 8][4]) const {
+    const typename Codec::Codes mine = codes(g, t);
+    uint32_t a[2][4][4];
 #pragma unroll
     for (int octet = 0; octet < 2; ++octet) {
-      uint32_t a[4][4];
 #pragma unroll
       for (int r = 0; r < 4; ++r) {
-        const uint32_t pair = r < 2 ? scales.x : scales.y;
-        const __half2 scale = both(static_cast<uint16_t>(r % 2 ? pair >> 16 : pair));
-        const Octet row = Codec::row(codes, octet, r);
+        const Octet row = Codec::row(mine, octet, r);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) a[r][i] = asWord(__hmul2(row.pair[i], scale));
+        for (int i = 0; i < 4; ++i) a[octet][r][i] = asWord(row.pair[i]);
       }
+    }
+    const uint2 scales = reinterpret_cast<const uint2*>(block + kCodes)[g];
+    const float2 scale[2] = {__half22float2(asHalves(scales.x)),
+                             __half22float2(asHalves(scales.y))};
 #pragma unroll
-      for (int column = 0; column < kTile / 8; ++column) {
-        const uint4 b = x[(column * 8 + g) * kPitch + t + 4 * octet];
+    for (int column = 0; column < kTile / 8; ++column) {
+      if (column / 2 * kRowGroup >= count) break;
+      float c[2][4] = {};
+#pragma unroll
+      for (int octet = 0; octet < 2; ++octet) {
+        const uint4 b = x[octetAt(column * 8 + g, t + 4 * octet)];
+        const uint32_t(&rows)[4][4] = a[octet];
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          float(&c)[4] = sum[i][column];
-          mma16816(c, a[2 * i][0], a[2 * i + 1][0], a[2 * i][1], a[2 * i + 1][1], b.x, b.y);
-          mma16816(c, a[2 * i][2], a[2 * i + 1][2], a[2 * i][3], a[2 * i + 1][3], b.z, b.w);
+          const uint32_t(&even)[4] = rows[2 * i], (&odd)[4] = rows[2 * i + 1];
+          mma16816(c[i], even[0], odd[0], even[1], odd[1], b.x, b.y);
+          mma16816(c[i], even[2], odd[2], even[3], odd[3], b.z, b.w);
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          sum[i][column][j] = fmaf(c[i][j], j < 2 ? scale[i].x : scale[i].y, sum[i][column][j]);
         }
       }
     }
-    codes = nextCodes;
-    scales = nextScales;
+  }
+};
+
+inline size_t gemmShared(const ec_weight& w) {
+  return w.type == EC_U4_64 ? Stage<U4>::kShared : Stage<I8>::kShared;
+}
+
+// Rows r .. r+3 of y, of which `left` exist.
+__device__ __forceinline__ void storeFour(float* to, const float (&values)[4], int left,
+                                          bool aligned) {
+  if (aligned && left >= 4) {
+    uint4 word;
+    memcpy(&word, values, sizeof word);
+    *reinterpret_cast<uint4*>(to) = word;
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if (i < left) to[i] = values[i];
+  }
+}
+
+// The whole CTA: `count` rows of X, the i-th being row rowOf(i) of acts, times 128 rows of W from
+// `blocks` on, of which n exist. finish(i, r, values) may change rows r .. r+3 of W, from the CTA's
+// first, times row i, and write nothing; then take(i, r, values) gets them. So what finish() reads
+// is on its way for all values at once, whatever take() overwrites.
+template <class Codec, class RowOf, class Finish, class Take>
+__device__ __forceinline__ void multiplyTile(const uint8_t* blocks, int n, int k, const Acts& acts,
+                                             int count, const RowOf& rowOf, const Finish& finish,
+                                             const Take& take) {
+  constexpr int kRowsAtOnce = kGemmThreads / 8, kParts = kTile / kRowsAtOnce;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, g = lane / 4, t = lane % 4;
+  const int steps = ceilDiv(k, kGroup);
+  const bool owns = warp < ceilDiv(n, kBlockRows);  // rows of W beyond its last belong to nobody
+  const uint8_t* mine = blocks + int64_t(owns ? warp : 0) * steps * Codec::kBytes;
+  uint4* shared = dynamicShared<uint4>();
+  const uint4* from[kParts];  // this thread's octet of X in step 0; rows behind the last repeat it
+#pragma unroll
+  for (int i = 0; i < kParts; ++i) {
+    const int row = threadIdx.x / 8 + kRowsAtOnce * i;
+    from[i] = acts.octets + int64_t(rowOf(row < count ? row : count - 1)) * steps * 8;
+  }
+  const auto stage = [&](int step) {
+    if (step < steps) {
+      const Stage<Codec> to(shared, step, warp);
+      if (owns) to.copyBlock(mine + int64_t(step) * Codec::kBytes, lane);
+      const int octet = threadIdx.x % 8;
+#pragma unroll
+      for (int i = 0; i < kParts; ++i) {
+        if (kRowsAtOnce * i >= count) break;
+        const int row = threadIdx.x / 8 + kRowsAtOnce * i;
+        copyAsync(to.x + octetAt(row, octet), from[i] + step * 8 + octet);
+      }
+    }
+    commitAsync();
+  };
+  static_assert(kRowsAtOnce == kRowGroup, "what is multiplied is what was copied");
+#pragma unroll
+  for (int step = 0; step < kStages - 1; ++step) stage(step);
+  float sum[2][kTile / 8][4] = {};
+  for (int step = 0; step < steps; ++step) {
+    waitAsync<kStages - 2>();
+    __syncthreads();
+    stage(step + kStages - 1);
+    if (owns) Stage<Codec>(shared, step, warp).multiply(count, g, t, sum);
   }
   if (!owns) return;
+  const int r = warp * kBlockRows + 4 * g;
 #pragma unroll
   for (int column = 0; column < kTile / 8; ++column) {
 #pragma unroll
@@ -123,14 +224,27 @@ __device__ __forceinline__ void multiplyTile(const uint8_t* blocks, int n, int k
       const int i = column * 8 + 2 * t + q;
       if (i >= count) continue;
       const float scale = acts.scale[rowOf(i)];
-      const float values[4] = {sum[0][column][q] * scale, sum[0][column][2 + q] * scale,
-                               sum[1][column][q] * scale, sum[1][column][2 + q] * scale};
-      take(i, warp * kBlockRows + 4 * g, values);
+      float values[4] = {sum[0][column][q] * scale, sum[0][column][2 + q] * scale,
+                         sum[1][column][q] * scale, sum[1][column][2 + q] * scale};
+      finish(i, r, values);
+      sum[0][column][q] = values[0];
+      sum[0][column][2 + q] = values[1];
+      sum[1][column][q] = values[2];
+      sum[1][column][2 + q] = values[3];
+    }
+  }
+#pragma unroll
+  for (int column = 0; column < kTile / 8; ++column) {
+#pragma unroll
+    for (int q = 0; q < 2; ++q) {
+      const int i = column * 8 + 2 * t + q;
+      if (i >= count) continue;
+      const float values[4] = {sum[0][column][q], sum[0][column][2 + q], sum[1][column][q],
+                               sum[1][column][2 + q]};
+      take(i, r, values);
     }
   }
 }
-
-constexpr size_t kGemmShared = size_t(kStages) * kTile * kPitch * sizeof(uint4);
 
 }  // namespace ec::cuda
 

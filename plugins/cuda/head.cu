@@ -27,9 +27,13 @@ struct StoreLogits {
   const uint32_t* mask;
   float* logits;
   int64_t vocab;
-  __device__ void operator()(int output, int r, float value) const {
+  __device__ float* at(int output, int r) const { return logits + output * vocab + r; }
+  __device__ float value(int output, int r, float product) const {
     const bool allowed = !mask || mask[output * ((vocab + 31) / 32) + r / 32] >> r % 32 & 1;
-    logits[output * vocab + r] = allowed ? value : -INFINITY;
+    return allowed ? product : -INFINITY;
+  }
+  __device__ void operator()(int output, int r, float product) const {
+    *at(output, r) = value(output, r, product);
   }
 };
 

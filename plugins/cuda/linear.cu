@@ -24,10 +24,13 @@ struct StoreLinear {
   float* y;
   int64_t n;
   int act;
-  __device__ void operator()(int row, int r, float value) const {
-    const int64_t at = row * n + r;
-    const float v = activate(act, value);
-    y[at] = residual ? v + residual[at] : v;
+  __device__ float* at(int row, int r) const { return y + row * n + r; }
+  __device__ float value(int row, int r, float product) const {
+    const float v = activate(act, product);
+    return residual ? v + residual[row * n + r] : v;
+  }
+  __device__ void operator()(int row, int r, float product) const {
+    *at(row, r) = value(row, r, product);
   }
 };
 

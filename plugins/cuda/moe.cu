@@ -20,23 +20,69 @@
 namespace ec::cuda {
 namespace {
 
-// Eight tokens to a CTA, so that the router's matrix is read once for them.
-__global__ void __launch_bounds__(kThreads) routeRows(ec_step step, ec_moe args) {
+constexpr int kRouteWarps = 16, kRouteThreads = kRouteWarps * kWarp;
+constexpr int kExpertsAtOnce = 4;
+constexpr size_t kRouteShared = 99 << 10;  // what a CTA of every GPU may have
+
+// logits[i][e] = router[e] h[i] for the CTA's n rows; h [n][d] in shared memory.
+__device__ __forceinline__ void routerRows(const ec_moe& args, int n, const float* h,
+                                           float* logits) {
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int d = args.up.k, experts = args.up.experts;
+  for (int e0 = warp * kExpertsAtOnce; e0 < experts; e0 += kRouteWarps * kExpertsAtOnce) {
+    float sum[kExpertsAtOnce][kColumns] = {};
+#pragma unroll 4
+    for (int k = lane; k < d; k += kWarp) {
+      float w[kExpertsAtOnce];
+#pragma unroll
+      for (int j = 0; j < kExpertsAtOnce; ++j)
+        w[j] = e0 + j < experts ? args.router[int64_t(e0 + j) * d + k] : 0.f;
+#pragma unroll
+      for (int i = 0; i < kColumns; ++i) {
+        const float value = i < n ? h[i * d + k] : 0.f;
+#pragma unroll
+        for (int j = 0; j < kExpertsAtOnce; ++j) sum[j][i] = fmaf(w[j], value, sum[j][i]);
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kExpertsAtOnce; ++j) {
+#pragma unroll
+      for (int i = 0; i < kColumns; ++i) {
+        const float logit = warpSum(sum[j][i]);
+        if (lane == 0 && e0 + j < experts && i < n) logits[i * experts + e0 + j] = logit;
+      }
+    }
+  }
+}
+
+// Eight tokens to a CTA, so that the router's matrix is read once for them. `staged`: there is room
+// for their rows after the norm.
+__global__ void __launch_bounds__(kRouteThreads) routeRows(ec_step step, ec_moe args, bool staged) {
   const int first = blockIdx.x * kColumns, n = min(liveRows(step) - first, kColumns);
   if (n <= 0) return;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int groups = args.norm.gamma ? args.norm.groups : 1, experts = args.up.experts;
+  const int d = args.up.k;
   float* logits = dynamicShared<float>();         // [8][experts]
   float* scores = logits + kColumns * experts;    // [8][experts]
   float* choices = scores + kColumns * experts;   // [8][experts]
   float* inverse = choices + kColumns * experts;  // [8][groups]
-  const float* x = args.x + int64_t(first) * args.up.k;
-  if (warp < n)
-    normRow(x + int64_t(warp) * args.up.k, args.up.k, args.norm, inverse + warp * groups, lane);
+  float* h = inverse + kColumns * groups;         // [8][d]
+  const float* x = args.x + int64_t(first) * d;
+  if (warp < n) normRow(x + int64_t(warp) * d, d, args.norm, inverse + warp * groups, lane);
   __syncthreads();
-  for (int e = warp; e < experts; e += kWarps) {
-    routerLogits(args, e, n, x, inverse, groups,
-                 [&](int i, float logit) { logits[i * experts + e] = logit; });
+  if (staged) {
+    for (int i = warp; i < n; i += kRouteWarps) {
+      const NormedRow normed{x + int64_t(i) * d, args.norm.gamma, inverse + i * groups, d / groups};
+      for (int k = lane; k < d; k += kWarp) h[i * d + k] = normed(k);
+    }
+    __syncthreads();
+    routerRows(args, n, h, logits);
+  } else {
+    for (int e = warp; e < experts; e += kRouteWarps) {
+      routerLogits(args, e, n, x, inverse, groups,
+                   [&](int i, float logit) { logits[i * experts + e] = logit; });
+    }
   }
   __syncthreads();
   if (warp >= n) return;
@@ -138,9 +184,11 @@ ec_status checkShape(const ec_step& step, const ec_moe& args) {
 ec_status routeTokens(ec_stream stream, const ec_step& step, const ec_moe& args) {
   if (args.force) return EC_OK;
   const int groups = args.norm.gamma ? args.norm.groups : 1;
-  const size_t shared = size_t(kColumns) * (3 * args.up.experts + groups) * sizeof(float);
-  return launch("moe", routeRows, dim3(ceilDiv(step.n_tok, kColumns)), kThreads, shared, stream,
-                step, args);
+  const size_t least = size_t(kColumns) * (3 * args.up.experts + groups) * sizeof(float);
+  const size_t rows = size_t(kColumns) * args.up.k * sizeof(float);
+  const bool staged = least + rows <= kRouteShared;
+  return launch("moe", routeRows, dim3(ceilDiv(step.n_tok, kColumns)), kRouteThreads,
+                staged ? least + rows : least, stream, step, args, staged);
 }
 
 void moePlainScratch(Arena& arena, const ec_step& step, const ec_moe& args) {

@@ -2,9 +2,10 @@
 //
 // Mixture of experts for more than 8 tokens; moe.cu has the equation.
 //
-// The (token, choice) pairs are sorted by expert on the device and cut into tiles of up to 64, each
-// of one expert. Up and down are one product of tiles each (gemm.cuh); the grid covers as many
-// tiles as there can be, and those beyond the last return. Every pair has a row of its own to
+// The (token, choice) pairs are sorted by expert on the device, and by token within one, and cut
+// into tiles of up to 64, each of one expert. Up and down are one product of tiles each (gemm.cuh),
+// which leaves out what a tile does not fill; the grid covers as many tiles as there can be, and
+// those beyond the last return. Every pair has a row of its own to
 // write, and a last launch adds a token's rows in the order of its experts: no atomics. Bound:
 // memory of the experts that are taken, then the tensor cores. Reference:
 // edgecascade/backends/reference.py  Test: tests/test_moe_kernels.py
@@ -64,43 +65,81 @@ struct Scratch {
   }
 };
 
-// One CTA, a thread to an expert: counts, starts, and each pair's place.
+constexpr int kSortWarps = kMaxExperts / kWarp;
+
+// One CTA. A warp takes a stretch of the pairs, 32 at a time: expert(lane's pair), or -1, and which
+// of the 32 have the same.
+template <class Visit>
+__device__ __forceinline__ void visitPairs(const ec_moe& args, int pairs, const Visit& visit) {
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int stretch = ceilDiv(ceilDiv(pairs, kWarp), kSortWarps) * kWarp;
+  const int end = min((warp + 1) * stretch, pairs);
+  for (int first = warp * stretch; first < end; first += kWarp) {
+    const int pair = first + lane, id = pair < end ? args.ids[pair] : -1;
+    visit(pair, id, __match_any_sync(kAll, id));
+    __syncwarp();
+  }
+}
+
+// The sum of the values of threads 0 to the own one. sums: [threads]
+__device__ __forceinline__ int sumUpTo(int value, int* sums) {
+  sums[threadIdx.x] = value;
+  __syncthreads();
+  for (int distance = 1; distance < kMaxExperts; distance *= 2) {
+    const int before = int(threadIdx.x) >= distance ? sums[threadIdx.x - distance] : 0;
+    __syncthreads();
+    sums[threadIdx.x] += before;
+    __syncthreads();
+  }
+  const int sum = sums[threadIdx.x];
+  __syncthreads();
+  return sum;
+}
+
+// Each warp counts the experts of its pairs; a thread for each expert sums the counts up over the
+// warps, and the CTA over the experts; then each warp puts its pairs where they belong.
 __global__ void __launch_bounds__(kMaxExperts) sortPairs(ec_step step, ec_moe args, Order order) {
-  __shared__ int start[kMaxExperts + 1], tileStart[kMaxExperts + 1];
-  const int pairs = liveRows(step) * args.top_k, experts = args.up.experts, e = threadIdx.x;
+  const int experts = args.up.experts, pairs = liveRows(step) * args.top_k, e = threadIdx.x;
+  int* sums = dynamicShared<int>();  // [threads]
+  int* next = sums + kMaxExperts;    // [warps][experts] counts, then the next place
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  for (int i = threadIdx.x; i < kSortWarps * experts; i += kMaxExperts) next[i] = 0;
+  __syncthreads();
+  visitPairs(args, pairs, [&](int, int id, unsigned same) {
+    if (id >= 0 && same >> lane == 1) next[warp * experts + id] += __popc(same);
+  });
+  __syncthreads();
   int count = 0;
-  for (int i = 0; e < experts && i < pairs; ++i) count += args.ids[i] == e;
-  if (e < experts) {
-    start[e + 1] = count;
-    tileStart[e + 1] = ceilDiv(count, kTile);
+  for (int w = 0; e < experts && w < kSortWarps; ++w) {
+    const int here = next[w * experts + e];
+    next[w * experts + e] = count;
+    count += here;
   }
+  const int tiles = ceilDiv(count, kTile);
+  const int start = sumUpTo(count, sums) - count, firstTile = sumUpTo(tiles, sums) - tiles;
+  for (int w = 0; e < experts && w < kSortWarps; ++w) next[w * experts + e] += start;
+  for (int i = 0; i < tiles; ++i) {
+    order.tileExpert[firstTile + i] = e;
+    order.tileFirst[firstTile + i] = start + i * kTile;
+    order.tileCount[firstTile + i] = min(kTile, count - i * kTile);
+  }
+  if (e == kMaxExperts - 1) *order.tiles = firstTile + tiles;
   __syncthreads();
-  if (e == 0) {
-    start[0] = tileStart[0] = 0;
-    for (int i = 0; i < experts; ++i) {
-      start[i + 1] += start[i];
-      tileStart[i + 1] += tileStart[i];
+  visitPairs(args, pairs, [&](int pair, int id, unsigned same) {
+    int* place = next + warp * experts + id;
+    if (id >= 0) {
+      const int at = *place + __popc(same & ((1u << lane) - 1));
+      order.token[at] = pair / args.top_k;
+      order.place[pair] = at;
     }
-    *order.tiles = tileStart[experts];
-  }
-  __syncthreads();
-  if (e >= experts) return;
-  for (int i = 0, at = start[e]; i < pairs; ++i) {
-    if (args.ids[i] != e) continue;
-    order.token[at] = i / args.top_k;
-    order.place[i] = at++;
-  }
-  for (int tile = tileStart[e]; tile < tileStart[e + 1]; ++tile) {
-    const int from = start[e] + (tile - tileStart[e]) * kTile;
-    order.tileExpert[tile] = e;
-    order.tileFirst[tile] = from;
-    order.tileCount[tile] = min(kTile, start[e + 1] - from);
-  }
+    __syncwarp();
+    if (id >= 0 && same >> lane == 1) *place += __popc(same);
+  });
 }
 
 // y[pair] = act(W[expert of the pair] acts[rowOf(pair)])
 template <class Codec, class RowOf>
-__global__ void __launch_bounds__(kGemmThreads)
+__global__ void __launch_bounds__(kGemmThreads, 3)
     expertTiles(ec_weight w, Acts acts, Order order, RowOf rowOf, int act, float* y) {
   const int tile = blockIdx.y;
   if (tile >= *order.tiles) return;
@@ -110,12 +149,12 @@ __global__ void __launch_bounds__(kGemmThreads)
                           int64_t(row0 / kBlockRows) * ceilDiv(w.k, kGroup) * Codec::kBytes;
   multiplyTile<Codec>(
       blocks, w.n - row0, w.k, acts, order.tileCount[tile], [&](int i) { return rowOf(first + i); },
-      [&](int i, int r, const float(&values)[4]) {
-        float* to = y + int64_t(first + i) * w.n + row0 + r;
+      [&](int, int, float(&values)[4]) {
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          if (row0 + r + j < w.n) to[j] = activate(act, values[j]);
-        }
+        for (int j = 0; j < 4; ++j) values[j] = activate(act, values[j]);
+      },
+      [&](int i, int r, const float(&values)[4]) {
+        storeFour(y + int64_t(first + i) * w.n + row0 + r, values, w.n - row0 - r, w.n % 4 == 0);
       });
 }
 
@@ -147,9 +186,8 @@ struct StoreActivated {
   float* y;
   int64_t n;
   int act;
-  __device__ void operator()(int row, int r, float value) const {
-    y[row * n + r] = activate(act, value);
-  }
+  __device__ float* at(int row, int r) const { return y + row * n + r; }
+  __device__ float value(int, int, float product) const { return activate(act, product); }
 };
 struct TokenOfPair {
   const int32_t* token;
@@ -164,8 +202,8 @@ ec_status launchExperts(ec_stream stream, const ec_weight& w, const Acts& acts, 
                         int64_t tiles, const RowOf& rowOf, int act, float* y) {
   const dim3 grid(ceilDiv(w.n, kGemmRows), static_cast<unsigned>(tiles));
   const auto kernel = w.type == EC_U4_64 ? expertTiles<U4, RowOf> : expertTiles<I8, RowOf>;
-  return launch("moe", kernel, grid, kGemmThreads, kGemmShared, stream, w, acts, order, rowOf, act,
-                y);
+  return launch("moe", kernel, grid, kGemmThreads, gemmShared(w), stream, w, acts, order, rowOf,
+                act, y);
 }
 
 }  // namespace
@@ -181,7 +219,9 @@ ec_status moePrefill(ec_stream stream, const ec_step& step, const ec_moe& args, 
   const int64_t tiles = Order::maxTiles(step, args);
   const ec_norm none = {};
   EC_TRY(routeTokens(stream, step, args));
-  EC_TRY(launch("moe", sortPairs, dim3(1), kMaxExperts, 0, stream, step, args, s.order));
+  EC_TRY(launch("moe", sortPairs, dim3(1), kMaxExperts,
+                sizeof(int) * (kMaxExperts + kSortWarps * args.up.experts), stream, step, args,
+                s.order));
   EC_TRY(prepare("moe", stream, args.x, args.up.k, args.norm, step.n_tok, s.x, LiveRow{step, 1}));
   EC_TRY(launchExperts(stream, args.up, s.x, s.order, tiles, TokenOfPair{s.order.token}, EC_RELU2,
                        s.hidden));

@@ -69,6 +69,28 @@ inline void mma16816(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint3
   emulator::warpBarrier(kAll);
 }
 
+// c += a b: a [16][8] and b [8][8] of tf32, floats of which the last 13 bits are not looked at.
+// With g and t as above, a0 holds row g, column t, a1 row g + 8, a2 and a3 the same rows, column t
+// + 4; b0 holds column g, row t, b1 row t + 4; c as above.
+inline void mmaTf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  const int lane = emulator::thread().lane, g = lane / 4, t = lane % 4;
+  uint32_t(*slots)[8] = emulator::warpSlots();
+  std::memcpy(slots[lane], a, sizeof a);
+  std::memcpy(slots[lane] + 4, b, sizeof b);
+  emulator::warpBarrier(kAll);
+  const auto element = [&](int owner, int slot) {
+    return double{__uint_as_float(slots[owner][slot] & 0xffffe000u)};
+  };
+  for (int i = 0; i < 4; ++i) {
+    const int column = 2 * t + i % 2;
+    double sum = c[i];
+    for (int k = 0; k < 8; ++k)
+      sum += element(g * 4 + k % 4, i / 2 + k / 4 * 2) * element(column * 4 + k % 4, 4 + k / 4);
+    c[i] = static_cast<float>(sum);
+  }
+  emulator::warpBarrier(kAll);
+}
+
 // Four matrices of 8 x 8 halves: lanes 8 i to 8 i + 7 point to the rows of matrix i in shared
 // memory. r[i] holds its row lane / 4, columns 2 (lane % 4) and the next; transposed, its column
 // lane / 4 and those rows.
@@ -143,6 +165,15 @@ __device__ __forceinline__ void mma16816(float (&c)[4], uint32_t a0, uint32_t a1
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
+__device__ __forceinline__ void mmaTf32(float (&c)[4], const uint32_t (&a)[4],
+                                        const uint32_t (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},"
+      "{%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
 template <bool kTransposed>
 __device__ __forceinline__ void loadMatrices(uint32_t (&r)[4], const uint4* row) {
   const auto at = static_cast<uint32_t>(__cvta_generic_to_shared(row));
@@ -192,6 +223,13 @@ __device__ __forceinline__ int liveSequences(const ec_step& step) {
 }
 __device__ __forceinline__ int liveRows(const ec_step& step) {
   return step.live ? step.start[*step.live] : step.n_tok;
+}
+
+// The sequence that owns a row, by its start; n_seq is small.
+__device__ __forceinline__ int sequenceOf(const ec_step& step, int row) {
+  int sequence = 0;
+  while (step.start[sequence + 1] <= row) ++sequence;
+  return sequence;
 }
 
 template <class T>

@@ -18,6 +18,8 @@
 namespace ec::cuda {
 
 // RowOf: __device__ int count() - rows that matter; int operator()(int i) - row of x, or -1.
+// Store: float* at(i, r) - where a product goes; float value(i, r, product) - what is stored there;
+// operator()(i, r, product) stores it.
 template <class Codec, class RowOf, class Store>
 __global__ void __launch_bounds__(kThreads)
     fewRows(const float* x, ec_weight w, ec_norm norm, RowOf rowOf, Store store) {
@@ -33,21 +35,25 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class Codec, class RowOf, class Store>
-__global__ void __launch_bounds__(kGemmThreads)
+__global__ void __launch_bounds__(kGemmThreads, 3)
     manyRows(ec_weight w, Acts acts, RowOf rowOf, Store store) {
   const int first = blockIdx.y * kTile, count = min(rowOf.count() - first, kTile);
   if (count <= 0) return;
-  const int64_t row0 = int64_t(blockIdx.x) * kGemmRows;
+  const int row0 = blockIdx.x * kGemmRows;
   const uint8_t* blocks = static_cast<const uint8_t*>(w.data) +
-                          row0 / kBlockRows * ceilDiv(w.k, kGroup) * Codec::kBytes;
+                          int64_t(row0 / kBlockRows) * ceilDiv(w.k, kGroup) * Codec::kBytes;
   multiplyTile<Codec>(
-      blocks, static_cast<int>(w.n - row0), w.k, acts, count, [&](int i) { return first + i; },
-      [&](int i, int r, const float(&values)[4]) {
+      blocks, w.n - row0, w.k, acts, count, [&](int i) { return first + i; },
+      [&](int i, int r, float(&values)[4]) {
         if (rowOf(first + i) < 0) return;
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-          if (row0 + r + j < w.n) store(first + i, static_cast<int>(row0 + r + j), values[j]);
+          if (row0 + r + j < w.n) values[j] = store.value(first + i, row0 + r + j, values[j]);
         }
+      },
+      [&](int i, int r, const float(&values)[4]) {
+        if (rowOf(first + i) < 0) return;
+        storeFour(store.at(first + i, row0 + r), values, w.n - row0 - r, w.n % 4 == 0);
       });
 }
 
@@ -91,7 +97,7 @@ ec_status tiledProduct(const char* op, ec_stream stream, const ec_weight& w, con
                        int rows, const RowOf& rowOf, const Store& store) {
   const dim3 grid(ceilDiv(w.n, kGemmRows), ceilDiv(rows, kTile));
   return launch(op, w.type == EC_U4_64 ? manyRows<U4, RowOf, Store> : manyRows<I8, RowOf, Store>,
-                grid, kGemmThreads, kGemmShared, stream, w, acts, rowOf, store);
+                grid, kGemmThreads, gemmShared(w), stream, w, acts, rowOf, store);
 }
 
 template <class Codec, class RowOf, class Store>

@@ -101,6 +101,13 @@ inline unsigned __ballot_sync(unsigned mask, bool set) {
   ec::emulator::warpBarrier(mask);
   return bits;
 }
+inline unsigned __match_any_sync(unsigned mask, int value) {
+  unsigned bits = 0;
+  for (int lane = 0; lane < 32; ++lane) {
+    if (mask >> lane & 1) bits |= (ec::emulator::exchange(mask, value, lane) == value) << lane;
+  }
+  return bits;
+}
 // Fibers share one processor thread: a plain addition is atomic.
 template <class T>
 T atomicAdd(T* at, T value) {
