@@ -37,7 +37,9 @@ DECODE = (
     "scan",
     "attendSplits",
     "joinSplits",
-    "sampleRows",
+    "readLogits",
+    "orderTokens",
+    "chooseTokens",
 )
 
 

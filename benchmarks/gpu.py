@@ -9,10 +9,10 @@ ceiling    what a device-to-device copy moves, and what a kernel that only reads
            (stream_read.cu); shares are of the larger
 bundle     Nemotron-3-Nano-30B's shapes with random weights, written here: 17 GB under build/
 decode     1, 2, 4 and 8 sequences with contexts of 0, 1k and 16k tokens: the graph alone, and a
-           step of the backend, which also uploads its arrays and fetches the logits
+           step of the backend with greedy tokens, and with drawn ones
 ops        each op of a decode step alone (gpu_ops.py), at a context of 1k
 prefill    128, 512 and 2048 tokens of one sequence
-generate   LLM.generate with the greedy rule, host sampling included
+generate   LLM.generate with the greedy rule, sampling included
 cpu        the same tokens fed to the CPU backend: greedy choices equal where the lead allows
 
 A line a figure, then JSON in benchmarks/results. --quick: 8 layers, shorter contexts. What fails or
@@ -48,12 +48,14 @@ from edgecascade.bench import circumstances
 from edgecascade.bundle import Bundle
 from edgecascade.errors import EdgeCascadeError
 from edgecascade.llm import LLM
+from edgecascade.sampling import SampleRow, Sampling
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 MODEL = "nemotron-3-nano-30b"
 STREAM_READ = Path(__file__).with_name("stream_read.cu")
 ON_GPU = "cuda and not emulated"
+NONE = np.zeros(0, np.int32)
 SANITIZED = (
     f"{ON_GPU} and (tables or product or residual or masks or steps_are or moe or temperature)"
 )
@@ -190,10 +192,11 @@ def decode(backend: CudaBackend, plan: Plan, batch: int, context: int) -> dict[s
     backend.decode(slots, fed)  # captures
     if not backend.captured:
         raise EdgeCascadeError("decode steps are not captured as CUDA graphs; the log says why")
-    start = perf_counter()
-    for _ in range(plan.steps):
-        backend.decode(slots, fed)
-    step_s = (perf_counter() - start) / plan.steps
+    greedy, drawn = (
+        [SampleRow(how, 0.5, NONE, NONE)] * batch
+        for how in (Sampling(temperature=0), Sampling(temperature=0.6, top_p=0.95))
+    )
+    step_s, drawn_s = (seconds_of_steps(backend, plan, slots, fed, how) for how in (greedy, drawn))
     graph = backend._captured[max(key for key in backend.captured if key[0] == batch)]
     graph_s = seconds_of(
         lambda: graph.launch(backend._stream),
@@ -206,9 +209,22 @@ def decode(backend: CudaBackend, plan: Plan, batch: int, context: int) -> dict[s
         "launches": graph.nodes,
         "graph_us": graph_s * 1e6,
         "step_us": step_s * 1e6,
+        "drawn_step_us": drawn_s * 1e6,
         "graph_tokens_per_s": batch / graph_s,
         "tokens_per_s": batch / step_s,
+        "drawn_tokens_per_s": batch / drawn_s,
     }
+
+
+def seconds_of_steps(
+    backend: CudaBackend, plan: Plan, slots: list[int], fed: list[int], how: list[SampleRow]
+) -> float:
+    """A decode step with a token for each sequence, the mean of several."""
+    backend.sample(backend.decode(slots, fed), how)
+    start = perf_counter()
+    for _ in range(plan.steps):
+        backend.sample(backend.decode(slots, fed), how)
+    return (perf_counter() - start) / plan.steps
 
 
 def prefill(backend: CudaBackend, plan: Plan, count: int) -> dict[str, Any]:
@@ -217,7 +233,7 @@ def prefill(backend: CudaBackend, plan: Plan, count: int) -> dict[str, Any]:
     for _ in range(4 if plan.least_s else 1):
         backend.reset(0)
         start = perf_counter()
-        backend.prefill(0, ids)
+        np.asarray(backend.prefill(0, ids))
         seconds.append(perf_counter() - start)
     best = float(np.median(seconds[1:] or seconds))
     return {"tokens": count, "seconds": best, "tokens_per_s": count / best}
@@ -231,7 +247,7 @@ def compare(cuda: Backend, cpu: Backend, plan: Plan) -> dict[str, Any]:
     ids = tokens(cpu, prompt)
     for backend in (cuda, cpu):
         backend.reset(0)
-    got, want = cuda.prefill(0, ids), cpu.prefill(0, ids)
+    got, want = (np.asarray(each.prefill(0, ids)) for each in (cuda, cpu))
     equal, close, wrong, distances = 0, 0, 0, []
     for _ in range(count):
         a, b = got - got.mean(), want - want.mean()
@@ -240,7 +256,7 @@ def compare(cuda: Backend, cpu: Backend, plan: Plan) -> dict[str, Any]:
         sure = want[best] - want[second] > 4 * np.sqrt(np.mean((a - b) ** 2))
         same = int(got.argmax()) == best
         equal, close, wrong = equal + same, close + (not sure), wrong + (not same and sure)
-        got, want = cuda.decode([0], [best])[0], cpu.decode([0], [best])[0]
+        got, want = (np.asarray(each.decode([0], [best])[0]) for each in (cuda, cpu))
     return {
         "rows": count,
         "equal": equal,
@@ -280,7 +296,7 @@ def measure(bundle: Bundle, plan: Plan, stream_read: Path, report: Report) -> No
     """All but the build and the checks."""
     say = report.say
     say(f"{'load':10} {bundle.weight_bytes / 1e9:.2f} GB of weights")
-    context = max(*plan.contexts, *plan.prompts, sum(plan.compared)) + plan.steps + 64
+    context = max(*plan.contexts, *plan.prompts, sum(plan.compared)) + 2 * plan.steps + 64
     options = Options(slots=max(plan.batches), max_context=context)
     rates = report.take("ceiling", lambda: ceiling(plan, stream_read)) or {}
     for name, rate in rates.items():
@@ -315,7 +331,8 @@ def decoding(
             row = decode(backend, plan, batch, context)
             report.say(
                 f"{'decode':10} batch {batch}, context {context:6} {row['tokens_per_s']:14.1f} "
-                f"tokens/s, graph alone {row['graph_tokens_per_s']:.1f}, "
+                f"tokens/s, drawn {row['drawn_tokens_per_s']:.1f}, "
+                f"graph alone {row['graph_tokens_per_s']:.1f}, "
                 f"{row['launches']} launches"
             )
             yield row

@@ -64,7 +64,7 @@ def compare(candidate: Backend, truth: Backend) -> Accepted:
     for length in PROMPTS:
         room = max(1, truth.max_context - STEPS)
         prompt = random.integers(0, truth.vocab, min(length, room), dtype=np.int32)
-        rows = [backend.prefill(0, prompt) for backend in (candidate, truth)]
+        rows = [np.asarray(backend.prefill(0, prompt)) for backend in (candidate, truth)]
         for step in range(STEPS):
             found, expected = rows
             token = int(expected.argmax())
@@ -82,7 +82,7 @@ def compare(candidate: Backend, truth: Backend) -> Accepted:
                 )
             if truth.tokens(0) == truth.max_context:
                 break
-            rows = [backend.decode([0], [token])[0] for backend in (candidate, truth)]
+            rows = [np.asarray(each.decode([0], [token])[0]) for each in (candidate, truth)]
         candidate.reset(0)
         truth.reset(0)
     return Accepted(truth.name, same + ties, same, ties)

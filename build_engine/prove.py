@@ -88,9 +88,9 @@ def _decode(bundle: Bundle) -> dict[str, Any]:
                     each.reset(slot)
                     each.prefill(slot, prompt[slot:])
             started = time.perf_counter()
-            rows = [backend.decode(slots, [5 + step] * count) for step in range(STEPS)]
+            rows = [np.asarray(backend.decode(slots, [5 + step] * count)) for step in range(STEPS)]
             report[f"ms_per_step_of_{count}"] = (time.perf_counter() - started) / STEPS * 1e3
-            expected = [cpu.decode(slots, [5 + step] * count) for step in range(STEPS)]
+            expected = [np.asarray(cpu.decode(slots, [5 + step] * count)) for step in range(STEPS)]
             found, truth = np.concatenate(rows), np.concatenate(expected)
             distance = float(np.linalg.norm(found - truth) / np.linalg.norm(truth))
             report["distance"] = max(report["distance"], distance)

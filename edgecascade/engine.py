@@ -26,7 +26,7 @@ from edgecascade.errors import (
     EdgeCascadeError,
     Overloaded,
 )
-from edgecascade.sampling import SampleRow
+from edgecascade.sampling import Logits, SampleRow
 from edgecascade.scheduler import (
     BACKGROUND,
     Arrangement,
@@ -66,7 +66,7 @@ class Job(Protocol):
     def row(self) -> SampleRow:
         """How to sample its next token."""
 
-    def accept(self, token: int, logprob: float, logits: Array) -> int | None:
+    def accept(self, token: int, logprob: float, logits: Logits) -> int | None:
         """Take a token; the one to continue with, or None when the answer is complete."""
 
     def ended(self, reason: str, error: EdgeCascadeError | None) -> None:
@@ -100,7 +100,7 @@ class _Silent:
         """Never asked."""
         raise BackendError("this job makes no tokens")
 
-    def accept(self, token: int, logprob: float, logits: Array) -> int | None:
+    def accept(self, token: int, logprob: float, logits: Logits) -> int | None:
         """Never told."""
         raise BackendError("this job makes no tokens")
 
@@ -439,15 +439,16 @@ class Engine:
                 self._scheduler.grew(id)
         self._sample(decode.ids, decode.slots, logits)
 
-    def _sample(self, ids: Sequence[int], slots: Sequence[int], logits: Array) -> None:
+    def _sample(self, ids: Sequence[int], slots: Sequence[int], logits: Logits) -> None:
         """A token for each row of logits, handed to its job."""
         done = []
-        for id, slot, row, drawn in zip(ids, slots, logits, self._draw(ids, logits), strict=True):
+        for at, drawn in enumerate(self._draw(ids, logits)):
+            id, slot = ids[at], slots[at]
             task = self._tasks[id]
             try:
                 if isinstance(drawn, Exception):
                     raise drawn
-                token = task.job.accept(*drawn, row)
+                token = task.job.accept(*drawn, logits[at])
             except Exception as error:  # noqa: BLE001  one job's failure is not its neighbours'
                 self._fail(id, error, slot)
                 continue
@@ -458,7 +459,7 @@ class Engine:
         if done:
             self._finish(done)
 
-    def _draw(self, ids: Sequence[int], logits: Array) -> list[tuple[int, float] | Exception]:
+    def _draw(self, ids: Sequence[int], logits: Logits) -> list[tuple[int, float] | Exception]:
         """A token and its log probability for each row, or the error of that row alone."""
         rows = [self._tasks[id].job.row() for id in ids]
         try:

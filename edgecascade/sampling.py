@@ -13,7 +13,7 @@ import struct
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +26,20 @@ MAX_LOGPROBS = 20
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int32]
+
+
+class Logits(Protocol):
+    """Float32 logits of one token [vocab] or of several [rows, vocab], wherever they were computed.
+
+    An array is one. `np.asarray` brings those of a device to the host; an index, a slice or None
+    picks rows without doing so. The values stay whatever the backend does next.
+    """
+
+    def __getitem__(self, at: Any, /) -> Any: ...
+
+    def __len__(self) -> int: ...
+
+    def __array__(self) -> npt.NDArray[Any]: ...
 
 
 @dataclass(frozen=True)
@@ -251,10 +265,12 @@ def sample(logits: Floats, row: SampleRow) -> tuple[int, float]:
         return best, logprob(logits, best)
     order = np.argsort(-scores, kind="stable")[: params.top_k or None]
     order = order[scores[order] > -np.inf]
-    p = _softmax(scores[order], params.temperature)
+    with np.errstate(over="ignore", under="ignore"):
+        p = np.exp((scores[order].astype(np.float64) - float(scores[best])) / params.temperature)
     if params.top_p < 1:  # at 1 rounding of the sum must not cost the last tokens
-        p = p[: int(np.searchsorted(np.cumsum(p), params.top_p)) + 1]
-    p = p[p >= params.min_p * p[0]]
+        mass = np.cumsum(p)  # over the first one's: exact where all are equal
+        p = p[: int(np.searchsorted(mass, params.top_p * mass[-1])) + 1]
+    p = p[p >= params.min_p]
     cumulative = np.cumsum(p)
     drawn = int(np.searchsorted(cumulative, row.uniform * cumulative[-1], side="right"))
     token = int(order[min(drawn, p.size - 1)])
@@ -275,26 +291,19 @@ def penalised(logits: Floats, row: SampleRow) -> Floats:
     return scores
 
 
-def logprob(logits: Floats, token: int) -> float:
+def logprob(logits: Logits, token: int) -> float:
     """Log softmax of a row at one token."""
+    logits = np.asarray(logits)
     return float(logits[token] - _logsumexp(logits))
 
 
-def top_logprobs(logits: Floats, n: int) -> tuple[tuple[int, float], ...]:
+def top_logprobs(logits: Logits, n: int) -> tuple[tuple[int, float], ...]:
     """The n most likely tokens of a row with their log softmax, ties in order of id."""
+    logits = np.asarray(logits)
     norm = _logsumexp(logits)
     scores = np.where(np.isnan(logits), -np.inf, logits)
     order = np.argsort(-scores, kind="stable")[:n]
     return tuple((int(token), float(scores[token] - norm)) for token in order)
-
-
-def _softmax(scores: Floats, temperature: float) -> npt.NDArray[np.float64]:
-    with np.errstate(over="ignore", under="ignore"):
-        p: npt.NDArray[np.float64] = np.exp(
-            (scores.astype(np.float64) - float(scores[0])) / temperature
-        )
-    p /= p.sum()
-    return p
 
 
 def _logsumexp(logits: Floats) -> float:

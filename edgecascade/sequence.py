@@ -11,7 +11,7 @@ import numpy as np
 from edgecascade.completion import Completion, FinishReason, Piece, Timings, TokenLogprob, Usage
 from edgecascade.sampling import (
     Draws,
-    Floats,
+    Logits,
     SampleRow,
     Sampling,
     SamplingParams,
@@ -66,7 +66,7 @@ class Running:
         count = np.fromiter(self._seen.values(), np.int32, len(self._seen))
         return SampleRow(self.sampling, self._draws.next(), seen, count)
 
-    def accept(self, token: int, chance: float, logits: Floats) -> Piece:
+    def accept(self, token: int, chance: float, logits: Logits) -> Piece:
         """Take the sampled token, or the one the thinking budget forces, and say what it adds."""
         forced = self.budget.forced() if self.budget and self._in_reasoning else None
         if forced is not None:

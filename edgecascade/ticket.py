@@ -21,7 +21,7 @@ from edgecascade.errors import (
     EdgeCascadeError,
     InvalidRequest,
 )
-from edgecascade.sampling import SampleRow
+from edgecascade.sampling import Logits, SampleRow
 from edgecascade.sequence import Running
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ class Ticket:
         """See Job."""
         return self._running.row()
 
-    def accept(self, token: int, logprob: float, logits: Array) -> int | None:
+    def accept(self, token: int, logprob: float, logits: Logits) -> int | None:
         """See Job."""
         piece = self._running.accept(token, logprob, logits)
         self._tell(piece)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernels import DECODE, SETS, Batch, Kernels
+from kernels import CUDA, DECODE, SETS, Batch, Kernels
 from tolerances import LOGPROB
 
 from edgecascade import sampling
@@ -112,9 +112,17 @@ def test_a_vocabulary_of_131072(isa: str, spread: float) -> None:
         Sampling(temperature=0.5, top_p=0.9375, top_k=40),
         Sampling(temperature=4, min_p=0.0625),
         Sampling(temperature=1.5, top_k=100_000),
+        Sampling(),
+        Sampling(temperature=2),
     ]
     logits = (spread * rng.standard_normal((len(settings_of), 131072))).astype(np.float32)
-    rows = [SampleRow(one, float(rng.random(dtype=np.float32)), NONE, NONE) for one in settings_of]
+    uniforms = rng.random(len(settings_of), dtype=np.float32)
+    uniforms[-2] = 0.99999  # far out in the tail
+    logits[-1, rng.permutation(131072)[3:]] = -np.inf  # a mask allows three
+    rows = [
+        SampleRow(one, float(uniform), NONE, NONE)
+        for one, uniform in zip(settings_of, uniforms, strict=True)
+    ]
     assert_as_defined(Kernels(isa), logits, rows)
 
 
@@ -122,7 +130,7 @@ def test_a_vocabulary_of_131072(isa: str, spread: float) -> None:
 @pytest.mark.parametrize("top_p", [1.0, 0.75])
 def test_draws_follow_the_probabilities(isa: str, top_p: float) -> None:
     """A grid of uniforms meets every token as often as its probability says, to one draw."""
-    draws, vocab = 4096, 50
+    draws, vocab = 256 if isa == CUDA else 4096, 50  # emulated, a draw takes milliseconds
     logits = np.random.default_rng(1).standard_normal(vocab).astype(np.float32)
     rows = [SampleRow(Sampling(top_p=top_p), (i + 0.5) / draws, NONE, NONE) for i in range(draws)]
     token, _ = draw(Kernels(isa), np.tile(logits, (draws, 1)), rows)

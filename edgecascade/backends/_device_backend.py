@@ -6,6 +6,7 @@ prompts in chunks. How a step is computed is theirs.
 from __future__ import annotations
 
 import logging
+import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,14 +14,15 @@ from typing import Any
 import numpy as np
 
 from edgecascade.backends._cuda import Device, Graph, open_device
+from edgecascade.backends._device_logits import DeviceLogits, DeviceSampler, StepLogits
 from edgecascade.backends._device_state import DeviceStates
-from edgecascade.backends._lib import cpu_library
+from edgecascade.backends._lib import cpu_library, cuda_library
 from edgecascade.backends.base import Array, Options
 from edgecascade.backends.sampler import Sampler
 from edgecascade.backends.slots import SlotBackend
 from edgecascade.bundle import Bundle
 from edgecascade.errors import BackendError
-from edgecascade.sampling import SampleRow
+from edgecascade.sampling import Logits, SampleRow
 from edgecascade.trace import OUT_ROWS, PREFILL_CHUNK
 
 log = logging.getLogger(__name__)
@@ -127,10 +129,14 @@ class DeviceBackend(SlotBackend):
         rows = max(self.slots, OUT_ROWS)
         self._logits = device.host((rows, self.vocab), np.float32)
         self._logits_address = device.alloc(self._logits.nbytes)
+        self._last: Callable[[], StepLogits | None] = lambda: None
         self._open_pass(bundle, options)
+        self._sampler = DeviceSampler(
+            cuda_library(), device, self._stream, vocab=self.vocab, rows=self.slots
+        )
         cpu = cpu_library()
         self._host_stream = cpu.stream(options.threads)
-        self._sampler = Sampler(cpu, self._host_stream, self.vocab, self.slots)
+        self._host_sampler = Sampler(cpu, self._host_stream, self.vocab, self.slots)
         self._open_now = True
 
     def _upload(self, bundle: Bundle) -> dict[str, int]:
@@ -181,16 +187,43 @@ class DeviceBackend(SlotBackend):
                 error,
             )
 
-    def sample(self, logits: Array, rows: Sequence[SampleRow]) -> list[tuple[int, float]]:
+    def prefill(self, slot: int, tokens: Array) -> Logits:
+        """See Backend."""
+        last = super().prefill(slot, tokens)
+        self._device.synchronize(self._stream)  # who takes the time, takes that of the prompt
+        return last
+
+    def sample(self, logits: Logits, rows: Sequence[SampleRow]) -> list[tuple[int, float]]:
         """See Backend."""
         self._check_open()
-        return self._sampler(logits, rows)
+        first = None
+        if isinstance(logits, DeviceLogits) and logits.step is self._last():
+            first = logits.first(len(rows))
+        if first is None:
+            return self._host_sampler(logits, rows)
+        return self._sampler(self._logits_address + 4 * self.vocab * first, rows)
 
-    def _read_logits(self, rows: int) -> Array:
-        target = self._logits[:rows]
-        self._device.download(target, self._logits_address, self._stream)
+    def _begin_step(self) -> None:
+        """Copy what is still held of the last step's logits, and wait for the copies to the device:
+        the step's arrays are written next.
+        """
+        last = self._last()
+        if last is not None:
+            last.floats()
+        self._last = lambda: None
         self._device.synchronize(self._stream)
-        return np.array(target)
+
+    def _step_logits(self, rows: int) -> Logits:
+        def read() -> Array:
+            target = self._logits[:rows]
+            self._check_open()
+            self._device.download(target, self._logits_address, self._stream)
+            self._device.synchronize(self._stream)
+            return np.array(target)
+
+        made = StepLogits(read)
+        self._last = weakref.ref(made)
+        return DeviceLogits(made, np.arange(rows))
 
     def close(self) -> None:
         """See Backend."""

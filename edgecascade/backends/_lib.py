@@ -202,7 +202,7 @@ class Library:
         """A thread pool; None takes as many threads as the memory can feed."""
         return Stream(self, self._api, threads or 0)
 
-    def run_op(self, code: int, stream: Stream, step: Step, args: c.Structure) -> None:
+    def run_op(self, code: int, stream: Stream | Borrowed, step: Step, args: c.Structure) -> None:
         """One op, for tests and tools."""
         self.check(self._api.op[code](stream.handle, c.byref(step), c.addressof(args)), "op")
 

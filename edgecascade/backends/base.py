@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from edgecascade.bundle import Bundle
 from edgecascade.errors import BackendUnavailable, BundleError, InvalidRequest
-from edgecascade.sampling import SampleRow
+from edgecascade.sampling import Logits, SampleRow
 
 Array = NDArray[Any]
 log = logging.getLogger(__name__)
@@ -58,17 +58,17 @@ class Backend(Protocol):
     kv_tokens: int  # tokens that all slots can hold together, in pages of page_tokens
     page_tokens: int
 
-    def prefill(self, slot: int, tokens: Array) -> Array:
-        """Append tokens to a slot; float32 logits [vocab] of the last one."""
+    def prefill(self, slot: int, tokens: Array) -> Logits:
+        """Append tokens to a slot; the logits [vocab] of the last one."""
 
-    def decode(self, slots: Sequence[int], tokens: Sequence[int]) -> Array:
-        """Append one token to each of distinct slots; float32 logits [len(slots), vocab]."""
+    def decode(self, slots: Sequence[int], tokens: Sequence[int]) -> Logits:
+        """Append one token to each of distinct slots; their logits [len(slots), vocab]."""
 
     def logits(self, tokens: Array) -> Array:
         """Teacher-forced logits of every position, float32 [T, vocab]; touches no slot."""
 
-    def sample(self, logits: Array, rows: Sequence[SampleRow]) -> list[tuple[int, float]]:
-        """One token and its log probability for each row of logits."""
+    def sample(self, logits: Logits, rows: Sequence[SampleRow]) -> list[tuple[int, float]]:
+        """One token and its log probability for each row of logits, drawn where they lie."""
 
     def tokens(self, slot: int) -> int:
         """How many tokens a slot holds."""

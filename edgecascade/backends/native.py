@@ -25,7 +25,7 @@ from edgecascade.bundle import Bundle
 from edgecascade.device.memory import memory_bytes
 from edgecascade.errors import BackendError
 from edgecascade.models import family
-from edgecascade.sampling import SampleRow
+from edgecascade.sampling import Logits, SampleRow
 from edgecascade.state import StatePool, reserve
 from edgecascade.trace import OUT_ROWS, PREFILL_CHUNK
 
@@ -117,10 +117,10 @@ class NativeBackend(SlotBackend):
     def _run_decode(self, count: int) -> None:
         self._run(self._decode, n_tok=count, n_seq=count, n_out=count)
 
-    def _read_logits(self, rows: int) -> Array:
+    def _step_logits(self, rows: int) -> Logits:
         return np.array(self._logits[:rows])
 
-    def sample(self, logits: Array, rows: Sequence[SampleRow]) -> list[tuple[int, float]]:
+    def sample(self, logits: Logits, rows: Sequence[SampleRow]) -> list[tuple[int, float]]:
         """See Backend."""
         self._check_open()
         return self._sampler(logits, rows)

@@ -22,7 +22,7 @@ from edgecascade.bundle import Bundle
 from edgecascade.errors import ContextExceeded, InvalidRequest
 from edgecascade.models import family
 from edgecascade.ops import Activation, Norm, Op, Ops
-from edgecascade.sampling import SampleRow
+from edgecascade.sampling import Logits, SampleRow
 from edgecascade.tensors import GROUP_SIZE, KvState
 
 
@@ -277,11 +277,10 @@ class ReferenceBackend:
         """See Backend."""
         return self.evaluate(check_tokens(tokens, self.vocab), self._empty())[0]
 
-    def sample(self, logits: Array, rows: Sequence[SampleRow]) -> list[tuple[int, float]]:
+    def sample(self, logits: Logits, rows: Sequence[SampleRow]) -> list[tuple[int, float]]:
         """See Backend."""
-        return [
-            sampling.sample(row_logits, row) for row_logits, row in zip(logits, rows, strict=True)
-        ]
+        values = np.asarray(logits)
+        return [sampling.sample(one, row) for one, row in zip(values, rows, strict=True)]
 
     def tokens(self, slot: int) -> int:
         """See Backend."""

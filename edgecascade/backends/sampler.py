@@ -9,13 +9,29 @@ from collections.abc import Sequence
 import numpy as np
 
 from edgecascade.backends._lib import ARGS, Call, Library, Sampling, Step, Stream, address
-from edgecascade.backends.base import Array
 from edgecascade.errors import BackendError, InvalidRequest
 from edgecascade.ops import OPS
-from edgecascade.sampling import SampleRow
+from edgecascade.sampling import Logits, SampleRow
 from edgecascade.state import reserve
 
 SAMPLE = OPS["sample"].codes[0]
+
+
+def sampling_args(row: SampleRow, seen: int | None, count: int | None) -> Sampling:
+    """A row's numbers as the kernels read them, with the addresses of its tokens."""
+    p = row.params
+    return Sampling(
+        seen=seen,
+        count=count,
+        n_seen=len(row.seen),
+        temperature=p.temperature,
+        top_p=p.top_p,
+        min_p=p.min_p,
+        repetition=p.repetition_penalty,
+        presence=p.presence_penalty,
+        frequency=p.frequency_penalty,
+        top_k=p.top_k,
+    )
 
 
 class Sampler:
@@ -30,7 +46,7 @@ class Sampler:
         self._workspace = reserve((max(needed, 1),), np.uint8)
         self._step.workspace, self._step.workspace_bytes = address(self._workspace), needed
 
-    def __call__(self, logits: Array, rows: Sequence[SampleRow]) -> list[tuple[int, float]]:
+    def __call__(self, logits: Logits, rows: Sequence[SampleRow]) -> list[tuple[int, float]]:
         """One token and its log probability for each row of logits."""
         values = np.ascontiguousarray(logits, np.float32)
         if values.shape != (len(rows), self._vocab) or not 0 < len(rows) <= self._rows:
@@ -38,15 +54,10 @@ class Sampler:
                 f"sample needs logits [1..{self._rows}, {self._vocab}] and a row for each, "
                 f"got shape {values.shape} and {len(rows)} rows"
             )
-        params = (Sampling * len(rows))()
         kept = [(np.asarray(r.seen, np.int32), np.asarray(r.count, np.int32)) for r in rows]
-        for param, row, (seen, count) in zip(params, rows, kept, strict=True):
-            p = row.params
-            param.seen, param.count, param.n_seen = address(seen), address(count), len(seen)
-            param.temperature, param.top_k = p.temperature, p.top_k
-            param.top_p, param.min_p = p.top_p, p.min_p
-            param.repetition, param.presence = p.repetition_penalty, p.presence_penalty
-            param.frequency = p.frequency_penalty
+        params = (Sampling * len(rows))(
+            *(sampling_args(r, *map(address, k)) for r, k in zip(rows, kept, strict=True))
+        )
         uniform = np.array([row.uniform for row in rows], np.float32)
         token, logprob = np.zeros(len(rows), np.int32), np.zeros(len(rows), np.float32)
         args, step = self._args, self._step

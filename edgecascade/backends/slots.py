@@ -17,6 +17,7 @@ from edgecascade.backends.base import Array, Options, Snapshot, check_tokens
 from edgecascade.bundle import Bundle
 from edgecascade.errors import ContextExceeded, InvalidRequest
 from edgecascade.models import family
+from edgecascade.sampling import Logits
 from edgecascade.state import PagePool, fit_pages
 from edgecascade.tensors import State
 from edgecascade.trace import OUT_ROWS, PREFILL_CHUNK
@@ -84,22 +85,25 @@ class SlotBackend(ABC):
         """Likewise for one token of each of `count` sequences."""
 
     @abstractmethod
-    def _read_logits(self, rows: int) -> Array:
-        """A copy of the step's logits, once it is computed."""
+    def _step_logits(self, rows: int) -> Logits:
+        """The logits [rows, vocab] of the step that was run last."""
+
+    def _begin_step(self) -> None:  # noqa: B027  most have nothing to do
+        """Before the step's arrays are written, and what the last one left is overwritten."""
 
     @abstractmethod
     def _check_open(self) -> None:
         """Raise BackendError after close()."""
 
-    def prefill(self, slot: int, tokens: Array) -> Array:
+    def prefill(self, slot: int, tokens: Array) -> Logits:
         """See Backend."""
         self._check_slot(slot)
         ids = check_tokens(tokens, self.vocab)
         self._admit(slot, len(ids))
-        last: Array = self._append(slot, ids, chunk=PREFILL_CHUNK, all_rows=False)[-1][0]
+        last: Logits = self._append(slot, ids, chunk=PREFILL_CHUNK, all_rows=False)[-1][0]
         return last
 
-    def decode(self, slots: Sequence[int], tokens: Sequence[int]) -> Array:
+    def decode(self, slots: Sequence[int], tokens: Sequence[int]) -> Logits:
         """See Backend."""
         count = len(slots)
         if not 0 < count <= self.slots or len(set(slots)) != count or len(tokens) != count:
@@ -112,6 +116,7 @@ class SlotBackend(ABC):
             self._check_slot(slot)
         for slot in slots:
             self._admit(slot, 1)
+        self._begin_step()
         arrays = self._arrays
         arrays["tokens"][:count] = ids
         arrays["start"][: count + 1] = np.arange(count + 1)
@@ -119,10 +124,9 @@ class SlotBackend(ABC):
         arrays["past"][:count] = [self._held[slot] for slot in slots]
         arrays["out_row"][:count] = np.arange(count)
         self._run_decode(count)
-        logits = self._read_logits(count)
         for slot in slots:
             self._held[slot] += 1
-        return logits
+        return self._step_logits(count)
 
     def logits(self, tokens: Array) -> Array:
         """See Backend."""
@@ -131,11 +135,12 @@ class SlotBackend(ABC):
         slot = self._scratch_slot
         try:
             self._admit(slot, len(ids))
-            return np.concatenate(self._append(slot, ids, chunk=OUT_ROWS, all_rows=True))
+            made = self._append(slot, ids, chunk=OUT_ROWS, all_rows=True)
+            return np.concatenate([np.asarray(rows) for rows in made])
         finally:
             self._clear(slot)
 
-    def _append(self, slot: int, ids: Array, *, chunk: int, all_rows: bool) -> list[Array]:
+    def _append(self, slot: int, ids: Array, *, chunk: int, all_rows: bool) -> list[Logits]:
         """Run tokens through a slot in chunks: logits of all rows, or of the last one."""
         made = []
         for at in range(0, len(ids), chunk):
@@ -143,6 +148,7 @@ class SlotBackend(ABC):
             count, last = len(part), at + chunk >= len(ids)
             wanted = count if all_rows else int(last)
             n_out = max(wanted, self.least_out)
+            self._begin_step()
             arrays = self._arrays
             arrays["tokens"][:count] = part
             arrays["start"][:2] = 0, count
@@ -151,7 +157,7 @@ class SlotBackend(ABC):
             self._run_prefill(count, n_out)
             self._held[slot] += count
             if wanted:
-                made.append(self._read_logits(n_out))
+                made.append(self._step_logits(n_out))
         return made
 
     def tokens(self, slot: int) -> int:

@@ -14,18 +14,22 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 
 def main(stand_ins: Path, kernels: Path, folder: Path) -> None:
-    ctypes.CDLL(str(stand_ins / "libcuda.so.1"), mode=ctypes.RTLD_GLOBAL)
+    driver = ctypes.CDLL(str(stand_ins / "libcuda.so.1"), mode=ctypes.RTLD_GLOBAL)
+    driver.fakecuda_late(1)
     os.environ["EDGECASCADE_CUDA_LIBRARY"] = str(kernels)
+    from edgecascade.backends import slots
     from edgecascade.backends.base import Options
     from edgecascade.backends.cuda import CudaBackend
     from edgecascade.backends.native import NativeBackend
     from edgecascade.bundle import Bundle
 
+    slots.PREFILL_CHUNK = 32  # several chunks of a prompt are under way at once
     bundle = Bundle.open(folder)
     options = Options(slots=3, max_context=512)
     cuda, cpu = CudaBackend(bundle, options), NativeBackend(bundle, options)
@@ -42,12 +46,19 @@ def main(stand_ins: Path, kernels: Path, folder: Path) -> None:
     seen["prefill"] = max(distance(a[None], b[None]) for a, b in logits.values())
     tokens = {slot: int(b.argmax()) for slot, (_, b) in logits.items()}
     worst = 0.0
-    for slots in ([0, 1, 2], [1, 2], [2], [0, 1, 2], [0, 2], [1]) * 2:
-        fed = [tokens[slot] for slot in slots]
-        a, b = cuda.decode(slots, fed), cpu.decode(slots, fed)
+    held = []
+    for chosen in ([0, 1, 2], [1, 2], [2], [0, 1, 2], [0, 2], [1]) * 2:
+        fed = [tokens[slot] for slot in chosen]
+        a, b = cuda.decode(chosen, fed), cpu.decode(chosen, fed)
         worst = max(worst, distance(a, b))
-        tokens |= {slot: int(row.argmax()) for slot, row in zip(slots, b, strict=True)}
+        held.append((a, np.array(a)))
+        tokens |= {slot: int(row.argmax()) for slot, row in zip(chosen, b, strict=True)}
     seen["decode"] = worst
+    unread = cuda.decode([0, 1, 2], [4, 5, 6])
+    later = cuda.decode([0, 1, 2], [7, 8, 9])
+    held += [(unread, cpu.decode([0, 1, 2], [4, 5, 6])), (later, cpu.decode([0, 1, 2], [7, 8, 9]))]
+    seen["held"] = max(distance(a, b) for a, b in held[-2:])
+    seen["kept"] = all(np.array_equal(a, b) for a, b in held[:-2])
     seen["captured"] = cuda.captured
 
     # One conversation from backend to backend.
@@ -64,8 +75,9 @@ def main(stand_ins: Path, kernels: Path, folder: Path) -> None:
     print(json.dumps(seen))
 
 
-def distance(got: np.ndarray, want: np.ndarray) -> float:
+def distance(got: Any, want: Any) -> float:
     """Relative Frobenius distance of centred logits, the median of the rows."""
+    got, want = map(np.asarray, (got, want))
     got, want = (rows - rows.mean(axis=1, keepdims=True) for rows in (got, want))
     rows = np.linalg.norm(got - want, axis=1) / np.linalg.norm(want, axis=1)
     return float(np.median(rows))

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tolerances
@@ -30,20 +31,58 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def run(program: str, driver: Path, bundle: Path) -> dict[str, Any]:
+    """What a program of this folder saw."""
+    cuda_emulated()  # builds it
+    command = [sys.executable, str(HERE / program), str(driver), str(CUDA_EMULATED), str(bundle)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    seen: dict[str, Any] = json.loads(done.stdout)
+    return seen
+
+
+@pytest.fixture(scope="module")
+def sampled(driver: Path, build: Build) -> dict[str, Any]:
+    """What sampling_program.py saw."""
+    return run("sampling_program.py", driver, build("tiny", "speed"))
+
+
 @pytest.mark.parametrize("precision", ["exact", "speed"])
 def test_it_computes_what_the_cpu_does(driver: Path, build: Build, precision: str) -> None:
-    cuda_emulated()  # builds it
-    program = [sys.executable, str(HERE / "backend_program.py")]
-    paths = [str(driver), str(CUDA_EMULATED), str(build("tiny", precision))]
-    done = subprocess.run([*program, *paths], capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr
-    seen = json.loads(done.stdout)
+    seen = run("backend_program.py", driver, build("tiny", precision))
     bound = tolerances.CUDA_EXACT if precision == "exact" else tolerances.INT8_ACTIVATIONS
-    for what in ("logits", "prefill", "decode", "moved"):
+    for what in ("logits", "prefill", "decode", "held", "moved"):
         assert seen[what] <= bound, seen
     assert seen["margin_flips"] == 0
     assert seen["again"], "a prompt gives the same bits again"
+    assert seen["kept"], "later steps leave logits as they were"
     assert seen["captured"] == [[1, 512], [2, 512], [3, 512]]
+
+
+def test_a_token_drawn_on_the_device_is_the_cpus(sampled: dict[str, Any]) -> None:
+    assert sampled["draws"] == 4 * 3 * 3 * 2 * 2
+    assert sampled["differ"] == []
+    assert sampled["logprob"] <= 2 * tolerances.LOGPROB  # each is so close to the definition
+    assert sampled["apart"] == 0, "a row gets its token whatever is drawn beside it"
+    assert sampled["one"], "and so does a prompt's last row"
+
+
+def test_what_cannot_be_drawn_is_named(sampled: dict[str, Any]) -> None:
+    assert sampled["outside"].startswith("InvalidRequest: row 1 has 1 seen tokens from 9999")
+    assert sampled["too_few"].startswith("InvalidRequest: sample needs logits [1..4, 512]")
+    assert sampled["no_token"].startswith("BackendError: no token can be chosen for row 1: all 512")
+
+
+def test_a_token_moves_a_few_bytes_and_not_its_logits(sampled: dict[str, Any]) -> None:
+    row = 4 * sampled["vocab"]
+    assert sampled["downloaded"] <= 24 * sampled["tokens"] < row * sampled["tokens"] / 40
+    assert sampled["downloaded_with_logprobs"] >= 9 * row, "the floats come when they are asked for"
+
+
+def test_answers_on_the_device_are_those_of_a_lone_run(sampled: dict[str, Any]) -> None:
+    assert sampled["same"] == [True, True, True]
+    assert sampled["told"], "logprobs change no token"
+    assert sampled["best"]
 
 
 def test_without_a_driver_or_the_library_it_says_so(build: Build) -> None:

@@ -139,8 +139,8 @@ class Play:
         return address.value
 
     def counts(self) -> np.ndarray[Any, Any]:
-        """allocations, waits, copies, calls, launches, bytes of fakecuda.c."""
-        made = np.zeros(6, np.int64)
+        """Of fakecuda.c: allocations, waits, copies, calls, launches, and bytes held, up, down."""
+        made = np.zeros(8, np.int64)
         self.cuda.fakecuda_counts(made.ctypes.data_as(ctypes.c_void_p))
         return made
 

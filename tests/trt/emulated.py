@@ -46,10 +46,10 @@ def main() -> dict[str, float]:
         tokens = np.random.default_rng(2).integers(3, engine.vocab, 40).astype(np.int32)
         both = (engine, reference)
         for slot, length in enumerate((40, 1, 7)):
-            rows = [each.prefill(slot, tokens[:length]) for each in both]
+            rows = [np.asarray(each.prefill(slot, tokens[:length])) for each in both]
             seen[f"prefill of {length}"] = distance(*rows)
         for slots in ([0], [2, 0, 1], [1], [0, 1, 2]):  # the last two are replayed
-            rows = [each.decode(slots, [5] * len(slots)) for each in both]
+            rows = [np.asarray(each.decode(slots, [5] * len(slots))) for each in both]
             seen[f"decode of {slots}"] = distance(*rows)
     return seen
 

@@ -7,6 +7,9 @@
 //     else while a stream is captured, and always after fakecuda_strict(1).
 //   - While a stream is captured, allocations and waiting are refused and spoil the capture.
 //   - A graph replays exactly what was captured: copies, fills and calls with the values they had.
+//   - After fakecuda_late(1) streams do nothing before somebody waits for them, as a busy GPU may:
+//     page-locked memory that is written too early arrives as what it was changed to. A copy of any
+//     other memory waits, too.
 #define _GNU_SOURCE
 #include <signal.h>
 #include <stdint.h>
@@ -30,7 +33,7 @@ enum {
   kCaptureInvalidated = 901,
   kIllegalState = 401
 };
-enum { kMaxRegions = 4096 };
+enum { kMaxRegions = 4096, kMaxLocked = 64 };
 static const int64_t kMemory = (int64_t)32 << 30;
 
 typedef struct Node {
@@ -57,13 +60,16 @@ typedef struct {
   size_t size;
 } Region;
 
-static Region regions[kMaxRegions];
-static int regionCount, strict, depth, device;
+static Region regions[kMaxRegions], locks[kMaxLocked];  // of the device, and page-locked
+static int regionCount, lockCount, strict, late, depth, device;
+static Node *waiting, **lastWaiting = &waiting;
 static Stream* capturing;
 static _Thread_local void* current;
 
 // What a test may ask: what happened since the start.
-static struct { int64_t allocations, waits, copies, calls, launches, bytes; } counts;
+static struct {
+  int64_t allocations, waits, copies, calls, launches, bytes, uploaded, downloaded;
+} counts;
 
 void fakecuda_counts(int64_t* out) { memcpy(out, &counts, sizeof counts); }
 
@@ -125,13 +131,48 @@ static void perform(const Node* node) {
   lock();
 }
 
+// What was put off, in its order.
+static void catchUp(void) {
+  while (waiting) {
+    Node* node = waiting;
+    waiting = node->next;
+    if (!waiting) lastWaiting = &waiting;
+    perform(node);
+    free(node);
+  }
+}
+
+void fakecuda_late(int on) {
+  catchUp();
+  late = on;
+}
+
+static int isLocked(const void* at) {
+  for (int i = 0; i < lockCount; ++i) {
+    if ((const char*)at >= locks[i].start && (const char*)at < locks[i].start + locks[i].size) {
+      return 1;
+    }
+  }
+  return 0;
+}
+
+static Result enqueue(const Node* node) {
+  if (!late) {
+    perform(node);
+    return kOk;
+  }
+  Node* kept = malloc(sizeof *kept);
+  *kept = *node;
+  kept->next = NULL;
+  *lastWaiting = kept;
+  lastWaiting = &kept->next;
+  return kOk;
+}
+
 static Result submit(Stream* stream, Node node) {
   NEEDS_CONTEXT;
   if (!stream) return kNoHandle;
-  if (!capturing) {
-    perform(&node);
-    return kOk;
-  }
+  if (!capturing) return enqueue(&node);
   if (stream != capturing) return refuse("work on another stream");
   Node* kept = malloc(sizeof node);
   *kept = node;
@@ -180,6 +221,7 @@ Result cuCtxPopCurrent_v2(void** out) {
 }
 Result cuCtxSynchronize(void) {
   NOT_CAPTURED("cuCtxSynchronize");
+  catchUp();
   ++counts.waits;
   return kOk;
 }
@@ -200,6 +242,7 @@ Result cuMemAlloc_v2(Address* out, size_t size) {
 }
 Result cuMemFree_v2(Address address) {
   NOT_CAPTURED("cuMemFree");
+  catchUp();
   for (int i = 0; i < regionCount; ++i) {
     if ((Address)regions[i].start == address) {
       munmap(regions[i].start, regions[i].size + 4096);
@@ -214,9 +257,15 @@ Result cuMemHostAlloc(void** out, size_t size, unsigned flags) {
   NEEDS_CONTEXT;
   NOT_CAPTURED("cuMemHostAlloc");
   ++counts.allocations;
-  return posix_memalign(out, 4096, size ? size : 1) ? kOutOfMemory : kOk;
+  if (lockCount == kMaxLocked || posix_memalign(out, 4096, size ? size : 1)) return kOutOfMemory;
+  locks[lockCount++] = (Region){*out, size};
+  return kOk;
 }
 Result cuMemFreeHost(void* address) {
+  catchUp();
+  for (int i = 0; i < lockCount; ++i) {
+    if (locks[i].start == address) locks[i] = locks[--lockCount];
+  }
   free(address);
   return kOk;
 }
@@ -226,10 +275,16 @@ static Result copy(void* to, const void* from, size_t size, Stream* stream) {
   return submit(stream, (Node){.kind = kCopy, .to = to, .from = (void*)from, .size = size});
 }
 Result cuMemcpyHtoDAsync_v2(Address to, const void* from, size_t size, Stream* stream) {
-  return copy((void*)to, from, size, stream);
+  counts.uploaded += (int64_t)size;
+  const Result status = copy((void*)to, from, size, stream);
+  if (!isLocked(from) && !capturing) catchUp();
+  return status;
 }
 Result cuMemcpyDtoHAsync_v2(void* to, Address from, size_t size, Stream* stream) {
-  return copy(to, (void*)from, size, stream);
+  counts.downloaded += (int64_t)size;
+  const Result status = copy(to, (void*)from, size, stream);
+  if (!isLocked(to) && !capturing) catchUp();
+  return status;
 }
 Result cuMemcpyDtoDAsync_v2(Address to, Address from, size_t size, Stream* stream) {
   return copy((void*)to, (void*)from, size, stream);
@@ -238,6 +293,7 @@ static Result copyNow(void* to, const void* from, size_t size) {
   NEEDS_CONTEXT;
   NOT_CAPTURED("a copy that waits");
   ++counts.waits;
+  catchUp();
   perform(&(Node){.kind = kCopy, .to = to, .from = (void*)from, .size = size});
   return kOk;
 }
@@ -262,6 +318,7 @@ Result cuStreamDestroy_v2(Stream* stream) {
 Result cuStreamSynchronize(Stream* stream) {
   NEEDS_CONTEXT;
   NOT_CAPTURED("cuStreamSynchronize");
+  catchUp();
   ++counts.waits;
   return kOk;
 }
@@ -309,9 +366,9 @@ Result cuGraphLaunch(Graph* graph, Stream* stream) {
   NEEDS_CONTEXT;
   NOT_CAPTURED("cuGraphLaunch");
   ++counts.launches;
-  unlock();
-  for (const Node* node = graph->first; node; node = node->next) perform(node);
-  lock();
+  if (!late) unlock();
+  for (const Node* node = graph->first; node; node = node->next) enqueue(node);
+  if (!late) lock();
   return kOk;
 }
 Result cuGraphDestroy(Graph* graph) { return kOk; }

@@ -19,6 +19,7 @@ typedef union {
   ec_attention attention;
   ec_moe moe;
   ec_head head;
+  ec_sample sample;
 } Args;
 
 typedef struct {
@@ -35,6 +36,7 @@ static ec_stream pool;
 static const size_t kArgBytes[EC_OP_COUNT] = {
     sizeof(ec_embed),     sizeof(ec_linear),    sizeof(ec_mamba), sizeof(ec_mamba),
     sizeof(ec_attention), sizeof(ec_attention), sizeof(ec_moe),   sizeof(ec_head),
+    sizeof(ec_sample),
 };
 
 static void run(void* data) {
@@ -71,6 +73,7 @@ OP(4)
 OP(5)
 OP(6)
 OP(7)
+OP(8)
 
 const ec_api* ec_cuda(void) {
   static ec_api table;
@@ -82,7 +85,7 @@ const ec_api* ec_cuda(void) {
   if (!cpu || cpu->stream_create(threads ? atoi(threads) : 1, &pool) != EC_OK) return NULL;
   table = *cpu;
   table.backend = "cuda";
-  const ec_op_fn ops[] = {op0, op1, op2, op3, op4, op5, op6, op7};
+  const ec_op_fn ops[] = {op0, op1, op2, op3, op4, op5, op6, op7, op8};
   memcpy(table.op, ops, sizeof ops);
   return &table;
 }

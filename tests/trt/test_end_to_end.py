@@ -37,7 +37,7 @@ def test_200_answers_are_the_cpu_backends_and_decode_is_one_launch(
     assert seen["captured"] == [1, 2, 3, 4, 5, 6, 7, 8]  # sequences in a step
     assert seen["contexts"] == 9
     # Tokens go up, logits come down, one wait for them, one launch: no plugin is called.
-    replay = {"enqueued": 0, "allocations": 0, "waits": 1, "copies": 2, "calls": 0, "launches": 1}
+    replay = {"enqueued": 0, "allocations": 0, "waits": 1, "copies": 1, "calls": 0, "launches": 1}
     assert seen["replay"] == replay
     assert seen["steps"] == {path.name: [] for path in more}
     assert seen["current"] == [True, False]

@@ -121,6 +121,9 @@ T __ldg(const T* at) {
   return *at;
 }
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+inline long long __mul64hi(long long a, long long b) {
+  return static_cast<long long>(static_cast<__int128>(a) * b >> 64);
+}
 inline unsigned __float_as_uint(float value) {
   unsigned bits;
   std::memcpy(&bits, &value, 4);
