@@ -1,61 +1,76 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Time to first token of the turns of a conversation: read from the start, and from kept states.
+"""Time to first token of a conversation's turns: from kept states, and the same prompts cold.
 
-    python benchmarks/prefix_reuse.py BUNDLE [--turns 10] [--history 2000] [--json]
+    python benchmarks/prefix_reuse.py BUNDLE [--turns 10] [--history 2000] [--repeats 6]
+                                      [--json FILE]
 
 "reuse" starts where the last prompt ended and reads the last answer again; "prepared" has read that
-answer, too, while nothing else was to be done, as sessions do.
+answer, too, while nothing else was to be done, as sessions do. Each turn is asked cold right after,
+so that both see the same machine; the tokens must be the same.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from edgecascade import LLM
 from edgecascade.bench import circumstances
+from edgecascade.completion import Completion
 
 SEED = 20
+MODES = ("reuse", "prepared")
+
+
+def ask(llm: LLM, prompt: list[int], answer: int, *, reuse: bool) -> tuple[float, Completion]:
+    """Seconds from the call to the first token, and the whole answer."""
+    began = time.perf_counter()
+    pieces = llm.stream(prompt, max_tokens=answer, ignore_eos=True, temperature=0, reuse=reuse)
+    piece = next(pieces)
+    first_s = time.perf_counter() - began
+    for piece in pieces:
+        pass
+    assert piece.completion is not None
+    return first_s, piece.completion
 
 
 def conversation(
-    llm: LLM, turns: int, history: int, said: int, answer: int, *, mode: str
+    llm: LLM, args: argparse.Namespace, seed: int, *, prepared: bool
 ) -> list[dict[str, Any]]:
-    """The same tokens in every mode: only what is computed differs."""
-    draw = np.random.default_rng(SEED)
+    """One row a turn."""
+    draw = np.random.default_rng(seed)
     ends = sorted(llm.rule.boundary_ids)
 
     def message(tokens: int) -> list[int]:
         ids: list[int] = draw.integers(llm.vocab, size=max(tokens - 1, 0)).tolist()
         return [token for token in ids if token not in ends] + ends[-1:]
 
-    prompt = message(history)
+    prompt = message(args.history)
     rows = []
-    for turn in range(1, turns + 1):
-        prompt = [*prompt, *message(said)]
-        done = llm.generate(
-            prompt,
-            max_tokens=answer,
-            ignore_eos=True,
-            temperature=0,
-            reuse=mode != "cold",
-        )
+    for turn in range(1, args.turns + 1):
+        prompt = [*prompt, *message(args.said)]
+        first_s, warm = ask(llm, prompt, args.answer, reuse=True)
+        cold_s, cold = ask(llm, prompt, args.answer, reuse=False)
         rows.append(
             {
                 "turn": turn,
-                "prompt_tokens": done.usage.prompt_tokens,
-                "cached_tokens": done.usage.cached_tokens,
-                "first_token_s": done.timings.first_token_s,
-                "token_ids": done.token_ids,
+                "prompt_tokens": warm.usage.prompt_tokens,
+                "read_tokens": warm.usage.prompt_tokens - warm.usage.cached_tokens,
+                "first_s": first_s,
+                "cold_s": cold_s,
+                "share": first_s / cold_s,
+                "same": warm.token_ids == cold.token_ids,
             }
         )
-        prompt = [*prompt, *done.token_ids, *ends[-1:]]
-        if mode == "prepared":
+        prompt = [*prompt, *warm.token_ids, *ends[-1:]]
+        if prepared:
             llm.prepare([*prompt, 0])
             while llm.stats().running or llm.stats().waiting:
                 time.sleep(0.005)
@@ -69,58 +84,58 @@ def main() -> int:
     parser.add_argument("--history", type=int, default=2000, help="tokens before the first turn")
     parser.add_argument("--said", type=int, default=30, help="tokens of each of the user's turns")
     parser.add_argument("--answer", type=int, default=40, help="tokens of each answer")
+    parser.add_argument("--repeats", type=int, default=6, help="conversations")
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--threads", type=int)
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
-    runs = {}
-    for mode in ("cold", "reuse", "prepared"):
+    runs: dict[str, list[list[dict[str, Any]]]] = {}
+    for mode in MODES:
         with LLM.load(args.bundle, args.backend, threads=args.threads) as llm:
             llm.generate([5], max_tokens=1, reuse=False)  # maps the weights
-            runs[mode] = conversation(
-                llm, args.turns, args.history, args.said, args.answer, mode=mode
-            )
-            threads = llm.threads
-    same = all(
-        [row["token_ids"] for row in rows] == [row["token_ids"] for row in runs["cold"]]
-        for rows in runs.values()
-    )
-    report(args, runs, same=same, threads=threads)
+            runs[mode] = [
+                conversation(llm, args, SEED + number, prepared=mode == "prepared")
+                for number in range(args.repeats)
+            ]
+    same = all(row["same"] for mode in MODES for rows in runs[mode] for row in rows)
+    shares = {mode: summary(runs[mode]) for mode in MODES}
+    report(runs, shares)
+    print("same tokens as cold" if same else "TOKENS DIFFER")
+    if args.json:
+        asked = {name: value for name, value in vars(args).items() if name != "json"}
+        result = {"asked": asked, "share_of_cold": shares, "same_tokens": same, "runs": runs}
+        args.json.write_text(json.dumps({**result, **circumstances()}, indent=1) + "\n")
     return 0 if same else 1
 
 
+def summary(conversations: list[list[dict[str, Any]]]) -> dict[str, float]:
+    """Shares of the cold time from turn 2 on; `worst_turn`: the turn whose median is the most."""
+    turns = list(zip(*(rows[1:] for rows in conversations), strict=True))
+    if not turns:
+        return {}
+    every = [row["share"] for turn in turns for row in turn]
+    medians = [statistics.median(row["share"] for row in turn) for turn in turns]
+    return {
+        "median": statistics.median(every), "worst_turn": max(medians), "worst": max(every)
+    }  # fmt: skip
+
+
 def report(
-    args: argparse.Namespace, runs: dict[str, list[dict[str, Any]]], *, same: bool, threads: Any
+    runs: dict[str, list[list[dict[str, Any]]]], shares: dict[str, dict[str, float]]
 ) -> None:
-    turns = [
-        {
-            "turn": cold["turn"],
-            "prompt_tokens": cold["prompt_tokens"],
-            **{f"{mode}_s": runs[mode][at]["first_token_s"] for mode in runs},
-            **{f"{mode}_cached": runs[mode][at]["cached_tokens"] for mode in runs},
-        }
-        for at, cold in enumerate(runs["cold"])
-    ]
-    later = turns[1:]
-    shares = {
-        mode: max((t[f"{mode}_s"] / t["cold_s"] for t in later), default=None)
-        for mode in ("reuse", "prepared")
-    }
-    if args.json:
-        result = {"turns": turns, "worst_share_of_cold": shares, "same_tokens": same}
-        json.dump({**result, "threads": threads, **circumstances()}, sys.stdout, indent=1)
-        print()
-        return
-    print("turn  prompt   cold ms   reuse ms  prepared ms   (time to first token)")
-    for t in turns:
-        print(
-            f"{t['turn']:4d}  {t['prompt_tokens']:6d}  {t['cold_s'] * 1e3:8.1f}   "
-            f"{t['reuse_s'] * 1e3:8.1f}     {t['prepared_s'] * 1e3:8.1f}"
-        )
-    for mode, share in shares.items():
-        if share is not None:
-            print(f"{mode}: at most {share:.1%} of the cold time from turn 2 on")
-    print("same tokens in all modes" if same else "TOKENS DIFFER")
+    print("medians:               first ms   cold ms   tokens read")
+    for mode, conversations in runs.items():
+        for turn in zip(*conversations, strict=True):
+            first, cold = (
+                1e3 * statistics.median(row[name] for row in turn) for name in ("first_s", "cold_s")
+            )
+            print(
+                f"{mode:8s} turn {turn[0]['turn']:3d}   {first:10.2f} {cold:9.1f}   "
+                f"{turn[0]['read_tokens']} of {turn[0]['prompt_tokens']}"
+            )
+    for mode, each in shares.items():
+        told = ", ".join(f"{name} {value:.1%}" for name, value in each.items())
+        print(f"{mode}: share of the cold time from turn 2 on: {told}")
 
 
 if __name__ == "__main__":

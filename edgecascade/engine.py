@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from edgecascade.backends.base import Array, Backend, Snapshot
+from edgecascade.backends.base import Array, Backend, Parked, Snapshot
 from edgecascade.errors import (
     BackendError,
     DeadlineExceeded,
@@ -160,7 +160,7 @@ class _Task:
     end: int  # of what is to be read of the prompt
     reuse: bool
     keep: frozenset[int] = frozenset()  # cuts at which to keep the state
-    parked: Snapshot | None = None
+    parked: Parked | None = None
     token: int = 0  # to be fed next
 
 
@@ -345,17 +345,24 @@ class Engine:
             self._room.notify_all()
 
     def _end(self, end: End) -> None:
-        task = self._tasks.pop(end.id)
+        task = self._forget(end.id)
         if end.slot is not None:
             self._reset(end.slot)
         self._tell(task.job, end.reason, None)
 
+    def _forget(self, id: int) -> _Task:
+        """A task that is over, with what it left in the backend when it was parked."""
+        task = self._tasks.pop(id)
+        if task.parked is not None:
+            self._backend.drop(task.parked)
+        return task
+
     def _park(self, park: Park) -> None:
         try:
-            self._tasks[park.id].parked = self._backend.save(park.slot)
+            self._tasks[park.id].parked = self._backend.park(park.slot)
         except Exception as error:  # noqa: BLE001  a failing device must not end the thread
             self._fail(park.id, error, None)
-        self._reset(park.slot)
+            self._reset(park.slot)
 
     def _place(self, place: Place) -> None:
         task = self._tasks.get(place.id)
@@ -363,9 +370,9 @@ class Engine:
             return
         try:
             if place.resumed:
-                state, task.parked = task.parked, None
-                assert state is not None
-                self._backend.restore(place.slot, state)
+                parked, task.parked = task.parked, None
+                assert parked is not None
+                self._backend.resume(place.slot, parked)
                 return
             reused = self._reuse(place.slot, task) if task.reuse else 0
             task.job.placed(reused)
@@ -388,8 +395,7 @@ class Engine:
                     log.exception("a kept state could not be restored; the prompt is read instead")
                     self._backend.reset(slot)
                     reused = 0
-        wanted = self._cache.worth_keeping(task.path)
-        task.keep = frozenset(cut for cut in wanted if cut > reused)
+        task.keep = self._cache.worth_keeping(task.path, reused)
         return reused
 
     def _do_prefill(self, piece: Prefill) -> None:
@@ -515,7 +521,7 @@ class Engine:
             for id in ids:
                 self._scheduler.finished(id, now)
         for id in ids:
-            self._tell(self._tasks.pop(id).job, "failed", error)
+            self._tell(self._forget(id).job, "failed", error)
 
 
 _RUNNING: weakref.WeakSet[Engine] = weakref.WeakSet()

@@ -164,8 +164,8 @@ class PrefixCache:
         """The state kept at the last possible cut; nothing is counted."""
         return self._last_of(path.keys)
 
-    def worth_keeping(self, path: Path) -> frozenset[int]:
-        """The cuts of a prompt at which its state should be captured.
+    def worth_keeping(self, path: Path, held: int = 0) -> frozenset[int]:
+        """The cuts of a prompt, beyond the tokens `held`, at which its state should be captured.
 
         Another prompt is likely to begin like this one up to the end of the system prompt, of one
         of the last messages, or where an earlier prompt parted from it; in between, a state now
@@ -174,6 +174,9 @@ class PrefixCache:
         tokens, inner = path.tokens, path.cuts[:-1]
         if not inner or not self.max_bytes:
             return frozenset()
+        if inner[-1] <= held:  # nothing is captured: the first token need not wait for the rest
+            self._remember(path)
+            return frozenset()
         boundaries = [cut for cut in inner if self.rule.is_boundary(tokens, cut)]
         kept = {inner[-1], *boundaries[:1], *boundaries[-LAST_BOUNDARIES:]}
         for reach in range(STRIDE_TOKENS, len(tokens), STRIDE_TOKENS):
@@ -181,7 +184,7 @@ class PrefixCache:
         for other in self._prompts.values():
             kept.add(_last_up_to(inner, _common(tokens, other)))
         self._remember(path)
-        return frozenset(kept - {0})
+        return frozenset(cut for cut in kept if cut > held)
 
     def has(self, path: Path) -> bool:
         """Whether the state after the whole path is kept."""

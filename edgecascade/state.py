@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -141,33 +141,32 @@ class StatePool:
                 parts[layer, name] = pool[slot][_ring_rows(pool.shape[1], tokens)]
             else:
                 parts[layer, name] = pool[slot].copy()
-        owned = self.pages.pages(slot)
         for layer, kv in self._kv.items():
-            by_token = kv[owned].transpose(
-                1, 0, 3, 2, 4
-            )  # [2, pages, page_tokens, kv_heads, head_dim]
-            flat = by_token.reshape(2, -1, kv.shape[2], kv.shape[4])
-            parts[layer, "kv"] = flat[:, :tokens].copy()
+            part = np.empty((2, tokens, kv.shape[2], kv.shape[4]), kv.dtype)
+            for page, at, end in self._page_spans(slot, tokens):
+                part[:, at:end] = kv[page, :, :, : end - at].transpose(0, 2, 1, 3)
+            parts[layer, "kv"] = part
         return parts
 
     def load(self, slot: int, tokens: int, parts: Mapping[tuple[int, str], Array]) -> None:
         """Put a snapshot's parts into an empty slot."""
         self.pages.grow(slot, tokens)
-        owned = self.pages.pages(slot)
         for (layer, name), part in parts.items():
             if name == "kv":
                 kv = self._kv[layer]
-                padded = np.zeros(
-                    (2, len(owned) * self.pages.page_tokens, *part.shape[2:]), kv.dtype
-                )
-                padded[:, :tokens] = part
-                by_page = padded.reshape(2, len(owned), self.pages.page_tokens, *part.shape[2:])
-                kv[owned] = by_page.transpose(1, 0, 3, 2, 4)
+                for page, at, end in self._page_spans(slot, tokens):
+                    kv[page, :, :, : end - at] = part[:, at:end].transpose(0, 2, 1, 3)
             elif name == "conv":
                 pool = self._slots[layer, name]
                 pool[slot][_ring_rows(pool.shape[1], tokens)] = part
             else:
                 self._slots[layer, name][slot] = part
+
+    def _page_spans(self, slot: int, tokens: int) -> Iterator[tuple[int, int, int]]:
+        """Each page of a slot with the tokens [at, end) that it holds."""
+        size = self.pages.page_tokens
+        for page, at in zip(self.pages.pages(slot).tolist(), range(0, tokens, size), strict=False):
+            yield page, at, min(at + size, tokens)
 
 
 def _ring_rows(kernel: int, tokens: int) -> Array:

@@ -200,6 +200,84 @@ def test_a_snapshot_is_a_copy(opened: Open) -> None:
     np.testing.assert_array_equal(backend.decode([1], [9])[0], expected)
 
 
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_who_was_parked_goes_on_as_if_nothing_had_been(
+    golden: Golden, opened: Open, executor: str
+) -> None:
+    backend = opened(golden.name, "speed", executor)
+    prompts = {slot: prompt(70 + slot, backend.vocab, seed=slot) for slot in (1, 2)}
+    for slot, tokens in prompts.items():
+        backend.prefill(slot, tokens)
+    expected = {slot: backend.decode([slot], [9])[0] for slot in prompts}
+    for slot, tokens in prompts.items():
+        backend.reset(slot)
+        backend.prefill(slot, tokens)
+    parked = {slot: backend.park(slot) for slot in prompts}  # the first one is copied
+    for slot in prompts:
+        assert backend.tokens(slot) == 0
+        backend.prefill(slot, prompt(90, backend.vocab, seed=7))
+    backend.logits(prompt(9, backend.vocab))  # where the second one was
+    for slot, other in ((1, 2), (2, 1)):
+        backend.resume(slot, parked[other])
+        assert backend.tokens(slot) == len(prompts[other])
+        np.testing.assert_array_equal(backend.decode([slot], [9])[0], expected[other])
+
+
+def test_parking_and_resuming_copies_nothing(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = opened("moe", "speed", "cpu:")
+    backend.prefill(0, prompt(70, backend.vocab))
+    expected = backend.decode([0], [9])[0]
+    backend.reset(0)
+    backend.prefill(0, prompt(70, backend.vocab))
+    for name in ("export", "load"):
+        monkeypatch.setattr(backend._states, name, None)
+    parked = backend.park(0)
+    backend.prefill(0, prompt(20, backend.vocab, seed=3))
+    backend.resume(0, parked)
+    np.testing.assert_array_equal(backend.decode([0], [9])[0], expected)
+
+
+def test_pages_of_the_parked_are_there_for_who_needs_them(opened: Open) -> None:
+    backend = opened("moe", "speed", "cpu:", slots=1, max_context=128)
+    pool = backend._pages
+    pages = pool.free
+    backend.prefill(0, prompt(70, backend.vocab))
+    expected = backend.decode([0], [9])[0]
+    backend.reset(0)
+    backend.prefill(0, prompt(70, backend.vocab))
+    parked = backend.park(0)
+    assert pool.free == pages - 2
+    others, pool._free = pool._free, []  # as if other slots had the rest
+    backend.prefill(0, prompt(100, backend.vocab, seed=3))
+    pool._free = others
+    backend.resume(0, parked)
+    np.testing.assert_array_equal(backend.decode([0], [9])[0], expected)
+    parked = backend.park(0)
+    for _ in range(2):
+        backend.drop(parked)
+        assert pool.free == pages
+
+
+def test_a_parked_sequence_that_cannot_be_copied_is_lost_alone(
+    opened: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = opened("moe", "speed", "cpu:")
+
+    def fail(row: int, tokens: int) -> None:
+        raise OutOfMemory("no room for a copy")
+
+    for slot in (0, 1):
+        backend.prefill(slot, prompt(20, backend.vocab))
+    first = backend.park(0)
+    with monkeypatch.context() as broken:
+        broken.setattr(backend._states, "export", fail)
+        second = backend.park(1)
+    with pytest.raises(OutOfMemory, match="no room for a copy"):
+        backend.resume(0, first)
+    backend.resume(1, second)
+    assert backend.tokens(1) == 20
+
+
 def test_routing_of_the_last_step_can_be_read(opened: Open) -> None:
     backend = opened("moe", "exact", "cpu:")
     backend.prefill(0, prompt(9, backend.vocab))

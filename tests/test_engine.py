@@ -94,9 +94,13 @@ class Faulty(NativeBackend):
         self._maybe("restore", snapshot)
         super().restore(slot, snapshot)
 
-    def save(self, slot):
-        self._maybe("save", slot)
-        return super().save(slot)
+    def park(self, slot):
+        self._maybe("park", slot)
+        return super().park(slot)
+
+    def resume(self, slot, parked):
+        self._maybe("resume", slot)
+        super().resume(slot, parked)
 
     def _maybe(self, where, what):
         if self.fault and self.fault[0] == where and self.fault[1](what):
@@ -361,13 +365,32 @@ def test_a_kept_state_that_cannot_be_restored_costs_only_time(engine, alone):
         assert job.tokens == alone(prompt)
 
 
-def test_a_job_that_cannot_be_parked_fails_and_its_slot_is_used(engine):
-    running = engine(slots=1, cache_bytes=0, fault=("save", lambda slot: True, BackendError("no")))
+@pytest.mark.parametrize("where", ["park", "resume"])
+def test_a_job_that_cannot_be_parked_or_resumed_fails_and_its_slot_is_used(engine, where):
+    running = engine(slots=1, fault=(where, lambda slot: True, BackendError("no")))
     high = Job(words(10))
     low = Job(words(10), 400, on_token=at(3, lambda: running.submit(high, priority=0)))
     running.submit(low, priority=2)
     assert high.wait() == "done"
     assert low.wait() == "failed"
+    last = Job(words(10))
+    running.submit(last)
+    assert last.wait() == "done"
+
+
+def test_what_is_cancelled_while_parked_leaves_nothing_in_the_backend(engine):
+    running = engine(slots=1, cache_bytes=0)
+    free = running._backend._pages.free
+
+    def cancel_low(job):
+        running.cancel(low.id)
+
+    high = Job(words(100), on_token=cancel_low)
+    low = Job(words(100), 400, on_token=at(3, lambda: running.submit(high, priority=0)))
+    low.id = running.submit(low, priority=2)
+    assert high.wait() == "done"
+    assert low.wait() == "cancelled"
+    assert running._backend._pages.free == free
 
 
 def test_calls_run_between_steps_and_their_errors_come_back(engine, bundle):

@@ -48,6 +48,10 @@ class Snapshot:
         return sum(part.nbytes for part in self.parts.values())
 
 
+class Parked:
+    """A sequence without a slot, at the backend that parked it."""
+
+
 class Backend(Protocol):
     """Executes a bundle for up to `slots` sequences; one caller at a time."""
 
@@ -81,6 +85,15 @@ class Backend(Protocol):
 
     def restore(self, slot: int, snapshot: Snapshot) -> None:
         """Make a slot what it was when the snapshot was taken."""
+
+    def park(self, slot: int) -> Parked:
+        """Empty a slot for somebody more urgent; what it held is for `resume` or `drop`."""
+
+    def resume(self, slot: int, parked: Parked) -> None:
+        """Make a slot what the parked one was, once."""
+
+    def drop(self, parked: Parked) -> None:
+        """Forget a parked sequence; nothing happens if it was resumed."""
 
     def close(self) -> None:
         """Free everything; further calls are errors."""

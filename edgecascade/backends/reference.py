@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from edgecascade import sampling
-from edgecascade.backends.base import Array, Options, Snapshot, check_tokens
+from edgecascade.backends.base import Array, Options, Parked, Snapshot, check_tokens
 from edgecascade.blocks import dequantize
 from edgecascade.bundle import Bundle
 from edgecascade.errors import ContextExceeded, InvalidRequest
@@ -211,6 +211,12 @@ class Evaluator(Ops):
         return product
 
 
+@dataclass(frozen=True)
+class _Moved(Parked):
+    states: dict[int, dict[str, Array]]
+    held: int
+
+
 class ReferenceBackend:
     """Evaluates the forward pass with NumPy, one sequence at a time: the measure of others."""
 
@@ -306,6 +312,20 @@ class ReferenceBackend:
             kind = self._kv_type if name == "kv" else np.float32
             self._states[slot][layer][name] = part.astype(kind)
         self._held[slot] = snapshot.tokens
+
+    def park(self, slot: int) -> Parked:
+        """See Backend."""
+        parked = _Moved(self._states[slot], self._held[slot])
+        self.reset(slot)
+        return parked
+
+    def resume(self, slot: int, parked: Parked) -> None:
+        """See Backend."""
+        assert isinstance(parked, _Moved)
+        self._states[slot], self._held[slot] = parked.states, parked.held
+
+    def drop(self, parked: Parked) -> None:
+        """See Backend."""
 
     def close(self) -> None:
         """See Backend."""

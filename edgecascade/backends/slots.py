@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
 from edgecascade.backends._lib import PAGE_TOKENS
-from edgecascade.backends.base import Array, Options, Snapshot, check_tokens
+from edgecascade.backends.base import Array, Options, Parked, Snapshot, check_tokens
 from edgecascade.bundle import Bundle
-from edgecascade.errors import ContextExceeded, InvalidRequest
+from edgecascade.errors import ContextExceeded, InvalidRequest, OutOfMemory
 from edgecascade.models import family
 from edgecascade.sampling import Logits
 from edgecascade.state import PagePool, fit_pages
@@ -36,8 +37,20 @@ class States(Protocol):
         """Put a snapshot's parts into an empty slot."""
 
 
+@dataclass(eq=False)
+class _Aside(Parked):
+    """A sequence in the spare row; copied to memory only when that row or its pages are needed."""
+
+    copy: Snapshot | None = None
+    error: Exception | None = None  # why there is no copy
+
+
 class SlotBackend(ABC):
-    """A backend but for its steps; see Backend."""
+    """A backend but for its steps; see Backend.
+
+    A sequence lives in a row of the state pools. There is one row more than slots: a parked
+    sequence keeps its own, and its slot gets the spare one, so that nothing is copied.
+    """
 
     page_tokens = PAGE_TOKENS
     least_out = 0  # rows that a step's head must have
@@ -50,15 +63,16 @@ class SlotBackend(ABC):
     ) -> tuple[list[State], int, np.dtype[Any]]:
         """Share out the memory: the model's states, KV pages and their type.
 
-        One slot more than asked is for `logits`, which belongs to no sequence.
+        One row more than slots is for who is parked, and for `logits`.
         """
         model = family(bundle.family)
         config = model.read_config(bundle.config)
         states: list[State] = model.states(config)
         self.vocab: int = config.vocab
         self.slots = options.slots
-        self._scratch_slot = options.slots
-        self._held = [0] * (self.slots + 1)
+        self._rows = list(range(self.slots + 1))  # of each slot; the last is the spare one
+        self._held = [0] * (self.slots + 1)  # tokens of each row
+        self._aside: _Aside | None = None  # what is in the spare row
         kv_dtype = np.dtype("float32" if bundle.kv_type == "f32" else "float16")
         context, num_pages = fit_pages(
             states,
@@ -97,10 +111,10 @@ class SlotBackend(ABC):
 
     def prefill(self, slot: int, tokens: Array) -> Logits:
         """See Backend."""
-        self._check_slot(slot)
+        row = self._row(slot)
         ids = check_tokens(tokens, self.vocab)
-        self._admit(slot, len(ids))
-        last: Logits = self._append(slot, ids, chunk=PREFILL_CHUNK, all_rows=False)[-1][0]
+        self._admit(row, len(ids))
+        last: Logits = self._append(row, ids, chunk=PREFILL_CHUNK, all_rows=False)[-1][0]
         return last
 
     def decode(self, slots: Sequence[int], tokens: Sequence[int]) -> Logits:
@@ -112,36 +126,36 @@ class SlotBackend(ABC):
                 f"got slots {list(slots)} and {len(tokens)} tokens"
             )
         ids = check_tokens(tokens, self.vocab)
-        for slot in slots:
-            self._check_slot(slot)
-        for slot in slots:
-            self._admit(slot, 1)
+        rows = [self._row(slot) for slot in slots]
+        for row in rows:
+            self._admit(row, 1)
         self._begin_step()
         arrays = self._arrays
         arrays["tokens"][:count] = ids
         arrays["start"][: count + 1] = np.arange(count + 1)
-        arrays["slot"][:count] = slots
-        arrays["past"][:count] = [self._held[slot] for slot in slots]
+        arrays["slot"][:count] = rows
+        arrays["past"][:count] = [self._held[row] for row in rows]
         arrays["out_row"][:count] = np.arange(count)
         self._run_decode(count)
-        for slot in slots:
-            self._held[slot] += 1
+        for row in rows:
+            self._held[row] += 1
         return self._step_logits(count)
 
     def logits(self, tokens: Array) -> Array:
         """See Backend."""
         self._check_open()
         ids = check_tokens(tokens, self.vocab)
-        slot = self._scratch_slot
+        self._vacate()
+        row = self._rows[-1]
         try:
-            self._admit(slot, len(ids))
-            made = self._append(slot, ids, chunk=OUT_ROWS, all_rows=True)
+            self._admit(row, len(ids))
+            made = self._append(row, ids, chunk=OUT_ROWS, all_rows=True)
             return np.concatenate([np.asarray(rows) for rows in made])
         finally:
-            self._clear(slot)
+            self._clear(row)
 
-    def _append(self, slot: int, ids: Array, *, chunk: int, all_rows: bool) -> list[Logits]:
-        """Run tokens through a slot in chunks: logits of all rows, or of the last one."""
+    def _append(self, row: int, ids: Array, *, chunk: int, all_rows: bool) -> list[Logits]:
+        """Run tokens through a row in chunks: logits of all of them, or of the last one."""
         made = []
         for at in range(0, len(ids), chunk):
             part = ids[at : at + chunk]
@@ -152,51 +166,102 @@ class SlotBackend(ABC):
             arrays = self._arrays
             arrays["tokens"][:count] = part
             arrays["start"][:2] = 0, count
-            arrays["slot"][0], arrays["past"][0] = slot, self._held[slot]
+            arrays["slot"][0], arrays["past"][0] = row, self._held[row]
             arrays["out_row"][:n_out] = np.arange(count - n_out, count)
             self._run_prefill(count, n_out)
-            self._held[slot] += count
+            self._held[row] += count
             if wanted:
                 made.append(self._step_logits(n_out))
         return made
 
     def tokens(self, slot: int) -> int:
         """See Backend."""
-        self._check_slot(slot)
-        return self._held[slot]
+        return self._held[self._row(slot)]
 
     def reset(self, slot: int) -> None:
         """See Backend."""
-        self._check_slot(slot)
-        self._clear(slot)
+        self._clear(self._row(slot))
 
     def save(self, slot: int) -> Snapshot:
         """See Backend."""
-        self._check_slot(slot)
-        return Snapshot(self._held[slot], self._states.export(slot, self._held[slot]))
+        return self._export(self._row(slot))
 
     def restore(self, slot: int, snapshot: Snapshot) -> None:
         """See Backend."""
-        self._check_slot(slot)
-        self._clear(slot)
-        self._admit(slot, snapshot.tokens)
-        self._states.load(slot, snapshot.tokens, snapshot.parts)
-        self._held[slot] = snapshot.tokens
+        row = self._row(slot)
+        self._clear(row)
+        self._admit(row, snapshot.tokens)
+        self._states.load(row, snapshot.tokens, snapshot.parts)
+        self._held[row] = snapshot.tokens
 
-    def _clear(self, slot: int) -> None:
-        self._states.clear(slot)
-        self._held[slot] = 0
+    def park(self, slot: int) -> Parked:
+        """See Backend."""
+        self._row(slot)
+        self._vacate()
+        self._swap(slot)
+        self._aside = _Aside()
+        return self._aside
 
-    def _admit(self, slot: int, count: int) -> None:
-        """Room for `count` more tokens in a slot, or an error that changes nothing."""
-        held = self._held[slot]
-        if held + count > self.max_context:
+    def resume(self, slot: int, parked: Parked) -> None:
+        """See Backend."""
+        assert isinstance(parked, _Aside)
+        if parked is self._aside:
+            self._clear(self._row(slot))
+            self._swap(slot)
+            self._aside = None
+            return
+        if parked.error is not None:
+            raise parked.error
+        assert parked.copy is not None
+        self.restore(slot, parked.copy)
+
+    def drop(self, parked: Parked) -> None:
+        """See Backend."""
+        if parked is self._aside:
+            self._aside = None
+            self._clear(self._rows[-1])
+
+    def _vacate(self) -> None:
+        """Empty the spare row; who was parked there is in memory now."""
+        parked, self._aside = self._aside, None
+        if parked is None:
+            return
+        row = self._rows[-1]
+        try:
+            parked.copy = self._export(row)
+        except Exception as error:  # noqa: BLE001  whoever needs the row must not pay for the other
+            parked.error = error
+        self._clear(row)
+
+    def _swap(self, slot: int) -> None:
+        self._rows[slot], self._rows[-1] = self._rows[-1], self._rows[slot]
+
+    def _export(self, row: int) -> Snapshot:
+        return Snapshot(self._held[row], self._states.export(row, self._held[row]))
+
+    def _clear(self, row: int) -> None:
+        self._states.clear(row)
+        self._held[row] = 0
+
+    def _admit(self, row: int, count: int) -> None:
+        """Room for `count` more tokens in a row, or an error that changes nothing."""
+        tokens = self._held[row] + count
+        if tokens > self.max_context:
             raise ContextExceeded(
-                f"{held} tokens held and {count} more exceed the context of {self.max_context}"
+                f"{self._held[row]} tokens held and {count} more exceed the context of "
+                f"{self.max_context}"
             )
-        self._pages.grow(slot, held + count)
+        try:
+            self._pages.grow(row, tokens)
+        except OutOfMemory:
+            if self._aside is None:
+                raise
+            self._vacate()
+            self._pages.grow(row, tokens)
 
-    def _check_slot(self, slot: int) -> None:
+    def _row(self, slot: int) -> int:
+        """Where a slot's state is."""
         self._check_open()
         if not 0 <= slot < self.slots:
             raise InvalidRequest(f"slot is {slot}; this backend has {self.slots}")
+        return self._rows[slot]
