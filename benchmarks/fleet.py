@@ -26,12 +26,13 @@ from pathlib import Path
 from typing import Any
 
 from edgecascade.client import Client
-from edgecascade.errors import EdgeCascadeError
+from edgecascade.errors import EdgeCascadeError, ReportRefused
 from edgecascade.fleet import orders
 from edgecascade.fleet.home import Home
-from edgecascade.fleet.jobs import ENDED, Job, read_job
+from edgecascade.fleet.jobs import ENDED, Job
 from edgecascade.fleet.orders import Order, Policy
 from edgecascade.fleet.release import Health, Release
+from edgecascade.fleet.reports import Keyring
 from edgecascade.fleet.repository import Offer
 from edgecascade.service import wire
 from edgecascade.service.broker import LocalBroker, free_port
@@ -62,13 +63,20 @@ class Watcher:
     jobs: dict[tuple[str, str], Job] = field(default_factory=dict)
     statuses: dict[str, dict[str, Any]] = field(default_factory=dict)
     changed: threading.Condition = field(default_factory=threading.Condition)
+    ring: Keyring = field(default_factory=lambda: Keyring([]))
+
+    def _proven(self, payload: bytes) -> Job | None:
+        try:
+            return self.ring.verify(payload)
+        except ReportRefused:
+            return None
 
     def hear(self, message: Incoming) -> None:
         address = TOPICS.parse(message.topic)
         if address is None or not message.payload:
             return
         with self.changed:
-            if address.kind == "job" and (job := read_job(message.payload)) is not None:
+            if address.kind == "job" and (job := self._proven(message.payload)) is not None:
                 self.jobs[job.device, job.order] = job
             elif address.kind == "status":
                 body = wire.decode(message.payload)
@@ -114,6 +122,11 @@ class Fleet:
             [sys.executable, "-m", "http.server", str(port), "--bind", "127.0.0.1",
              "--directory", str(self.home.served)], "http")  # fmt: skip
         for name in self.names:
+            self._run("agent", "enroll", str(self.place), *self._identity(name))
+        files = [str(self.place / f"{name}.enroll.json") for name in self.names]
+        self._run("fleet", "devices", *self._fleet(), "--enroll", *files)
+        self.watcher.ring = self.home.register.read().keyring(GROUP)
+        for name in self.names:
             self.agents[name] = self._agent(name)
         online = self.watcher.statuses
         self.watcher.wait(
@@ -122,8 +135,11 @@ class Fleet:
             self.timeout_s,
         )
 
+    def _identity(self, name: str) -> list[str]:
+        return ["--root", str(self.place / name), "--device-id", name, "--group", GROUP]
+
     def _agent(self, name: str) -> subprocess.Popen[bytes]:
-        words = ["--root", str(self.place / name), "--device-id", name, "--group", GROUP]
+        words = self._identity(name)
         words += ["--mqtt", self.broker.url, "--repository", self.url]
         words += ["--trust", str(self.home.folder / "root.json")]
         return self._spawn([*PROGRAM, "-v", "agent", *words], name)

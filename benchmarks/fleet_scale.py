@@ -23,12 +23,14 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from edgecascade.fleet import orders
-from edgecascade.fleet.faults.virtual import Behaviour, VirtualFleet
+from edgecascade.fleet import orders, reports
+from edgecascade.fleet.faults.virtual import Behaviour, VirtualFleet, signer_of
+from edgecascade.fleet.jobs import Job
 from edgecascade.fleet.keys import KeyFolders
 from edgecascade.fleet.operator import Controller, Operator, Signing
 from edgecascade.fleet.orders import Cohort, Order, OrderKey, OrderKeys
 from edgecascade.fleet.record import Record, Records
+from edgecascade.fleet.register import Register
 from edgecascade.fleet.rollout import Plan, Progress, Thresholds
 from edgecascade.fleet.view import View
 from edgecascade.service.broker import LocalBroker, find_broker
@@ -76,9 +78,12 @@ async def measure(
     (folder / "order-keys").write_bytes(keys.to_bytes())
     behaviour = Behaviour(phase_s=phase_s)
     fleet = VirtualFleet(broker.port, keys, behaviour=behaviour, now=time.time())
+    started = time.perf_counter()
+    Register(folder / "devices.json").enroll(fleet.keys_of(devices), time.time())
+    enroll_s = time.perf_counter() - started
     watch = Watch(broker.pid)
     await fleet.connect(devices)
-    result: dict[str, object] = {"devices": devices, "phase_s": phase_s}
+    result: dict[str, object] = {"devices": devices, "phase_s": phase_s, "enroll_s": enroll_s}
     connect_s, broker_s = watch.lap()
     result |= {"connect_s": connect_s, "connects_per_s": devices / connect_s}
     result |= {"connect_broker_cpu_s": broker_s, "broker_rss_mb": watch.rss_mb()}
@@ -89,6 +94,7 @@ async def measure(
     assert fleet.exposed == devices == good["succeeded"], (fleet.exposed, good)
     result |= {"rollout_s": wall_s, "rollout_broker_cpu_s": broker_s}
     result |= {"rollout_controller_cpu_s": good["cpu_s"], "rollout_turns": good["turns"]}
+    result |= {"verify_us": good["verify_us"], "not_believed": good["doubts"]}
     result |= {"reports": fleet.counts["reports"], "orders_delivered": fleet.counts["orders"]}
     result |= {"reports_per_s": fleet.counts["reports"] / wall_s}
 
@@ -103,19 +109,18 @@ async def measure(
     assert GOOD_SHARE * devices < fleet.exposed <= (stage + 0.05) * devices, fleet.exposed
 
     started = time.perf_counter()
-    seen = await asyncio.to_thread(look, broker, devices)
+    seen = await asyncio.to_thread(look, folder, broker, devices)
     result |= {"second_operator_reads_s": time.perf_counter() - started, "devices_read": seen}
     started = time.perf_counter()
     fleet.close()
-    gone = await asyncio.to_thread(wait_offline, broker, devices)
+    gone = await asyncio.to_thread(wait_offline, folder, broker, devices)
     result |= {"power_cut_seen_s": time.perf_counter() - started, "wills_seen": gone}
     result |= {"broker_rss_after_mb": watch.rss_mb()}
     return result
 
 
-async def roll_out(folder: Path, broker: LocalBroker, name: str) -> dict[str, object]:
-    """Start a controller as a process of its own and wait for its verdict."""
-    order = Order(
+def order_of(name: str) -> Order:
+    return Order(
         order=name,
         seq=1,
         group=GROUP,
@@ -126,6 +131,11 @@ async def roll_out(folder: Path, broker: LocalBroker, name: str) -> dict[str, ob
         expires=time.time() + 86_400,
         cohort=Cohort(name, 100),
     )
+
+
+async def roll_out(folder: Path, broker: LocalBroker, name: str) -> dict[str, object]:
+    """Start a controller as a process of its own and wait for its verdict."""
+    order = order_of(name)
     records = Records(folder / "rollouts")
     with records.locked():
         seq = records.next_seq(GROUP, 1, time.time())
@@ -161,9 +171,11 @@ def control(folder: str, url: str, name: str) -> None:
         nonlocal turns
         turns += 1
 
-    with connect(url, name, "operator") as operator:
+    register = Register(root / "devices.json")
+    with connect(root, url, name, "operator") as operator:
         operator.settle()
-        controller = Controller(operator, Records(root / "rollouts"), name, signing, root / "audit")
+        records = Records(root / "rollouts")
+        controller = Controller(operator, records, name, signing, root / "audit", register.read)
         turn = controller.run(count)
     used = resource.getrusage(resource.RUSAGE_SELF)
     progress, plan = turn.record.progress, turn.record.plan
@@ -174,28 +186,42 @@ def control(folder: str, url: str, name: str) -> None:
         "succeeded": turn.tally.succeeded,
         "cpu_s": used.ru_utime + used.ru_stime,
         "turns": turns,
+        "doubts": turn.doubts,
+        "verify_us": 1e6 * verify_s(register),
     }
     print(json.dumps(verdict))
 
 
-def connect(url: str, order: str, name: str) -> Operator:
-    view = View(GROUP, order, order)
+def verify_s(register: Register, count: int = 1000) -> float:
+    """Processor time to check one report, when nothing else is done."""
+    (key, *_), ring = register.read().of(GROUP), register.read().keyring(GROUP)
+    job = Job("good", 7, key.device, "SUCCEEDED", group=GROUP, release="0" * 64, version=7)
+    report = reports.sign(job, signer_of(key.device))
+    started = time.process_time()
+    for _ in range(count):
+        ring.verify(report)
+    return (time.process_time() - started) / count
+
+
+def connect(folder: Path, url: str, order: str, name: str) -> Operator:
+    view = View(order_of(order), Register(folder / "devices.json").read())
     return Operator(broker_address(url), name, Topics(), view, group=GROUP, order=order)
 
 
-def look(broker: LocalBroker, devices: int) -> int:
+def look(folder: Path, broker: LocalBroker, devices: int) -> int:
     """What a second operator sees of the finished rollout."""
-    with connect(broker.url, "good", "second") as operator:
+    with connect(folder, broker.url, "good", "second") as operator:
         operator.settle()
         fleet = operator.look()
     assert len(fleet) == devices, len(fleet)
     return sum(seen.online and seen.job is not None for seen in fleet.values())
 
 
-def wait_offline(broker: LocalBroker, devices: int) -> int:
+def wait_offline(folder: Path, broker: LocalBroker, devices: int) -> int:
     """Last wills, as an operator sees them."""
     end = time.monotonic() + WAIT_S
-    with connect(broker.url, "good", "third") as operator:
+    with connect(folder, broker.url, "good", "third") as operator:
+        operator.settle()  # who has not been heard of is not online either
         while time.monotonic() < end:
             gone = sum(not seen.online for seen in operator.look().values())
             if gone == devices:

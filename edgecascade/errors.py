@@ -17,6 +17,7 @@
     ├── NetworkError          a broker or device that is out of reach   "network-failed"
     ├── FleetError            a fleet's repository, keys or order       "fleet-failed"
     │   ├── UpdateRefused     not signed, not current or not for here   "update-refused"
+    │   ├── ReportRefused     a report that no enrolled device signed   "report-refused"
     │   └── UpdateFailed      an update that could not be completed     "update-failed"
     │       └── DownloadFailed  no mirror gave a file of it               "download-failed"
     ├── RemoteError           a device that answered with an error      "remote-error"
@@ -136,6 +137,12 @@ class UpdateRefused(FleetError):
     """
 
     code = "update-refused"
+
+
+class ReportRefused(FleetError):
+    """A report is not the word of an enrolled device about this rollout; it counts for nothing."""
+
+    code = "report-refused"
 
 
 class UpdateFailed(FleetError):

@@ -29,14 +29,17 @@ def add(commands: Any) -> None:
     agent = commands.add_parser(
         "agent",
         help="update a device, and keep its service running",
-        description="run: work until Ctrl-C or SIGTERM. install FOLDER: take the orders of a "
-        "published folder, such as a memory stick. status: how the device stands. unit: print a "
-        "systemd unit.",
+        description="run: work until Ctrl-C or SIGTERM. enroll [FOLDER]: what the operator needs "
+        "to believe this device's reports, printed, or written as DEVICE.enroll.json. install "
+        "FOLDER: take the orders of a published folder, such as a memory stick. status: how the "
+        "device stands. unit: print a systemd unit.",
     )
     agent.add_argument(
-        "action", nargs="?", default="run", choices=("run", "install", "status", "unit")
+        "action", nargs="?", default="run", choices=("run", "enroll", "install", "status", "unit")
     )
-    agent.add_argument("folder", nargs="?", help="of install: the published folder")
+    agent.add_argument(
+        "folder", nargs="?", help="of install: the published folder; of enroll: such as a stick"
+    )
     add_options(agent)
     agent.add_argument("--json", action="store_true", help="of status and install: as JSON")
     agent.add_argument("--user", default="edgecascade", help="of unit")
@@ -47,8 +50,10 @@ def add(commands: Any) -> None:
 
 
 def _agent(args: argparse.Namespace) -> int:
-    if (args.folder is not None) != (args.action == "install"):
-        raise InvalidRequest("agent install takes a folder; nothing else does")
+    if args.action == "install" and args.folder is None:
+        raise InvalidRequest("agent install takes a folder: the one that was published")
+    if args.folder is not None and args.action not in ("install", "enroll"):
+        raise InvalidRequest(f"agent {args.action} takes no folder; install and enroll do")
     if args.action == "unit":
         return _unit(args)
     if args.action == "status":
@@ -56,7 +61,31 @@ def _agent(args: argparse.Namespace) -> int:
     from edgecascade.fleet.settings import from_options
 
     settings = from_options(args)
+    if args.action == "enroll":
+        return _enroll(settings, args.folder)
     return _install(args, settings) if args.action == "install" else _run(settings)
+
+
+def _enroll(settings: AgentSettings, folder: str | None) -> int:
+    from edgecascade.fleet.agent import own
+    from edgecascade.fleet.identity import enrolment, own_key, stored_key
+
+    try:
+        with own(settings.folder):
+            key = own_key(settings.folder)
+    except InvalidRequest:
+        known = stored_key(settings.folder)  # an agent runs, and has made it
+        if known is None:
+            raise
+        key = known
+    data = enrolment(settings, key)
+    if folder is None:
+        print(data.decode())
+        return 0
+    path = Path(folder, f"{settings.device_id}.enroll.json")
+    path.write_bytes(data + b"\n")
+    print(f"{path}: give it to the operator, for edgecascade fleet devices --enroll")
+    return 0
 
 
 def _run(settings: AgentSettings) -> int:
@@ -87,7 +116,7 @@ def _install(args: argparse.Namespace, settings: AgentSettings) -> int:
     from dataclasses import replace
 
     from edgecascade.fleet.agent import ANSWER, REQUEST, Agent, own
-    from edgecascade.fleet.intake import said_name
+    from edgecascade.fleet.intake import said_order
     from edgecascade.fleet.orders import MAX_ENVELOPE_BYTES
 
     folder = Path(args.folder).resolve()
@@ -97,7 +126,8 @@ def _install(args: argparse.Namespace, settings: AgentSettings) -> int:
             contextlib.suppress(FileNotFoundError),
             open(folder / "orders" / f"{group}.json", "rb") as source,
         ):
-            names.append(said_name(source.read(MAX_ENVELOPE_BYTES))[0])
+            said = said_order(source.read(MAX_ENVELOPE_BYTES))
+            names.append(said.order if said else "")
     if not names:
         groups = ", ".join(settings.groups)
         raise InvalidRequest(f"{folder} has no order for the groups {groups} in orders/")

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""fleet init · publish · keys · audit, the rollouts of cli/rollouts.py, and relay"""
+"""fleet init · publish · keys · devices · audit, the rollouts of cli/rollouts.py, and relay"""
 
 from __future__ import annotations
 
 import argparse
 import os
 import time
+from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,7 @@ def add(commands: Any) -> None:
     _add_init(acts)
     _add_publish(acts)
     _add_keys(acts)
+    _add_devices(acts)
     rollouts.add(acts, home_options, home)
     relay.add(acts, home_options, home)
     log = acts.add_parser("audit", help="what was done, one line each")
@@ -267,6 +269,57 @@ def _show_keys(where: Home, *, as_json: bool) -> None:
 
 def _day(at: float) -> str:
     return datetime.fromtimestamp(at, timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+
+
+def _add_devices(acts: Any) -> None:
+    devices = acts.add_parser("devices", help="whose reports count: enroll and revoke devices")
+    home_options(devices)
+    what = devices.add_mutually_exclusive_group()
+    what.add_argument(
+        "--enroll", metavar="FILE", nargs="+", help="what edgecascade agent enroll wrote"
+    )
+    what.add_argument(
+        "--revoke", metavar="DEVICE", nargs="+", help="stolen or gone: it counts no more"
+    )
+    devices.add_argument("--json", action="store_true")
+    devices.set_defaults(run=_devices)
+
+
+def _devices(args: argparse.Namespace) -> int:
+    from edgecascade.fleet import reports
+
+    where, now = home(args), time.time()
+    if args.enroll:
+        keys = [reports.read_enrolment(_small_file(path)) for path in args.enroll]
+        where.register.enroll(keys, now)
+        for key in keys:
+            facts = {"device": key.device, "public": key.public, "groups": list(key.groups)}
+            where.note("devices-enroll", facts)
+    elif args.revoke:
+        where.register.revoke(args.revoke, now)
+        for name in args.revoke:
+            where.note("devices-revoke", {"device": name})
+    entries = where.register.read().entries
+    if args.json:
+        print_json(
+            [{**asdict(each.key), "since": each.since, "revoked": each.revoked} for each in entries]
+        )
+        return 0
+    for each in entries:
+        word = f"revoked {_day(each.revoked)}" if each.revoked is not None else "enrolled"
+        groups = ", ".join(each.key.groups)
+        print(f"{each.key.device}: {word}, groups {groups}, key {each.key.public[:16]}")
+    return 0
+
+
+def _small_file(path: str) -> bytes:
+    from edgecascade.fleet.reports import MAX_ENROLMENT_BYTES
+
+    try:
+        with open(path, "rb") as source:
+            return source.read(MAX_ENROLMENT_BYTES + 1)
+    except OSError as error:
+        raise InvalidRequest(f"{path} cannot be read: {error.strerror}") from None
 
 
 def _audit(args: argparse.Namespace) -> int:

@@ -8,7 +8,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
@@ -21,8 +21,7 @@ if TYPE_CHECKING:
     from edgecascade.fleet.home import Home
     from edgecascade.fleet.operator import Controller, Operator, Turn
     from edgecascade.fleet.record import Record
-    from edgecascade.fleet.rollout import Progress
-    from edgecascade.fleet.view import View
+    from edgecascade.fleet.rollout import Progress, Seen
     from edgecascade.service.config import BrokerAddress
 
 STOPPED = 3  # exit status of a rollout that ended before everybody had the bundle
@@ -130,6 +129,7 @@ def _rollout(args: argparse.Namespace, home: Home) -> int:
             f"{running.order.order} is {running.progress.state} in group {args.group!r}; "
             f"end it first: edgecascade fleet abort {running.order.order} --mqtt {args.mqtt}"
         )
+    home.check_enrolled(args.group, record.plan.first)
     if record.progress.state == "paused":
         raise InvalidRequest(
             f"{record.order.order} is paused ({record.progress.reason}); go on with fleet resume"
@@ -204,7 +204,8 @@ def _file(home: Home, operator: Operator, record: Record) -> None:
             home.repository().next_seq(order.group),
             heard.seq + 1 if heard else 1,
         )
-        home.records.write(replace(record, progress=replace(record.progress, seq=seq)))
+        order, progress = replace(order, seq=seq), replace(record.progress, seq=seq)
+        home.records.write(replace(record, order=order, progress=progress))
     home.note("rollout", {"order": order.order, "plan": asdict(record.plan)})
 
 
@@ -219,18 +220,21 @@ def _control(
 
     order = record.order
     address = operator_address(args)
-    view = View(order.group, order.order, order.cohort.salt, record.heard)
+    view = View(order, home.register.read(), record.believed)
     topics = Topics(args.prefix or DEFAULT_PREFIX)
     with Operator(
         address, args.client_id, topics, view, group=order.group, order=order.order
     ) as operator:
         operator.settle()
-        yield Controller(operator, home.records, order.order, home.signing(), home.log), operator
+        controller = Controller(
+            operator, home.records, order.order, home.signing(), home.log, home.register.read
+        )
+        yield controller, operator
 
 
 def _watch(args: argparse.Namespace, controller: Controller, operator: Operator) -> int:
     """Run the controller and show what it does."""
-    with Screen(operator.view, as_json=args.json) as screen:
+    with Screen(operator, as_json=args.json) as screen:
         try:
             turn = controller.run(screen.show)
         except KeyboardInterrupt:
@@ -251,7 +255,8 @@ def _status(args: argparse.Namespace, home: Home) -> int:
     with _control(args, home, record) as (_, operator):
         fleet = operator.look()
         count = rollout.tally(record.plan, record.progress, fleet, time.time())
-        turn = Turn(record, count, True)
+        doubts = operator.doubts()
+        turn = Turn(record, count, True, sum(doubts.values()))
         if args.json:
             devices = {
                 name: {
@@ -261,11 +266,29 @@ def _status(args: argparse.Namespace, home: Home) -> int:
                 }
                 for name, seen in sorted(fleet.items())
             }
-            print_json({**facts(turn), "devices": devices})
+            said = [
+                {"from": name, "reason": reason, "count": count}
+                for (name, reason), count in sorted(doubts.items())
+            ]
+            print_json({**facts(turn), "not_believed": said, "devices": devices})
         else:
-            with Screen(operator.view, as_json=False) as screen:
+            with Screen(operator, as_json=False) as screen:
                 screen.show(turn)
+            for text in _silent(turn, fleet):
+                print(text)
     return 0
+
+
+def _silent(turn: Turn, fleet: Mapping[str, Seen]) -> Iterator[str]:
+    """Who of the stage has not said a word, if that may hold it up."""
+    from edgecascade.fleet import rollout
+
+    record = turn.record
+    fates = rollout.fates_of(record.plan, record.progress, fleet, time.time())
+    names = sorted(name for name, fate in fates.items() if fate == rollout.SILENT)
+    if names:
+        more = f" and {len(names) - TROUBLES} more" if len(names) > TROUBLES else ""
+        yield f"  silent: {', '.join(names[:TROUBLES])}{more}"
 
 
 def _act(
@@ -279,7 +302,7 @@ def _act(
         turn = controller.act(change)
         if then is not None:
             return then(args, controller, operator)
-        with Screen(operator.view, as_json=args.json) as screen:
+        with Screen(operator, as_json=args.json) as screen:
             screen.show(turn)
     return 0
 
@@ -323,15 +346,17 @@ def _watch_back(args: argparse.Namespace, controller: Controller, operator: Oper
     from edgecascade.fleet import rollout
 
     end = time.monotonic() + BACK_S
-    with Screen(operator.view, as_json=args.json) as screen:
+    with Screen(operator, as_json=args.json) as screen:
         while True:
             turn = controller.turn()
             screen.show(turn)
-            left = rollout.going_back(operator.look())
+            left, silent = rollout.going_back(operator.look())
             if turn.settled and not left:
+                if silent:
+                    print(f"{silent} silent devices go back when they come", file=sys.stderr)
                 return 0
             if time.monotonic() > end:
-                print(f"{left} devices have not gone back yet", file=sys.stderr)
+                print(f"{left + silent} devices have not gone back yet", file=sys.stderr)
                 return STOPPED
             operator.wait(1.0)
             time.sleep(0.2)
@@ -352,14 +377,15 @@ def facts(turn: Turn) -> dict[str, Any]:
         "percent": record.plan.stages[progress.stage],
         "first": progress.first,
         **asdict(turn.tally),
+        "doubts": turn.doubts,
     }
 
 
 class Screen:
     """Live on a terminal; else a line for each change, as text or JSON."""
 
-    def __init__(self, view: View, *, as_json: bool) -> None:
-        self._view, self._json = view, as_json
+    def __init__(self, operator: Operator, *, as_json: bool) -> None:
+        self._operator, self._view, self._json = operator, operator.view, as_json
         self._said: dict[str, Any] = {}
         self._live: Any = None
 
@@ -389,6 +415,16 @@ class Screen:
             print(line(turn), flush=True)
             for name, job in self._view.troubles()[:TROUBLES] if turn.record.progress.ended else ():
                 print(f"  {name} {job.state.lower()}: {_why(job)}", flush=True)
+            for text in self._not_believed() if turn.record.progress.ended else ():
+                print(f"  {text}", flush=True)
+
+    def _not_believed(self) -> list[str]:
+        """Who sent what was not believed, the most first."""
+        doubts = sorted(self._operator.doubts().items(), key=lambda each: (-each[1], each[0]))
+        return [
+            f"not believed: {name}, {reason}, {count} times"
+            for (name, reason), count in doubts[:TROUBLES]
+        ]
 
     def _table(self, turn: Turn) -> Any:
         from rich.console import Group
@@ -412,7 +448,7 @@ class Screen:
             table.add_row(name, bar, _duration(stage_s(plan, size)))
         phases = ", ".join(f"{n} {name}" for name, n in self._view.phases().most_common())
         lines = [f"[red]{name}[/red] {_why(job)}" for name, job in self._view.troubles()[:TROUBLES]]
-        return Group(table, phases, *lines)
+        return Group(table, phases, *lines, *self._not_believed())
 
 
 def line(turn: Turn) -> str:
@@ -431,13 +467,16 @@ def line(turn: Turn) -> str:
         "failed": count.failed,
         "lost": count.lost,
         "rejected": count.rejected,
+        "unfit": count.unfit,
         "canceled": count.canceled,
-        "offline": count.offline,
+        "silent": count.silent,
+        "accepted": count.accepted,
     }
     shown = ", ".join(f"{number} {name}" for name, number in parts.items() if number)
     because = f" ({progress.reason})" if progress.reason else ""
     said = f"{stage}: {shown}" if shown else stage
-    return f"{record.order.order}: {progress.state}{because}; {said}"
+    doubts = f"; {turn.doubts} messages not believed" if turn.doubts else ""
+    return f"{record.order.order}: {progress.state}{because}; {said}{doubts}"
 
 
 def _why(job: Any) -> str:

@@ -32,8 +32,9 @@ from edgecascade.fleet import events as ev
 from edgecascade.fleet.executor import Answer, Executor
 from edgecascade.fleet.fs import RealFiles
 from edgecascade.fleet.host import DeviceHost
+from edgecascade.fleet.identity import own_key
 from edgecascade.fleet.intake import NOT_YET, Held, Intake, Offer, Refusal, Result
-from edgecascade.fleet.jobs import Job
+from edgecascade.fleet.jobs import Job, first_to_forget
 from edgecascade.fleet.line import Line
 from edgecascade.fleet.orders import MAX_ENVELOPE_BYTES
 from edgecascade.fleet.refresh import MAX_ROOT_BYTES, Fetch, Trust, folder_fetch
@@ -96,8 +97,9 @@ class Agent:
             lambda result: self._post(partial(self._taken, result)),
             settings.refresh_s,
         )
+        key = own_key(self._root)
         if settings.mqtt:
-            self._line = Line(settings, self._standing, self._intake.put)
+            self._line = Line(settings, self._standing, self._intake.put, key.signer)
 
     def stop(self) -> None:
         """Make `run` end. No lock is taken: a signal handler may call this."""
@@ -200,14 +202,16 @@ class Agent:
             case Held(order, reason, message):
                 if not self._known(order.order):
                     evidence = {"reason": reason, "message": message}
-                    self._report(ev.Report(order.order, order.seq, "QUEUED", evidence=evidence))
-            case Refusal(name, seq, reason, message, source):
+                    held = ev.Report(order.order, order.seq, "QUEUED", evidence=evidence)
+                    self._report(replace(held, group=order.group, release=order.release_sha256))
+            case Refusal(name, seq, reason, message, source, group):
                 self._refusal = result
                 if source:
                     self._answer_request(f"order {name!r} is refused: {message}")
                 if name and reason not in NOT_YET and not self._known(name):
                     evidence = {"reason": reason, "message": message}
-                    self._report(ev.Report(name, seq, "REJECTED", evidence=evidence))
+                    # It names no release: anybody may have written this order.
+                    self._report(ev.Report(name, seq, "REJECTED", group=group, evidence=evidence))
 
     def _answer_request(self, text: str) -> None:
         with contextlib.suppress(OSError):
@@ -291,6 +295,8 @@ class Agent:
             self._settings.device_id,
             report.state,
             report.phase,
+            group=report.group,
+            release=report.release,
             progress=1.0 if report.state == "SUCCEEDED" else 0.0,
             bundle_from=report.bundle_from,
             bundle_to=report.bundle_to,
@@ -308,7 +314,7 @@ class Agent:
         self._jobs.pop(job.order, None)
         self._jobs[job.order] = job
         while len(self._jobs) > MAX_VERDICTS + 1:
-            del self._jobs[next(iter(self._jobs))]
+            del self._jobs[first_to_forget(self._jobs)]
         if self._line is not None:
             self._line.tell(job)
 

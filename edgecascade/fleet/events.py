@@ -135,12 +135,14 @@ Event = (
 
 @dataclass(frozen=True)
 class Report:
-    """Publish where an order stands."""
+    """Publish where an order stands. An order that was not believed has no `release`."""
 
     order: str
     seq: int
     state: JobState
     phase: str = ""
+    group: str = ""
+    release: str = ""
     bundle_from: str = ""
     bundle_to: str = ""
     evidence: Mapping[str, Any] = field(default_factory=dict)

@@ -4,6 +4,7 @@
 repository/     what devices fetch: behind any static HTTP server, in an object store, on a stick
 keys/           private keys, for their owner only; some belong on sticks in a drawer
 root.json       what a device is given when it is set up, to tell this repository from others
+devices.json    which devices there are, and the keys that their reports are signed with
 rollouts/       what was asked for and where it stands
 audit.jsonl     what was done, chained
 """
@@ -26,6 +27,7 @@ from edgecascade.fleet.keys import KeyFolders
 from edgecascade.fleet.operator import Signing
 from edgecascade.fleet.orders import Order, Window
 from edgecascade.fleet.record import Records
+from edgecascade.fleet.register import Register
 from edgecascade.fleet.rollout import FIRST
 
 if TYPE_CHECKING:
@@ -43,6 +45,7 @@ class Home:
         self.folder = Path(folder)
         self.keys = KeyFolders(keys or [self.folder / "keys"], password)
         self.records = Records(self.folder / "rollouts")
+        self.register = Register(self.folder / "devices.json")
         self.log = self.folder / "audit.jsonl"
 
     @property
@@ -84,6 +87,25 @@ class Home:
     def note(self, event: str, facts: Mapping[str, Any]) -> None:
         """A line in the audit log."""
         audit.append(self.log, event, time.time(), {**facts, "user": getpass.getuser()})
+
+    def check_enrolled(self, group: str, first: str | None = None) -> None:
+        """A rollout needs devices that are known; `first` is to be one of them.
+
+        Raises:
+            InvalidRequest: when there are none.
+        """
+        known = {key.device for key in self.register.read().of(group)}
+        if not known:
+            raise InvalidRequest(
+                f"no device of group {group!r} is enrolled in {self.register.path}; on each device "
+                "say edgecascade agent enroll > FILE, and here edgecascade fleet devices --enroll "
+                "FILE"
+            )
+        if first is not None and first not in known:
+            raise InvalidRequest(
+                f"device {first!r} is not enrolled in group {group!r}; edgecascade fleet devices "
+                "shows who is"
+            )
 
     def signing(self) -> Signing:
         """Orders signed with the keys at hand, and kept in the repository for who has no broker."""

@@ -52,6 +52,7 @@ class Refusal:
     reason: str
     message: str
     source: str = ""
+    group: str = ""
 
 
 @dataclass(frozen=True)
@@ -211,8 +212,9 @@ class Intake:
 
     def _refused(self, envelope: Envelope, error: UpdateRefused) -> None:
         log.warning("an order is not obeyed: %s", error)
-        name, seq = said_name(envelope.data)
-        self.post(Refusal(name, seq, error.reason, str(error), envelope.source))
+        said = said_order(envelope.data)
+        name, seq, group = (said.order, said.seq, said.group) if said else ("", 0, "")
+        self.post(Refusal(name, seq, error.reason, str(error), envelope.source, group))
         if error.reason in NOT_YET:
             self._again(envelope)
 
@@ -252,13 +254,12 @@ class Intake:
         return None if reached else trouble
 
 
-def said_name(envelope: bytes) -> tuple[str, int]:
-    """The order and sequence number that an envelope names, unproven; "" and 0 for none."""
+def said_order(envelope: bytes) -> Order | None:
+    """The order in an envelope, unproven; None for none."""
     if len(envelope) <= MAX_ENVELOPE_BYTES:
         with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
-            order = orders.unverified(envelope)
-            return order.order, order.seq
-    return "", 0
+            return orders.unverified(envelope)
+    return None
 
 
 def _reason(error: EdgeCascadeError) -> str:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a device reports about an order: one retained document per order and device.
 
-The agent publishes it at every change; the controller only counts. The words of `state` are those
-of AWS IoT Jobs.
+The agent signs it (reports.py) and publishes it at every change; the controller only counts. The
+words of `state` are those of AWS IoT Jobs.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from typing import Any, Literal, get_args
 from edgecascade.service import wire
 
 SCHEMA = 1
-MAX_JOB_BYTES = 32 << 10  # a larger document is not one of ours
+MAX_JOB_BYTES = 3600  # signed it still fits every carrier: AWS IoT Jobs takes 10 KB in pieces of 1
 MAX_TEXT = 1000
+SHORTER = (MAX_TEXT, 250, 60, 0)  # characters of a text, where a document would be too large
 
 JobState = Literal["QUEUED", "IN_PROGRESS", "SUCCEEDED", "FAILED", "REJECTED", "CANCELED"]
 STATES: tuple[JobState, ...] = get_args(JobState)
@@ -27,7 +28,9 @@ ENDED: frozenset[JobState] = frozenset({"SUCCEEDED", "FAILED", "REJECTED", "CANC
 class Job:
     """One device's progress with one order.
 
-    `version` grows with every report of this job, so that an old one is told from a new one.
+    `group` and `release` are the order's; a device that could not believe an order names none as
+    its release. `version` grows with every report of a device, so that an old one is told from a
+    new one.
     `phase` is the updater's own word. `evidence` says why it ended as it did: `reason` (a stable
     word), `message`, and whatever was measured.
     """
@@ -43,6 +46,8 @@ class Job:
     bundle_to: str = ""
     evidence: Mapping[str, Any] = field(default_factory=dict)
     ts: float = 0.0
+    group: str = ""
+    release: str = ""
 
     @property
     def ended(self) -> bool:
@@ -50,20 +55,30 @@ class Job:
         return self.state in ENDED
 
     def to_bytes(self) -> bytes:
-        """As published; evidence that would make the document too large is left out."""
+        """What is signed; evidence that would make it too large is left out or cut."""
         whole = wire.encode({"schema": SCHEMA, **asdict(self)})
-        if len(whole) <= MAX_JOB_BYTES:
-            return whole
-        short = {
-            key: str(self.evidence[key])[:MAX_TEXT]
-            for key in ("reason", "message")
-            if key in self.evidence
-        }
-        return wire.encode({"schema": SCHEMA, **asdict(self), "evidence": short})
+        for most in SHORTER:
+            if len(whole) <= MAX_JOB_BYTES:
+                break
+            short = {
+                key: str(self.evidence[key])[:most]
+                for key in ("reason", "message")
+                if key in self.evidence
+            }
+            whole = wire.encode({"schema": SCHEMA, **asdict(self), "evidence": short})
+        return whole
+
+
+def first_to_forget(jobs: Mapping[str, Job]) -> str:
+    """Of too many reports, by order and the oldest first, the one to drop.
+
+    Anybody can send a device orders that it refuses: they must not push out what it really did.
+    """
+    return next((name for name, job in jobs.items() if not job.release), next(iter(jobs)))
 
 
 def read_job(payload: bytes) -> Job | None:
-    """A report as received; None for what is not one."""
+    """The report in these bytes; None for what is not one."""
     if len(payload) > MAX_JOB_BYTES:
         return None
     try:
@@ -80,7 +95,9 @@ def read_job(payload: bytes) -> Job | None:
 
 
 def _sound(job: Job) -> bool:
-    texts = (job.order, job.device, job.phase, job.bundle_from, job.bundle_to)
+    texts = (
+        job.order, job.device, job.group, job.release, job.phase, job.bundle_from, job.bundle_to
+    )  # fmt: skip
     return (
         all(isinstance(text, str) and len(text) <= MAX_TEXT for text in texts)
         and all(type(number) is int and number >= 0 for number in (job.seq, job.version))

@@ -110,11 +110,15 @@ class KeyFolders:
 
         how = BestAvailableEncryption(self._password) if self._password else NoEncryption()
         pem = private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, how)  # type: ignore[attr-defined]
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+        part = path.with_suffix(".part")
+        part.unlink(missing_ok=True)  # of a writer that was killed
+        fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
         with open(fd, "wb") as out:
             out.write(pem)
             out.flush()
             os.fsync(fd)
+        os.link(part, path)  # never over another key
+        part.unlink()
         fsync_folder(path.parent)
 
     def _load(self, path: Path) -> CryptoSigner:

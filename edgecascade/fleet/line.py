@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """An agent's line to its broker: orders in, reports and status out, and questions to the service.
 
-Reports are retained, and a broker may forget what it retains. So the latest of each order is kept
-here and told again at every connection.
+Reports are signed and retained, and a broker may forget what it retains. So the latest of each
+order is kept here and told again at every connection.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from edgecascade.fleet.jobs import Job
+from edgecascade.fleet import reports
+from edgecascade.fleet.jobs import Job, first_to_forget
 from edgecascade.fleet.orders import MAX_ENVELOPE_BYTES
 from edgecascade.fleet.relay import read_block
 from edgecascade.fleet.settings import AgentSettings
@@ -25,6 +26,9 @@ from edgecascade.service.mqtt import Link, LinkOptions
 from edgecascade.service.protocol import Incoming
 from edgecascade.service.replies import Failed, Final, Outgoing, read_reply
 from edgecascade.service.topics import Topics
+
+if TYPE_CHECKING:
+    from securesystemslib.signer import Signer
 
 RESEND_S = 2.0  # a question that was not answered
 LAST_WORDS_S = 2.0
@@ -38,13 +42,18 @@ class Line:
     """One connection that comes back by itself. `on_order` is called on its thread."""
 
     def __init__(
-        self, settings: AgentSettings, standing: Standing, on_order: Callable[[bytes], None]
+        self,
+        settings: AgentSettings,
+        standing: Standing,
+        on_order: Callable[[bytes], None],
+        signer: Signer,
     ) -> None:
         self._topics = Topics(settings.prefix)
         self._name, self._device = settings.name, settings.device_id
-        self._standing, self._on_order = standing, on_order
-        self._lock = threading.Lock()  # of the jobs
+        self._standing, self._on_order, self._signer = standing, on_order, signer
+        self._lock = threading.Lock()  # of the reports
         self._jobs: dict[str, Job] = {}
+        self._reports: dict[str, bytes] = {}  # the same, signed
         self._told: dict[str, Any] = {}
         self._pending: dict[str, queue.SimpleQueue[bytes]] = {}
         self._blocks: dict[str, queue.SimpleQueue[bytes]] = {}
@@ -82,22 +91,17 @@ class Line:
         self._link.flush(LAST_WORDS_S)
         self._link.stop()
 
-    def job(self, order: str) -> Job | None:
-        """The latest report about an order."""
-        with self._lock:
-            return self._jobs.get(order)
-
     def tell(self, job: Job) -> None:
         """Report; now, or once there is a connection."""
-        dropped = []
+        report, dropped = reports.sign(job, self._signer), []
         with self._lock:
             self._jobs.pop(job.order, None)
-            self._jobs[job.order] = job
+            self._jobs[job.order], self._reports[job.order] = job, report
             while len(self._jobs) > MAX_VERDICTS + 1:
-                dropped.append(next(iter(self._jobs)))
-                del self._jobs[dropped[-1]]
-        messages = [self._retained(job)]
-        messages += [Outgoing(self._topics.job(self._name, o), b"", retain=True) for o in dropped]
+                dropped.append(first_to_forget(self._jobs))
+                del self._jobs[dropped[-1]], self._reports[dropped[-1]]
+        messages = [self._retained(job.order, report)]
+        messages += [self._retained(order, b"") for order in dropped]
         if self._link.up:  # else the births say it
             for message in messages:
                 self._link.publish(message)
@@ -170,11 +174,11 @@ class Line:
 
     def _births(self) -> list[Outgoing]:
         with self._lock:
-            jobs = list(self._jobs.values())
-        return [self._status(self._standing("")), *map(self._retained, jobs)]
+            told = list(self._reports.items())
+        return [self._status(self._standing("")), *(self._retained(*each) for each in told)]
 
-    def _retained(self, job: Job) -> Outgoing:
-        return Outgoing(self._topics.job(self._name, job.order), job.to_bytes(), retain=True)
+    def _retained(self, order: str, report: bytes) -> Outgoing:
+        return Outgoing(self._topics.job(self._name, order), report, retain=True)
 
     def _status(self, standing: dict[str, Any]) -> Outgoing:
         return Outgoing(self._topics.status(self._name), wire.encode(standing), retain=True)

@@ -24,6 +24,7 @@ from edgecascade.errors import FleetError, NetworkError
 from edgecascade.fleet import audit, rollout
 from edgecascade.fleet.orders import Order
 from edgecascade.fleet.record import Record, Records
+from edgecascade.fleet.register import Devices
 from edgecascade.fleet.rollout import Progress, Tally
 from edgecascade.fleet.view import View
 from edgecascade.service.config import BrokerAddress
@@ -44,7 +45,7 @@ COME_BACK_S = 3.0  # after another command took our name at the broker
 ANSWER_S = 30.0  # for an order to be acknowledged
 RECEIVE_MAXIMUM = 1000
 
-RISK_S = 5.0  # how old what is written about devices on trial may be
+BELIEVED_S = 5.0  # how old what is written about believed reports may be
 
 
 @dataclass(frozen=True)
@@ -58,11 +59,15 @@ class Signing:
 
 @dataclass(frozen=True)
 class Turn:
-    """How the rollout stands. Not `settled`: more is still to be heard, or the order to be sent."""
+    """How the rollout stands. Not `settled`: more is still to be heard, or the order to be sent.
+
+    `doubts` is how many messages were not believed.
+    """
 
     record: Record
     tally: Tally
     settled: bool
+    doubts: int = 0
 
 
 class Operator:
@@ -201,6 +206,19 @@ class Operator:
         with self._lock:
             return dict(self.view.fleet)
 
+    def doubts(self) -> dict[tuple[str, str], int]:
+        """How many messages were not believed, by who they came from and why."""
+        with self._lock:
+            return dict(self.view.doubts.counts)
+
+    def enroll(self, devices: Devices) -> None:
+        """Go by these devices; what the broker retains of new ones is heard again."""
+        with self._lock:
+            if devices == self.view.devices:
+                return
+            self.view.enroll(devices)
+        self.refresh()
+
     def _new_link(self) -> Link:
         return Link(self._options, self._on_message, births=self._fence, on_result=self._on_result)
 
@@ -244,10 +262,17 @@ class Controller:
     """One rollout's loop. It may be killed anywhere and started again."""
 
     def __init__(
-        self, operator: Operator, records: Records, order: str, signing: Signing, log: Path
+        self,
+        operator: Operator,
+        records: Records,
+        order: str,
+        signing: Signing,
+        log: Path,
+        devices: Callable[[], Devices],
     ) -> None:
         self._operator, self._records, self._order = operator, records, order
-        self._signing, self._log = signing, log
+        self._signing, self._log, self._devices = signing, log, devices
+        self._doubted: set[str] = set()
         self._signed: tuple[Order | None, bytes] = None, b""
         self._noted: Order | None = None
         self._written_at = self._refreshed_at = time.monotonic()
@@ -272,6 +297,7 @@ class Controller:
     def turn(self) -> Turn:
         """Look, decide, write down, announce."""
         self._operator.keep()
+        self._operator.enroll(self._devices())  # somebody may have been enrolled or revoked
         with self._records.locked():
             record = self._records.read(self._order)
             fleet, now = self._operator.look(), time.time()
@@ -283,7 +309,7 @@ class Controller:
         said = settled and self._announce(record)
         if settled and not said:
             log.warning("the order is not acknowledged (%s); once more", self._operator.reason)
-        return Turn(record, rollout.tally(record.plan, record.progress, fleet, now), said)
+        return self._turn(record, fleet, now, settled=said)
 
     def act(self, change: Callable[[Record, rollout.Fleet, float], Progress]) -> Turn:
         """Change the rollout at an operator's word.
@@ -291,6 +317,7 @@ class Controller:
         Raises:
             InvalidRequest: when it cannot be changed so.
         """
+        self._operator.enroll(self._devices())
         self._operator.settle()
         with self._records.locked():
             record = self._records.read(self._order)
@@ -304,12 +331,22 @@ class Controller:
                 f"the broker has not acknowledged the order ({self._operator.reason}); it is "
                 "written down: fleet rollout or any of these commands sends it"
             )
-        return Turn(record, rollout.tally(record.plan, record.progress, fleet, now), True)
+        return self._turn(record, fleet, now, settled=True)
+
+    def _turn(self, record: Record, fleet: rollout.Fleet, now: float, *, settled: bool) -> Turn:
+        doubts = self._operator.doubts()
+        for (name, reason), times in doubts.items():
+            if reason not in self._doubted:  # once: whoever forges reports must not fill this disk
+                self._doubted.add(reason)
+                facts = {"order": self._order, "from": name, "reason": reason, "count": times}
+                audit.append(self._log, "not-believed", now, facts)
+        count = rollout.tally(record.plan, record.progress, fleet, now)
+        return Turn(record, count, settled, sum(doubts.values()))
 
     def _keep(self, record: Record, after: Progress, fleet: rollout.Fleet) -> Record:
         moved = record.moved(after, fleet)
-        late = time.monotonic() - self._written_at > RISK_S
-        if after != record.progress or (late and moved.risk != record.risk):
+        late = time.monotonic() - self._written_at > BELIEVED_S
+        if after != record.progress or (late and moved.believed != record.believed):
             self._records.write(moved)
             self._written_at = time.monotonic()
         return moved
@@ -352,6 +389,7 @@ def _facts(record: Record, order: Order, envelope: bytes) -> dict[str, Any]:
         "percent": order.cohort.percent,
         "state": progress.state,
         "reason": progress.reason,
+        "accepted": len(progress.accepted),
         "envelope_sha256": hashlib.sha256(envelope).hexdigest(),
         "user": getpass.getuser(),
     }

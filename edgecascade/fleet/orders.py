@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from base64 import b64decode
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timedelta, timezone
@@ -20,8 +19,8 @@ from urllib.parse import urlsplit
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from edgecascade.errors import FleetError, UpdateRefused
-from edgecascade.fleet import strict
-from edgecascade.fleet.needs import fleet_extra
+from edgecascade.fleet import envelopes, strict
+from edgecascade.fleet.keys import public_key
 from edgecascade.service import wire
 
 if TYPE_CHECKING:
@@ -278,15 +277,10 @@ def sign(order: Order, signers: Sequence[Signer]) -> bytes:
     Raises:
         FleetError: for one too long to be read, or when the extra `fleet` is not installed.
     """
-    with fleet_extra():
-        from securesystemslib.dsse import Envelope
     body = wire.encode({"schema": SCHEMA, **order_to_json(order)})
     if len(body) > MAX_ORDER_BYTES:
         raise FleetError(f"an order of {len(body)} bytes; at most {MAX_ORDER_BYTES} are read")
-    envelope = Envelope(body, PAYLOAD_TYPE, {})
-    for signer in signers:
-        envelope.sign(signer)
-    return wire.encode(envelope.to_dict())
+    return envelopes.seal(body, PAYLOAD_TYPE, signers)
 
 
 def verify(envelope: bytes, keys: OrderKeys, now: float) -> Order:
@@ -344,44 +338,17 @@ def unverified(envelope: bytes) -> Order:
     Raises:
         ValueError: when there is none.
     """
-    body = b64decode(wire.decode(envelope)["payload"])
+    body = envelopes.unproven(envelope)
     return strict.parse(Order, body, "order", schema=SCHEMA, limit=MAX_ORDER_BYTES)
 
 
 def _signed(data: bytes, keys: OrderKeys) -> tuple[bytes, list[OrderKey]]:
     """The payload, and the keys whose signatures on it are good."""
-    if len(data) > MAX_ENVELOPE_BYTES:
-        raise UpdateRefused(
-            f"an order of {len(data)} bytes; at most {MAX_ENVELOPE_BYTES} are read",
-            reason="malformed",
-        )
-    with fleet_extra():
-        from securesystemslib.dsse import Envelope
-        from securesystemslib.exceptions import UnverifiedSignatureError
-    from edgecascade.fleet.keys import public_key
-
     try:
-        envelope = Envelope.from_dict(wire.decode(data))
-        ours = envelope.payload_type == PAYLOAD_TYPE
-        pae = envelope.pae()
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UpdateRefused(f"an order that is no envelope: {error}", reason="malformed") from None
-    if not ours:
-        raise UpdateRefused(
-            f"an envelope of {envelope.payload_type!r:.80}, expected {PAYLOAD_TYPE}",
-            reason="malformed",
-        )
-    good = []
-    for key in keys.keys:
-        public = public_key(key.public)
-        signature = envelope.signatures.get(public.keyid)
-        try:
-            if signature is not None:
-                public.verify_signature(signature, pae)
-                good.append(key)
-        except UnverifiedSignatureError:
-            continue
-    return envelope.payload, good
+        sealed = envelopes.read(data, PAYLOAD_TYPE, MAX_ENVELOPE_BYTES)
+    except envelopes.BadEnvelope as error:
+        raise UpdateRefused(f"this is no order: {error}", reason="malformed") from None
+    return sealed.body, [key for key in keys.keys if sealed.is_signed_by(public_key(key.public))]
 
 
 def _zone(name: str) -> ZoneInfo | None:

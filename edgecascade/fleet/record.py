@@ -7,10 +7,8 @@ is killed in between publishes the same order when it comes back.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -20,12 +18,12 @@ from typing import Any
 from edgecascade.errors import FleetError, InvalidRequest
 from edgecascade.files import canonical_json, fsync_folder, write_file
 from edgecascade.fleet import strict
+from edgecascade.fleet.locked import locked
 from edgecascade.fleet.orders import ID, Action, Cohort, Order
-from edgecascade.fleet.rollout import FIRST, Fleet, Plan, Progress, State, at_risk
+from edgecascade.fleet.rollout import FIRST, Fleet, Plan, Progress, State
 
 SCHEMA = 1
 MAX_BYTES = 16 << 20
-LOCK_S = 30.0
 ACTIONS: dict[State, Action] = {
     "running": "install",
     "done": "install",  # devices that come late still get it
@@ -39,14 +37,15 @@ ACTIONS: dict[State, Action] = {
 class Record:
     """Everything about a rollout that outlives the controller.
 
-    `order` has what does not change: release, group, window, mirrors. `risk` has, of each device
-    that was last heard on trial, which report that was and when: [version, time].
+    `order` has what does not change: release, group, window, mirrors, and the number that the
+    rollout began with. `believed` has, of each device, the version of its latest report that
+    counted and when that came: [version, time]. An older one does not count any more.
     """
 
     order: Order
     plan: Plan
     progress: Progress
-    risk: dict[str, Any] = field(default_factory=dict)
+    believed: dict[str, Any] = field(default_factory=dict)
 
     def to_order(self) -> Order:
         """The order that is to be retained now: a function of this record alone."""
@@ -67,14 +66,9 @@ class Record:
         )
 
     def moved(self, progress: Progress, fleet: Fleet) -> Record:
-        """The record with another progress, and who is on trial now."""
-        risk = {name: [seen.job.version, seen.heard] for name, seen in at_risk(fleet) if seen.job}
-        return replace(self, progress=progress, risk=risk)
-
-    def heard(self, device: str, version: int, now: float) -> float:
-        """When a report was heard first, by this controller or the one before it."""
-        known = self.risk.get(device)
-        return float(known[1]) if known and known[0] == version else now
+        """The record with another progress, and with what has been believed by now."""
+        now = {name: [seen.job.version, seen.heard] for name, seen in fleet.items() if seen.job}
+        return replace(self, progress=progress, believed={**self.believed, **now})
 
 
 class Records:
@@ -91,18 +85,7 @@ class Records:
             FleetError: when another one holds it for long.
         """
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with open(self.folder / "lock", "ab") as lock:
-            end = time.monotonic() + LOCK_S
-            while True:
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if time.monotonic() > end:
-                        raise FleetError(
-                            f"another command works on {self.folder}; end it first", reason="locked"
-                        ) from None
-                    time.sleep(0.05)
+        with locked(self.folder / "lock", self.folder):
             yield
 
     def write(self, record: Record) -> None:

@@ -6,19 +6,21 @@ at the broker is a function of plan and progress alone, so a controller that is 
 the same again when it comes back.
 
     running -> first device -> 1 % -> 5 % -> 25 % -> 100 % -> done
-       |          next: 95 % of the reachable devices succeeded and the soak passed
+       |          next: 95 % of the stage's devices succeeded and the soak passed
        +-- paused     by the operator, or by a stage that can no longer reach its share
        +-- aborted    failed >= max(2, 5 %), a device lost on trial, or nobody succeeded
        +-- rolled-back  by the operator, from any of them
 
-A device that is offline before it activates is neither success nor failure. One order id serves the
-whole rollout; every change of it is a higher sequence number.
+A stage is a share of the devices that the operator enrolled, and only what they signed widens it.
+Presence is not signed: it chooses the first device and says whom to wait for. A silent device is no
+failure, but no success either: whoever owns the broker could silence those that failed. One order
+id serves the whole rollout; every change of it is a higher sequence number.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
@@ -32,11 +34,20 @@ FIRST = 0.0  # the stage of one device
 STAGES = (FIRST, 1.0, 5.0, 25.0, 100.0)
 # Silence in one of these phases means that the new bundle took the device down.
 RISKY = frozenset(phase.value for phase in ON_TRIAL)
+# Why a device that believes the order cannot have the bundle, as it finds by itself. All other
+# reasons can be brought about by whoever owns the broker or the mirror.
+UNFIT = frozenset({"requirements", "disk-full", "downgrade"})
+SILENT = "silent"
+# What an operator who resumes accepts, device by device, until it does something else.
+ACCEPTABLE = frozenset({SILENT, "failed", "lost", "rejected", "canceled"})
 
 
 @dataclass(frozen=True)
 class Thresholds:
-    """When a stage passes and when the rollout ends; shares are of its reachable devices."""
+    """When a stage passes and when the rollout ends.
+
+    `success` is a share of the stage's devices, `failed` of those that can be judged.
+    """
 
     success: float = 0.95
     failed: float = 0.05
@@ -88,8 +99,9 @@ class Plan:
 class Progress:
     """Where the rollout stands. `seq` grows whenever the order that is to be retained changes.
 
-    `accepted` failures are known to the operator and no longer counted; `kbit_s` is each device's
-    share of the egress in this stage.
+    `accepted` has the devices whose failure or silence the operator knows, by what it was: while
+    that does not change they are not counted. `kbit_s` is each device's share of the egress in this
+    stage.
     """
 
     seq: int
@@ -100,7 +112,7 @@ class Progress:
     since: float = 0.0
     signed_at: float = 0.0
     good_since: float | None = None
-    accepted: int = 0
+    accepted: dict[str, str] = field(default_factory=dict)
     kbit_s: int = 0
 
     @property
@@ -111,7 +123,8 @@ class Progress:
 
 @dataclass(frozen=True)
 class Seen:
-    """What is known of a device: its place in cohorts, its last status and report.
+    """What is known of an enrolled device: its place in cohorts, its last status, and its last
+    report that was proven to be its own.
 
     `heard` is when the report came in, by the controller's clock: a device's own may be wrong.
     """
@@ -128,10 +141,14 @@ Fleet = Mapping[str, Seen]
 
 @dataclass(frozen=True)
 class Tally:
-    """The devices of a stage by what they did. Reachable are those that can be judged."""
+    """The devices of a stage by what they did.
+
+    `unfit` ones cannot have the bundle and say so themselves; `accepted` ones failed or were
+    silent, and the operator has gone on without them.
+    """
 
     members: int = 0
-    offline: int = 0
+    silent: int = 0
     waiting: int = 0
     active: int = 0
     succeeded: int = 0
@@ -139,10 +156,17 @@ class Tally:
     lost: int = 0
     rejected: int = 0
     canceled: int = 0
+    unfit: int = 0
+    accepted: int = 0
+
+    @property
+    def asked(self) -> int:
+        """Devices of which a share must succeed: a report has to say so, silence does not."""
+        return self.members - self.unfit - self.accepted
 
     @property
     def reachable(self) -> int:
-        """Devices that did or can do what the order asks."""
+        """Devices that did or can do what the order asks, as far as the broker shows."""
         return self.waiting + self.active + self.succeeded + self.failed + self.lost
 
     @property
@@ -159,19 +183,28 @@ def members(plan: Plan, progress: Progress, fleet: Fleet, stage: int | None = No
 
 def tally(plan: Plan, progress: Progress, fleet: Fleet, now: float) -> Tally:
     """Count the devices of the current stage."""
-    names = members(plan, progress, fleet)
-    counts = Counter(_fate(fleet[name], plan.thresholds.lost_s, now) for name in names)
-    return Tally(members=len(names), **counts)
+    fates = fates_of(plan, progress, fleet, now)
+    counts = Counter(
+        "accepted" if progress.accepted.get(name) == fate else fate for name, fate in fates.items()
+    )
+    return Tally(members=len(fates), **counts)
+
+
+def fates_of(plan: Plan, progress: Progress, fleet: Fleet, now: float) -> dict[str, str]:
+    """What each device of the current stage has come to."""
+    lost_s = plan.thresholds.lost_s
+    return {name: _fate(fleet[name], lost_s, now) for name in members(plan, progress, fleet)}
 
 
 def _fate(seen: Seen, lost_s: float, now: float) -> str:
     job = seen.job
     if job is not None and job.ended:
-        return job.state.lower()
+        unfit = job.state == "REJECTED" and job.release and job.evidence.get("reason") in UNFIT
+        return "unfit" if unfit else job.state.lower()
     if job is not None and job.phase in RISKY:
         return "lost" if now - seen.heard >= lost_s else "active"
     if not seen.online:
-        return "offline"
+        return SILENT
     return "waiting" if job is None or job.state == "QUEUED" else "active"
 
 
@@ -179,14 +212,15 @@ def step(plan: Plan, progress: Progress, fleet: Fleet, now: float) -> Progress:
     """What is to be the case now. The same progress if nothing changes."""
     if progress.ended:
         return progress
-    if not progress.first:
+    alone = plan.stages[progress.stage] == FIRST
+    if not progress.first or (alone and progress.first not in fleet):
         return _begin(plan, progress, fleet, now)
     count = tally(plan, progress, fleet, now)
-    if reason := too_bad(plan.thresholds, count, progress.accepted):
+    if reason := too_bad(plan.thresholds, count):
         return _turn(progress, now, state="aborted", reason=reason)
-    if not _passes(plan.thresholds, count, progress.accepted):
-        if count.settled and count.succeeded:
-            reason = f"{count.succeeded} of {count.reachable} succeeded; resume accepts the others"
+    if not _passes(plan.thresholds, count):
+        if count.settled and count.succeeded and not _may_pass(plan.thresholds, count):
+            reason = f"{count.succeeded} of {count.asked} succeeded; resume accepts the others"
             return _turn(progress, now, state="paused", reason=reason)
         return _keep(plan, replace(progress, good_since=None), now)
     # A clock that was set back must not make the soak longer than it is.
@@ -196,32 +230,36 @@ def step(plan: Plan, progress: Progress, fleet: Fleet, now: float) -> Progress:
     return _widen(plan, replace(progress, good_since=good_since), fleet, count, now)
 
 
-def too_bad(limits: Thresholds, count: Tally, accepted: int = 0) -> str:
+def too_bad(limits: Thresholds, count: Tally) -> str:
     """Why the rollout must end, or nothing."""
-    failed = count.failed + count.lost - accepted
-    if count.lost >= limits.lost and failed > 0:
+    failed = count.failed + count.lost
+    if count.lost >= limits.lost:
         return f"{count.lost} of {count.reachable} lost on trial"
     most = max(limits.failed_min, limits.failed * count.reachable)
     if failed >= most:
         return f"{count.failed} of {count.reachable} failed"
     if count.members and count.settled and not count.succeeded and _judged(count):
-        return f"nobody succeeded: {count.failed} failed, {count.rejected} rejected"
+        return f"nobody succeeded: {count.failed} failed, {count.rejected + count.unfit} rejected"
     return ""
 
 
 def _judged(count: Tally) -> int:
-    return count.failed + count.lost + count.rejected + count.canceled
+    return count.failed + count.lost + count.rejected + count.canceled + count.unfit
 
 
-def _passes(limits: Thresholds, count: Tally, accepted: int) -> bool:
-    asked = count.reachable - accepted
-    return count.succeeded > 0 and count.succeeded >= limits.success * asked
+def _passes(limits: Thresholds, count: Tally) -> bool:
+    return count.succeeded > 0 and count.succeeded >= limits.success * count.asked
+
+
+def _may_pass(limits: Thresholds, count: Tally) -> bool:
+    """Whether the share would be reached if all who are silent succeeded."""
+    return count.succeeded + count.silent >= limits.success * count.asked
 
 
 def _begin(plan: Plan, progress: Progress, fleet: Fleet, now: float) -> Progress:
     """Choose the first device: the one that every later stage holds first, too."""
     if plan.first is not None:
-        first: str | None = plan.first
+        first = plan.first if plan.first in fleet else None
     else:
         online = [(seen.point, name) for name, seen in fleet.items() if seen.online]
         first = min(online)[1] if online else None
@@ -294,11 +332,12 @@ def pause(progress: Progress, now: float) -> Progress:
 
 
 def resume(plan: Plan, progress: Progress, fleet: Fleet, now: float) -> Progress:
-    """Go on from where it was paused; the failures so far are accepted."""
+    """Go on from where it was paused, without those that have failed or are silent."""
     if progress.state != "paused":
         raise InvalidRequest(f"the rollout is {progress.state}; only a paused one can be resumed")
-    count = tally(plan, progress, fleet, now)
-    resumed = replace(progress, accepted=count.failed + count.lost, good_since=None)
+    fates = fates_of(plan, progress, fleet, now)
+    accepted = {name: fate for name, fate in fates.items() if fate in ACCEPTABLE}
+    resumed = replace(progress, accepted=accepted, good_since=None)
     return _turn(resumed, now, state="running", reason="")
 
 
@@ -316,12 +355,15 @@ def rollback(progress: Progress, now: float) -> Progress:
     return _turn(progress, now, state="rolled-back", reason="by the operator")
 
 
-def going_back(fleet: Fleet) -> int:
-    """After a rollback: reachable devices that are still on the new bundle, or on the way."""
-    return sum(
-        seen.online and seen.job is not None and (not seen.job.ended or _has_it(seen))
-        for seen in fleet.values()
-    )
+def going_back(fleet: Fleet) -> tuple[int, int]:
+    """After a rollback: devices that have not said that they are off the new bundle.
+
+    First those that the broker shows, then those that are silent and go back when they come.
+    """
+    left = [
+        seen.online for seen in fleet.values() if seen.job and (not seen.job.ended or _has_it(seen))
+    ]
+    return sum(left), len(left) - sum(left)
 
 
 def stage_s(plan: Plan, devices: int) -> float:
@@ -338,12 +380,3 @@ def schedule(plan: Plan, devices: int) -> list[tuple[float, int, float]]:
         rows.append((percent, reached, stage_s(plan, max(0, reached - before))))
         before = max(before, reached)
     return rows
-
-
-def at_risk(fleet: Fleet) -> Iterable[tuple[str, Seen]]:
-    """Devices between activation and verdict: whose silence counts."""
-    return (
-        (name, seen)
-        for name, seen in fleet.items()
-        if seen.job is not None and not seen.job.ended and seen.job.phase in RISKY
-    )

@@ -71,7 +71,10 @@ class Update:
 
 @dataclass(frozen=True)
 class Verdict:
-    """How an order ended. `condemned`: the release itself failed here, not the road to it."""
+    """How an order ended. `condemned`: the release itself failed here, not the road to it.
+
+    `release` is what was to run: what the order names (`ordered`), or what it goes back to.
+    """
 
     order: str
     key: str  # the sequence of orders it belongs to
@@ -82,6 +85,7 @@ class Verdict:
     condemned: bool = False
     bundle_from: str = ""
     bundle_to: str = ""
+    ordered: str = ""
 
 
 @dataclass(frozen=True)

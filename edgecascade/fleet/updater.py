@@ -470,6 +470,7 @@ def _end(
         state=outcome,
         evidence=cut_evidence(evidence),
         release=target.release if target else "",
+        ordered=order.release_sha256,
         condemned=condemned,
         bundle_from=_shown(before or state.active),
         bundle_to=_shown(target),
@@ -482,6 +483,8 @@ def _verdict_report(verdict: Verdict) -> Report:
         verdict.order,
         verdict.seq,
         verdict.state,
+        group=verdict.key,
+        release=verdict.ordered,
         bundle_from=verdict.bundle_from,
         bundle_to=verdict.bundle_to,
         evidence=verdict.evidence,
@@ -495,7 +498,14 @@ def _progress(state: DeviceState) -> Report:
     phase = "paused" if current.paused else current.phase.value
     order = current.order
     return Report(
-        order.order, order.seq, "IN_PROGRESS", phase, _shown(before), _shown(current.target)
+        order.order,
+        order.seq,
+        "IN_PROGRESS",
+        phase,
+        order.key,
+        order.release_sha256,
+        _shown(before),
+        _shown(current.target),
     )
 
 

@@ -1,101 +1,156 @@
 # SPDX-License-Identifier: Apache-2.0
 """What an operator has heard of a group's devices: their retained states and reports.
 
-Messages in, a table out; no connection and no clock. A device belongs to the group if it says so,
-or if it has reported about the order.
+Messages in, a table out; no connection and no clock. The devices are those that were enrolled,
+whether they are heard of or not, and a report counts only if its device signed it, about this
+rollout, later than all that counted before. What does not count is counted.
 """
 
 from __future__ import annotations
 
-import logging
+import hashlib
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from edgecascade.fleet.jobs import Job, read_job
-from edgecascade.fleet.orders import ID, point
+from edgecascade.errors import ReportRefused
+from edgecascade.fleet.jobs import Job
+from edgecascade.fleet.orders import Order, point
+from edgecascade.fleet.register import Devices
+from edgecascade.fleet.reports import DeviceKey
 from edgecascade.fleet.rollout import Seen
 from edgecascade.service import wire
 from edgecascade.service.topics import Address
 
-log = logging.getLogger(__name__)
-
 MAX_STATUS_BYTES = 8 << 10
-MAX_DEVICES = 1_000_000
-Heard = Callable[[str, int, float], float]  # device, version of its report, now
+MAX_STRANGERS = 100  # names that are not enrolled; whoever owns the broker may invent more
+OTHERS = "others"
 
 
-@dataclass(frozen=True)
-class Known:
-    """A device as it shows itself; `agent` is the name that the broker proved."""
+@dataclass
+class Doubts:
+    """Messages that were not believed: how many, by who they came from and why."""
 
-    agent: str
-    bundle: str = ""
-    status: str = ""
+    counts: Counter[tuple[str, str]] = field(default_factory=Counter)
+    _strangers: set[str] = field(default_factory=set)
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.counts.total()
+
+    def add(self, name: str, reason: str, *, known: bool) -> None:
+        """One more."""
+        if not known and name not in self._strangers:
+            if len(self._strangers) < MAX_STRANGERS:
+                self._strangers.add(name)
+            else:
+                name = OTHERS
+        self.counts[name, reason] += 1
 
 
 class View:
-    """The devices of one group, and their reports about one order."""
+    """The enrolled devices of a group, and their reports about one order.
+
+    `believed` is a record's: what counted before this process began.
+    """
 
     def __init__(
-        self, group: str, order: str, salt: str, heard: Heard = lambda device, version, now: now
+        self, order: Order, devices: Devices, believed: Mapping[str, Any] | None = None
     ) -> None:
         self.fleet: dict[str, Seen] = {}
-        self.known: dict[str, Known] = {}
-        self.changes = 0
-        self._group, self._order, self._salt, self._heard = group, order, salt, heard
+        self.doubts = Doubts()
+        self._order, self._believed = order, believed or {}
+        self._keys: dict[str, DeviceKey] = {}
+        self._names: dict[str, str] = {}  # of devices, by agent
+        self._last: dict[str, bytes] = {}  # digest of the report that counted last
+        self.enroll(devices)
+
+    def enroll(self, devices: Devices) -> None:
+        """From now on these are the devices. One whose key is another has said nothing yet."""
+        known = self._keys
+        self._devices, self._ring = devices, devices.keyring(self._order.group)
+        self._keys = {key.device: key for key in devices.of(self._order.group)}
+        self._names = {key.agent: key.device for key in self._keys.values()}
+        fresh = {
+            name: Seen(point(self._order.cohort.salt, name))
+            for name, key in self._keys.items()
+            if name not in known or known[name].public != key.public
+        }
+        kept = {name: seen for name, seen in self.fleet.items() if name in self._keys}
+        self._last = {name: said for name, said in self._last.items() if name not in fresh}
+        self.fleet = {**kept, **fresh}
+
+    @property
+    def devices(self) -> Devices:
+        """Who is enrolled, in all groups."""
+        return self._devices
 
     def hear(self, address: Address, payload: bytes, now: float) -> None:
-        """Take in a message; what is none of ours, or damaged, changes nothing."""
+        """Take in a message; what is none of ours, or not believed, changes no device."""
         if address.kind == "status":
             self._status(address.device, _object(payload))
-        elif address.kind == "job" and address.order == self._order:
-            job = read_job(payload)
-            if job is not None and job.order == self._order:
-                self._job(address.device, job, now)
+        elif address.kind == "job" and address.order == self._order.order and payload:
+            name = self._names.get(address.device)
+            digest = hashlib.sha256(payload).digest()
+            if name is not None and self._last.get(name) == digest:
+                return  # the broker says it again
+            try:
+                job = self._proven(payload)
+                self._count(job, now)
+                self._last[job.device] = digest
+            except ReportRefused as error:
+                self.doubts.add(name or address.device, error.reason, known=name is not None)
 
     def _status(self, agent: str, body: Mapping[str, Any]) -> None:
-        groups, device = body.get("groups"), body.get("device")
+        groups, name = body.get("groups"), self._names.get(agent)
         if body.get("kind") != "agent" or not isinstance(groups, list):
             return
-        if self._group not in groups or not isinstance(device, str):
+        if self._order.group not in groups:
             return
-        if not self._is_its_own(agent, device):
+        if name is None or body.get("device") != name:
+            self.doubts.add(name or agent, "not-enrolled", known=name is not None)
             return
-        word, bundle = body.get("status"), body.get("bundle")
+        bundle = body.get("bundle")
         shown = bundle if isinstance(bundle, str) else ""
-        self.known[device] = Known(agent, shown, word if isinstance(word, str) else "")
-        self._put(device, replace(self._seen(device), online=word != "offline", bundle=shown))
+        online = body.get("status") != "offline"
+        self.fleet[name] = replace(self.fleet[name], online=online, bundle=shown)
 
-    def _job(self, agent: str, job: Job, now: float) -> None:
-        if not self._is_its_own(agent, job.device):
-            return
-        self.known.setdefault(job.device, Known(agent))
-        seen = self._seen(job.device)
-        if seen.job == job:
-            return  # the broker says it again
-        heard = self._heard(job.device, job.version, now) if seen.job is None else now
-        self._put(job.device, replace(seen, job=job, heard=heard))
+    def _proven(self, payload: bytes) -> Job:
+        """The report, if it is an enrolled device's own, and about this rollout."""
+        job, order = self._ring.verify(payload), self._order
+        here = (job.order, job.group) == (order.order, order.group)
+        if not here or job.seq < order.seq:  # a name that was used before has lower numbers
+            raise ReportRefused(
+                f"{job.device} speaks of order {job.order!r}, seq {job.seq}", reason="other-order"
+            )
+        # A device that cannot believe an order says so, and does not know what it would install.
+        refused = job.state == "REJECTED" and not job.release
+        if job.release != order.release_sha256 and not refused:
+            raise ReportRefused(
+                f"{job.device} speaks of release {job.release!r}", reason="other-release"
+            )
+        return job
 
-    def _is_its_own(self, agent: str, device: str) -> bool:
-        """Whether this agent may speak for the device: nobody else has before."""
-        if not ID.fullmatch(device):
-            return False
-        if device not in self.known:
-            return len(self.known) < MAX_DEVICES
-        if self.known[device].agent != agent:
-            log.warning("%s speaks for %s, as %s does", agent, device, self.known[device].agent)
-            return False
-        return True
+    def _count(self, job: Job, now: float) -> None:
+        """Take a proven report in, unless it is an old one."""
+        seen = self.fleet[job.device]
+        before, when = self._newest(job.device)
+        if job.version < before or (job.version == before and seen.job not in (None, job)):
+            raise ReportRefused(
+                f"{job.device} said version {job.version}, and {before} before", reason="replayed"
+            )
+        heard = when if job.version == before else now
+        self.fleet[job.device] = replace(seen, job=job, heard=heard)
 
-    def _seen(self, device: str) -> Seen:
-        return self.fleet.get(device) or Seen(point(self._salt, device))
-
-    def _put(self, device: str, seen: Seen) -> None:
-        if self.fleet.get(device) != seen:
-            self.fleet[device] = seen
-            self.changes += 1
+    def _newest(self, name: str) -> tuple[int, float]:
+        """Version and time of the latest report that counted, by this process or an earlier one."""
+        seen = self.fleet[name]
+        if seen.job is not None:
+            return seen.job.version, seen.heard
+        version, when = self._believed.get(name, (-1, 0.0))
+        return int(version), float(when)
 
     def troubles(self) -> list[tuple[str, Job]]:
         """Devices that failed or refused, by name."""

@@ -12,12 +12,24 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from securesystemslib.signer import CryptoSigner
 
-from edgecascade.errors import InvalidRequest, UpdateRefused
+from edgecascade.errors import InvalidRequest, ReportRefused, UpdateRefused
+from edgecascade.fleet import reports
 from edgecascade.fleet.adapters import aws_jobs, hawkbit
 from edgecascade.fleet.adapters.aws_jobs import AwsJobs, ToAgent, ToAws
 from edgecascade.fleet.jobs import STATES, Job
+from edgecascade.fleet.keys import public_hex
+from edgecascade.fleet.reports import DeviceKey, Keyring
 from edgecascade.service import wire
+
+SIGNER = CryptoSigner.generate_ed25519()
+KEY = DeviceKey("robot-7", "robot-7-agent", public_hex(SIGNER.public_key), ("site",))
+
+
+def signed(job: Job) -> bytes:
+    return reports.sign(job, SIGNER)
+
 
 ENVELOPE = wire.encode({"payload": "eyJ9", "payloadType": "order", "signatures": []})
 JOB = Job("o-1", 7, "robot-7", "IN_PROGRESS", "downloading", progress=0.25, ts=1_795_440_000.5)
@@ -94,22 +106,21 @@ def test_a_new_job_is_started_and_its_order_goes_to_the_agent() -> None:
 
 def test_a_report_is_an_update_with_the_version_that_aws_expects() -> None:
     jobs = working()
-    body = sent(jobs.report(JOB))
+    body = sent(jobs.report(signed(JOB)))
     assert body["status"] == "IN_PROGRESS"
     assert body["expectedVersion"] == 2
     assert body["executionNumber"] == 1
-    assert body["statusDetails"] == {
-        "order": "o-1", "state": "IN_PROGRESS", "phase": "downloading", "progress": "0.25",
-    }  # fmt: skip
+    shown = {k: v for k, v in body["statusDetails"].items() if not k.startswith("report-")}
+    assert shown == {"state": "IN_PROGRESS", "phase": "downloading", "progress": "0.25"}
     assert jobs.hear(f"{TOPIC}/job1/update/accepted", accepted(3)) == []
-    assert sent(jobs.report(DONE))["expectedVersion"] == 3
+    assert sent(jobs.report(signed(DONE)))["expectedVersion"] == 3
 
 
 def test_while_aws_has_not_answered_only_the_latest_report_is_kept() -> None:
     jobs = working()
-    jobs.report(JOB)
-    assert jobs.report(replace(JOB, progress=0.5)) == []
-    assert jobs.report(DONE) == []
+    jobs.report(signed(JOB))
+    assert jobs.report(signed(replace(JOB, progress=0.5))) == []
+    assert jobs.report(signed(DONE)) == []
     body = sent(jobs.hear(f"{TOPIC}/job1/update/accepted", accepted(3)))
     assert (body["status"], body["expectedVersion"]) == ("SUCCEEDED", 3)
     assert jobs.hear(f"{TOPIC}/job1/update/accepted", accepted(4)) == jobs.start()
@@ -118,7 +129,7 @@ def test_while_aws_has_not_answered_only_the_latest_report_is_kept() -> None:
 
 def test_a_version_that_does_not_match_is_sent_again_with_the_right_one() -> None:
     jobs = working()
-    jobs.report(FAILED)
+    jobs.report(signed(FAILED))
     body = sent(jobs.hear(f"{TOPIC}/job1/update/rejected", rejected("VersionMismatch", 9)))
     assert (body["status"], body["expectedVersion"]) == ("FAILED", 9)
     assert body["statusDetails"]["reason"] == "wrong-answer"
@@ -127,14 +138,14 @@ def test_a_version_that_does_not_match_is_sent_again_with_the_right_one() -> Non
 
 def test_a_report_that_aws_does_not_want_is_dropped() -> None:
     jobs = working()
-    jobs.report(DONE)
+    jobs.report(signed(DONE))
     out = jobs.hear(f"{TOPIC}/job1/update/rejected", rejected("InvalidStateTransition", 5))
     assert out == jobs.start()
 
 
 @pytest.mark.parametrize("state", STATES)
 def test_every_state_is_one_that_a_device_may_set(state: Any) -> None:
-    body = sent(working().report(replace(JOB, state=state)))
+    body = sent(working().report(signed(replace(JOB, state=state))))
     assert body["status"] in ("IN_PROGRESS", "SUCCEEDED", "FAILED", "REJECTED")
     assert body["statusDetails"]["state"] == state
 
@@ -142,11 +153,11 @@ def test_every_state_is_one_that_a_device_may_set(state: Any) -> None:
 def test_another_program_s_job_is_left_alone() -> None:
     jobs = AwsJobs("robot-7")
     assert jobs.hear(f"{TOPIC}/start-next/accepted", started({"operation": "reboot"})) == []
-    assert jobs.report(JOB) == []
+    assert jobs.report(signed(JOB)) == []
 
 
 def test_long_evidence_fits_and_a_large_order_does_not() -> None:
-    body = sent(working().report(replace(FAILED, evidence={"message": "x" * 9000})))
+    body = sent(working().report(signed(replace(FAILED, evidence={"message": "x" * 9000}))))
     assert max(map(len, body["statusDetails"].values())) <= 1024
     large = wire.encode({"payload": "x" * 33_000, "payloadType": "order", "signatures": []})
     with pytest.raises(InvalidRequest, match="32768"):
@@ -176,7 +187,38 @@ def test_aws_may_say_anything(messages: list[tuple[str, Any]]) -> None:
     for jobs in (AwsJobs("robot-7"), working()):
         for topic, value in messages:
             jobs.hear(f"{TOPIC}/{topic}", json.dumps(value).encode())
-            jobs.report(JOB)
+            jobs.report(signed(JOB))
+
+
+LARGE = replace(
+    FAILED,
+    phase="p" * 100,
+    evidence={"reason": "r" * 900, "message": "é" * 900, "log": "l" * 5000},
+)
+
+
+@pytest.mark.parametrize("job", [JOB, DONE, LARGE], ids=["begun", "done", "large"])
+def test_the_signed_report_goes_along_unchanged(job: Job) -> None:
+    """Who counts elsewhere can believe the device instead of the carrier."""
+    report = signed(job)
+    aws = sent(working().report(report))["statusDetails"]
+    assert len(aws) <= 10
+    assert max(map(len, aws.values())) <= 1024
+    assert aws_jobs.signed_report(aws) == report
+    details = hawkbit.feedback(report)["status"]["details"]
+    assert max(map(len, details)) <= 512
+    assert hawkbit.signed_report(details) == report
+    ring = Keyring([KEY])
+    assert ring.verify(report).state == job.state
+    aws["report-0"] = aws["report-0"].replace("a", "b")
+    with pytest.raises(ReportRefused):
+        ring.verify(aws_jobs.signed_report(aws))
+
+
+def test_what_is_no_report_is_not_passed_on() -> None:
+    assert working().report(b"{}") == []
+    with pytest.raises(InvalidRequest, match="no report"):
+        hawkbit.feedback(b"{}")
 
 
 URL = "https://hawkbit.example/DEFAULT/controller/v1/robot-7"
@@ -254,7 +296,7 @@ def test_an_action_without_an_order_is_refused() -> None:
     ],
 )
 def test_feedback_is_what_hawkbit_takes(job: Job, execution: str, finished: str) -> None:
-    body = hawkbit.feedback(job)
+    body = hawkbit.feedback(signed(job))
     assert body["timestamp"] == 1_795_440_000_500
     assert body["status"]["execution"] == execution
     assert body["status"]["result"]["finished"] == finished

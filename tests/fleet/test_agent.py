@@ -25,7 +25,7 @@ from edgecascade.fleet.agent import Agent, own, trusted_root
 from edgecascade.fleet.faults.web import Site, drip
 from edgecascade.fleet.home import Home
 from edgecascade.fleet.host import DeviceHost
-from edgecascade.fleet.intake import Envelope, Held, Intake, Offer, Refusal, Result, said_name
+from edgecascade.fleet.intake import Envelope, Held, Intake, Offer, Refusal, Result, said_order
 from edgecascade.fleet.orders import Order, Policy
 from edgecascade.fleet.refresh import Trust, folder_fetch
 from edgecascade.fleet.release import GoldenPrompt, Health, Release
@@ -269,7 +269,10 @@ def test_an_order_of_a_revoked_key_is_refused_though_it_was_good(
     refusal = box.take(signed)
     assert isinstance(refusal, Refusal)
     assert refusal.reason in ("signature", "epoch")
-    assert (refusal.order, said_name(signed)[0]) == ("former", "former")
+    assert (refusal.order, refusal.group) == ("former", GROUP)
+    said = said_order(signed)
+    assert said is not None
+    assert (said.order, said.seq) == ("former", refusal.seq)
 
 
 def test_an_order_for_others_is_none_of_ours(home: Home, tmp_path: Path) -> None:

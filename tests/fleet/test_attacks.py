@@ -3,15 +3,22 @@
 
 from __future__ import annotations
 
+import inspect
 import random
-from collections.abc import Iterator
+import textwrap
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from edgecascade.errors import UpdateRefused
-from edgecascade.fleet.faults import attacks, clocks
+from edgecascade.fleet import rollout
+from edgecascade.fleet.envelopes import Sealed
+from edgecascade.fleet.faults import attacks, clocks, deceit
 from edgecascade.fleet.faults.siege import FOLDER, Camp
+from edgecascade.fleet.reports import Keyring
+from edgecascade.fleet.view import Doubts, View
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +32,78 @@ def camp(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Camp]:
 @pytest.mark.parametrize("name", attacks.ATTACKS)
 def test_device_stands_the_attack(camp: Camp, name: str) -> None:
     assert attacks.tried(camp, f"{name}:7") == ""
+
+
+@pytest.mark.parametrize("name", deceit.TRICKS)
+def test_operator_stands_the_trick(name: str) -> None:
+    assert deceit.tried(f"{name}:7") == ""
+
+
+def without(where: Any, name: str, check: str, instead: str) -> Callable[..., Any]:
+    """A function whose source lacks a check."""
+    plain = getattr(where, name)
+    plain = plain.fget if isinstance(plain, property) else plain
+    source = textwrap.dedent(inspect.getsource(plain)).removeprefix("@property\n")
+    assert source.count(check) == 1, f"{check!r} is not in {name}"
+    made: dict[str, Any] = {}
+    exec(source.replace(check, instead), plain.__globals__, made)
+    changed: Callable[..., Any] = made[name]
+    return changed
+
+
+REFUSED = "except (UnverifiedSignatureError, VerificationError):\n        return False"
+PASSED = "except UnverifiedSignatureError:\n        pass"
+GHOST = "name = str(body['device']); self.fleet.setdefault(name, Seen(1.0))\n    if False:"
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "check", "instead", "trick"),
+    [
+        (Sealed, "is_signed_by", REFUSED, PASSED, "success-under-a-known-key-id"),
+        (Sealed, "is_signed_by", REFUSED, PASSED, "failure-turned-into-success"),
+        (Sealed, "is_signed_by", REFUSED, PASSED, "kind-of-document-changed"),
+        (Keyring, "verify", "len(signers) != 1", "not signers", "captured-device-signs-along"),
+        (Keyring, "verify", "job.device != key.device", "False",
+         "captured-device-speaks-for-others"),
+        (Keyring, "verify", "not good", "False", "revoked-key-of-a-device-with-a-new-one"),
+        (View, "enroll", "or known[name].public != key.public", "",
+         "success-of-a-key-that-is-revoked-later"),
+        (View, "enroll", "if name in self._keys", "", "revoked-device"),
+        (View, "_status", "if name is None or body.get(\"device\") != name:", GHOST, "ghosts"),
+        (View, "_status", "or body.get(\"device\") != name", "", "presence-under-another-name"),
+        (View, "_proven", "not here or", "", "success-with-an-earlier-order"),
+        (View, "_proven", "not here or", "", "success-in-another-group"),
+        (View, "_proven", "or job.seq < order.seq", "", "success-with-an-order-of-the-same-name"),
+        (View, "_proven", "job.release != order.release_sha256 and", "False and",
+         "success-with-another-release"),
+        (View, "_count", "job.version < before or", "False or", "success-before-the-failure"),
+        (View, "_count", "job.version < before or", "False or",
+         "success-before-the-failure-after-a-restart"),
+        (View, "_count", "job.version < before or", "False or", "device-on-trial-is-kept-alive"),
+        (View, "_newest", "self._believed.get(name, (-1, 0.0))", "-1, 0.0",
+         "success-before-the-failure-after-a-restart"),
+        (Doubts, "add", "len(self._strangers) < MAX_STRANGERS", "True", "ghosts"),
+        (rollout, "_passes", "count.asked", "count.reachable", "all-but-one-are-hidden"),
+        (rollout, "_passes", "count.asked", "count.reachable", "failures-are-suppressed"),
+        (rollout, "_passes", "count.asked", "(count.asked - count.active)",
+         "failures-are-shown-as-work"),
+        (rollout, "_passes", "count.asked", "(count.asked - count.canceled)",
+         "order-that-expired-on-the-way"),
+        (rollout, "_fate", "and job.evidence.get(\"reason\") in UNFIT", "",
+         "refusals-by-a-lying-mirror"),
+    ],
+)  # fmt: skip
+def test_each_check_is_missed(
+    monkeypatch: pytest.MonkeyPatch, where: Any, name: str, check: str, instead: str, trick: str
+) -> None:
+    """Without the check, the trick works, or at least shows."""
+    changed: Any = without(where, name, check, instead)
+    monkeypatch.setattr(where, name, changed)
+    try:
+        noticed = deceit.tried(f"{trick}:7")
+    except (AssertionError, KeyError) as error:  # it went where it must not
+        noticed = repr(error)
+    assert noticed
 
 
 @pytest.mark.parametrize("change", attacks.CHANGES)
@@ -56,6 +135,8 @@ def test_an_attack_that_succeeds_is_reported(camp: Camp, monkeypatch: pytest.Mon
 
 
 def test_there_are_as_many_attacks_as_promised() -> None:
-    assert len(attacks.ATTACKS) >= 36
+    assert len(attacks.ATTACKS) >= 57
+    assert len(deceit.TRICKS) >= 30
+    assert len({one.act.__doc__ for one in deceit.TRICKS.values()}) == len(deceit.TRICKS)
     assert len(clocks.CASES) >= 24
     assert len({one.act.__doc__ for one in attacks.ATTACKS.values()}) == len(attacks.ATTACKS)

@@ -8,8 +8,9 @@ import os
 import pty
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from virtual_devices import virtual_devices
 from edgecascade.cli import main
 from edgecascade.errors import InvalidRequest
 from edgecascade.fleet import audit
+from edgecascade.fleet.faults.virtual import VirtualFleet
 from edgecascade.fleet.home import Home, rate, stages, window
 from edgecascade.fleet.orders import unverified
 from edgecascade.service.broker import LocalBroker
@@ -80,9 +82,12 @@ class Shell:
         value: dict[str, Any] = json.loads(self._out.readouterr().out)
         return value
 
-    def devices(self, count: int = DEVICES, **behaviour: Any) -> Any:
-        keys = self.home.repository().order_keys()
-        return virtual_devices(self.broker.port, keys, count, group=self.group, **behaviour)
+    @contextmanager
+    def devices(self, count: int = DEVICES, **behaviour: Any) -> Iterator[VirtualFleet]:
+        port, keys = self.broker.port, self.home.repository().order_keys()
+        with virtual_devices(port, keys, count, group=self.group, **behaviour) as fleet:
+            self.home.register.enroll(fleet.keys_of(count), time.time())
+            yield fleet
 
 
 @pytest.fixture
@@ -120,6 +125,39 @@ def test_a_bad_bundle_says_why_and_the_exit_status_tells(
         out = capsys.readouterr().out
         assert "aborted (nobody succeeded: 1 failed, 0 rejected)" in out
         assert "failed: dice" in out
+
+
+def test_a_rollout_needs_devices_that_are_enrolled(
+    shell: Shell, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert shell.rollout() == 1
+    said = capsys.readouterr().err
+    assert f"no device of group '{shell.group}' is enrolled" in said
+    assert "edgecascade agent enroll" in said
+    assert "edgecascade fleet devices --enroll" in said
+    with shell.devices(2):
+        assert shell.rollout("--first", "robot-9") == 1
+        assert "'robot-9' is not enrolled" in capsys.readouterr().err
+
+
+def test_silent_devices_are_named_and_the_operator_goes_on_without_them(
+    shell: Shell, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with shell.devices(2) as fleet:
+        shell.home.register.enroll(fleet.keys_of(3), time.time())
+        process, said = shell.begin("--stages", "first,100", lines=1)
+        assert process.stdout is not None
+        while said["succeeded"] < 2:
+            said = json.loads(process.stdout.readline())
+        assert (said["state"], said["silent"]) == ("running", 1), "two of three are not enough"
+        assert shell.run("status") == 0
+        assert "silent: v00002" in capsys.readouterr().out
+        assert shell.run("pause") == 0
+        process.communicate()
+        assert process.returncode == 3
+        assert shell.run("resume", "--json") == 0
+        last = shell.lines()[-1]
+    assert (last["state"], last["succeeded"], last["accepted"]) == ("done", 2, 1)
 
 
 def test_one_rollout_at_a_time_in_a_group(shell: Shell, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,6 +20,7 @@ from edgecascade.fleet.faults.virtual import VirtualFleet
 from edgecascade.fleet.operator import Controller, Operator, Signing, Turn
 from edgecascade.fleet.orders import Cohort, Order, OrderKey, OrderKeys
 from edgecascade.fleet.record import Record, Records
+from edgecascade.fleet.register import Register
 from edgecascade.fleet.rollout import Plan, Progress, Thresholds
 from edgecascade.fleet.view import View
 from edgecascade.service.broker import LocalBroker
@@ -42,6 +43,7 @@ class Bench:
 
         self.broker = broker
         self.records = Records(folder / "rollouts")
+        self.register = Register(folder / "devices.json")
         self.log = folder / "audit.jsonl"
         self.signer = CryptoSigner(Ed25519PrivateKey.generate())
         public = public_hex(self.signer.public_key)
@@ -79,7 +81,7 @@ class Bench:
     @contextmanager
     def operator(self, name: str = "first", **options: Any) -> Iterator[Operator]:
         record = self.records.read(name)
-        view = View("fleet", name, record.order.cohort.salt, record.heard)
+        view = View(record.order, self.register.read(), record.believed)
         with Operator(
             broker_address(self.broker.url),
             options.get("client", "operator"),
@@ -94,11 +96,15 @@ class Bench:
     @contextmanager
     def controller(self, name: str = "first", **options: Any) -> Iterator[Controller]:
         with self.operator(name, **options) as operator:
-            yield Controller(operator, self.records, name, self.signing, self.log)
+            yield self.control(operator, name)
+
+    def control(self, operator: Operator, name: str = "first") -> Controller:
+        return Controller(operator, self.records, name, self.signing, self.log, self.register.read)
 
     @contextmanager
     def devices(self, count: int = DEVICES, **behaviour: Any) -> Iterator[VirtualFleet]:
         with virtual_devices(self.broker.port, self.keys, count, **behaviour) as fleet:
+            self.register.enroll(fleet.keys_of(count), time.time())
             yield fleet
 
     def run(self, name: str = "first", show: Callable[[Turn], None] = lambda turn: None) -> Turn:
@@ -163,14 +169,14 @@ def test_rollback_reaches_everybody(bench: Bench) -> None:
         with bench.controller() as controller:
             controller.act(lambda record, fleet, now: rollout.rollback(record.progress, now))
             with bench.operator(client="watcher") as watcher:
-                until(lambda: rollout.going_back(watcher.look()) == 0)
+                until(lambda: rollout.going_back(watcher.look()) == (0, 0))
         assert {device.job.state for device in fleet.devices if device.job} == {"CANCELED"}
 
 
 def test_a_broker_that_forgets_is_told_again(bench: Bench) -> None:
     bench.plan()
     with bench.devices(0), bench.operator() as operator:
-        controller = Controller(operator, bench.records, "first", bench.signing, bench.log)
+        controller = bench.control(operator)
         controller.act(lambda record, fleet, now: rollout.pause(record.progress, now))
         before = operator.retained
         bench.broker.kill()
@@ -185,7 +191,7 @@ def test_a_broker_that_forgets_is_told_again(bench: Bench) -> None:
 def test_garbage_in_place_of_the_order_is_replaced(bench: Bench) -> None:
     bench.plan()
     with bench.operator() as operator, bench.operator(client="attacker") as attacker:
-        controller = Controller(operator, bench.records, "first", bench.signing, bench.log)
+        controller = bench.control(operator)
         controller.act(lambda record, fleet, now: rollout.pause(record.progress, now))
         before = operator.retained
         attacker.announce(b"{}")
@@ -197,7 +203,7 @@ def test_garbage_in_place_of_the_order_is_replaced(bench: Bench) -> None:
 def test_an_order_of_another_operator_ends_the_rollout(bench: Bench) -> None:
     bench.plan()
     with bench.operator() as operator, bench.operator(client="colleague") as colleague:
-        controller = Controller(operator, bench.records, "first", bench.signing, bench.log)
+        controller = bench.control(operator)
         turn = controller.act(lambda record, fleet, now: rollout.pause(record.progress, now))
         other = replace(turn.record.to_order(), order="theirs", seq=turn.record.progress.seq + 5)
         colleague.announce(bench.signing.sign(other))
@@ -246,7 +252,7 @@ def test_a_command_in_another_terminal_interrupts_a_controller_for_a_moment(benc
 def test_a_broker_that_is_away_for_a_while_is_waited_for(bench: Bench) -> None:
     bench.plan()
     with bench.devices(0), bench.operator() as operator:
-        controller = Controller(operator, bench.records, "first", bench.signing, bench.log)
+        controller = bench.control(operator)
         bench.broker.kill()
         until(lambda: not controller.turn().settled)
         bench.broker.start()

@@ -80,7 +80,7 @@ def test_a_device_pulls_no_faster_than_either_limit() -> None:
         reason=st.text(max_size=20),
         signed_at=st.floats(0, 1e9),
         good_since=st.none() | st.floats(0, 1e9),
-        accepted=st.integers(0, 100),
+        accepted=st.dictionaries(st.text(max_size=9), st.sampled_from(["failed", "silent"])),
         kbit_s=st.integers(0, 10**9),
     )
 )
@@ -95,14 +95,14 @@ def test_what_is_written_is_read(
     assert records.read("o-1").to_order() == record.to_order()
 
 
-def test_risk_is_remembered_by_report(tmp_path: Path) -> None:
+def test_what_was_believed_is_remembered() -> None:
     job = Job("o-1", 7, "robot-2", "IN_PROGRESS", "probation", version=4)
     seen = {"robot-2": Seen(1.0, True, job=job, heard=90.0), "robot-3": Seen(2.0, True)}
     moved = RECORD.moved(RECORD.progress, seen)
-    assert moved.risk == {"robot-2": [4, 90.0]}
-    assert moved.heard("robot-2", 4, 200.0) == 90.0
-    assert moved.heard("robot-2", 5, 200.0) == 200.0, "a later report is news"
-    assert moved.heard("robot-3", 4, 200.0) == 200.0
+    assert moved.believed == {"robot-2": [4, 90.0]}
+    later = {"robot-3": Seen(2.0, True, job=replace(job, device="robot-3"), heard=95.0)}
+    both = moved.moved(RECORD.progress, later).believed
+    assert both == {"robot-2": [4, 90.0], "robot-3": [4, 95.0]}, "also of who says nothing now"
 
 
 def test_numbers_grow_whatever_was_lost(tmp_path: Path) -> None:

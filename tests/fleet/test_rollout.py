@@ -27,13 +27,15 @@ def fleet_of(devices: int, **changes: Any) -> dict[str, Seen]:
     }
 
 
-def job(name: str, state: JobState, phase: str = "") -> Job:
-    return Job("order", 1, name, state, phase)
+def job(name: str, state: JobState, phase: str = "", reason: str = "") -> Job:
+    return Job("order", 1, name, state, phase, evidence={"reason": reason}, release="ab" * 32)
 
 
-def report(fleet: dict[str, Seen], names: list[str], state: JobState, phase: str = "") -> None:
+def report(
+    fleet: dict[str, Seen], names: list[str], state: JobState, phase: str = "", reason: str = ""
+) -> None:
     for name in names:
-        fleet[name] = replace(fleet[name], job=job(name, state, phase))
+        fleet[name] = replace(fleet[name], job=job(name, state, phase, reason))
 
 
 def succeed(plan: Plan, progress: Progress, fleet: dict[str, Seen]) -> None:
@@ -123,7 +125,7 @@ def test_a_stage_that_cannot_reach_its_share_pauses_and_resume_accepts_it() -> N
     assert paused.state == "paused"
     assert "9 of 10 succeeded" in paused.reason
     resumed = rollout.resume(PLAN, paused, fleet, 2.0)
-    assert (resumed.state, resumed.accepted) == ("running", 1)
+    assert (resumed.state, resumed.accepted) == ("running", {"device-0003": "failed"})
     assert PLAN.stages[step(PLAN, resumed, fleet, 3.0).stage] == 100.0
 
 
@@ -144,8 +146,27 @@ def test_a_bundle_that_every_device_rejects_is_the_end() -> None:
 def test_devices_that_do_not_fit_are_no_failures() -> None:
     progress, fleet = at_quarter(40)
     succeed(PLAN, progress, fleet)
-    report(fleet, ["device-0001", "device-0002", "device-0003"], "REJECTED")
+    unfit = ["device-0001", "device-0002", "device-0003"]
+    report(fleet, unfit, "REJECTED", reason="requirements")
     assert step(PLAN, progress, fleet, 1.0).stage == 4
+
+
+@pytest.mark.parametrize("reason", ["no-release", "expired", "signature", ""])
+def test_a_refusal_that_others_can_bring_about_excuses_nobody(reason: str) -> None:
+    progress, fleet = at_quarter(40)
+    succeed(PLAN, progress, fleet)
+    report(fleet, ["device-0001"], "REJECTED", reason=reason)
+    assert step(PLAN, progress, fleet, 1.0).reason == "9 of 10 succeeded; resume accepts the others"
+    report(fleet, ["device-0001"], "CANCELED", reason="expired")
+    assert step(PLAN, progress, fleet, 1.0).state == "paused"
+
+
+def test_only_a_device_that_believes_the_order_can_be_unfit_for_it() -> None:
+    progress, fleet = at_quarter(40)
+    succeed(PLAN, progress, fleet)
+    refused = replace(job("device-0001", "REJECTED", reason="requirements"), release="")
+    fleet["device-0001"] = replace(fleet["device-0001"], job=refused)
+    assert step(PLAN, progress, fleet, 1.0).state == "paused"
 
 
 @pytest.mark.parametrize("phase", sorted(rollout.RISKY))
@@ -165,15 +186,65 @@ def test_a_device_that_goes_offline_before_is_not_lost(phase: str) -> None:
     succeed(PLAN, progress, fleet)
     away = Seen(point=1.0, online=False, job=job("device-0001", "IN_PROGRESS", phase))
     fleet["device-0001"] = away
-    assert step(PLAN, progress, fleet, 1e6).stage == 4
+    assert step(PLAN, progress, fleet, 1e5) == progress, "it is waited for"
 
 
-def test_offline_devices_neither_hold_up_nor_fail() -> None:
+@pytest.mark.parametrize("silent", [1, 8, 9])
+def test_silence_is_no_failure_and_no_success(silent: int) -> None:
     progress, fleet = at_quarter(40)
     succeed(PLAN, progress, fleet)
-    for name in list(fleet)[1:9]:
+    for name in list(fleet)[1 : 1 + silent]:
         fleet[name] = replace(fleet[name], online=False, job=None)
-    assert step(PLAN, progress, fleet, 1.0).stage == 4
+    assert step(PLAN, progress, fleet, 1e5) == progress
+    assert rollout.tally(PLAN, progress, fleet, 1e5).silent == silent
+
+
+def test_a_few_silent_ones_of_many_hold_nothing_up() -> None:
+    progress, fleet = at_quarter()
+    succeed(PLAN, progress, fleet)
+    for name in list(fleet)[1:13]:
+        fleet[name] = replace(fleet[name], online=False, job=None)
+    assert step(PLAN, progress, fleet, 1.0).stage == 4, "238 of 250 are more than 95 %"
+    fleet["device-0100"] = replace(fleet["device-0100"], online=False, job=None)
+    assert step(PLAN, progress, fleet, 1.0).stage == 3
+
+
+def test_an_operator_may_go_on_without_silent_devices_until_they_speak() -> None:
+    progress, fleet = at_quarter(40)
+    succeed(PLAN, progress, fleet)
+    silent = list(fleet)[1:5]
+    for name in silent:
+        fleet[name] = replace(fleet[name], online=False, job=None)
+    resumed = rollout.resume(PLAN, rollout.pause(progress, 1.0), fleet, 2.0)
+    assert resumed.accepted == dict.fromkeys(silent, "silent")
+    assert step(PLAN, resumed, fleet, 3.0).stage == 4
+    report(fleet, silent[:2], "FAILED")
+    after = step(PLAN, resumed, fleet, 3.0)
+    assert (after.state, after.reason) == ("aborted", "2 of 8 failed"), "not what was accepted"
+    fleet[silent[0]] = replace(fleet[silent[0]], online=False, job=None)
+    report(fleet, silent[1:2], "SUCCEEDED")
+    other = list(fleet)[7]
+    fleet[other] = replace(fleet[other], online=False, job=None)
+    assert step(PLAN, resumed, fleet, 3.0).stage == 3, "another one's silence was not accepted"
+
+
+def test_the_broker_may_show_anybody_online_or_not_and_widens_nothing() -> None:
+    progress, fleet = at_quarter(40)
+    report(fleet, ["device-0000"], "SUCCEEDED")
+    for online in (False, True):
+        for name in list(fleet)[1:]:
+            fleet[name] = replace(fleet[name], online=online)
+        assert step(PLAN, progress, fleet, 1e5) == progress
+
+
+def test_another_first_device_is_chosen_when_it_is_revoked() -> None:
+    fleet = fleet_of(100)
+    progress = step(PLAN, START, fleet, 0.0)
+    del fleet[progress.first]
+    again = step(PLAN, progress, fleet, 1.0)
+    assert (again.first, again.seq) == ("device-0001", progress.seq + 1)
+    named = replace(PLAN, first="device-0000")
+    assert step(named, progress, fleet, 1.0) == progress, "not one that nobody named"
 
 
 def test_the_soak_begins_anew_when_the_share_is_lost() -> None:
@@ -280,6 +351,8 @@ seen = st.builds(
         device=st.just("d"),
         state=st.sampled_from(STATES),
         phase=st.sampled_from(["", "downloading", "probation", "rehearsing"]),
+        evidence=st.sampled_from([{}, {"reason": "requirements"}, {"reason": "no-release"}]),
+        release=st.sampled_from(["", "ab" * 32]),
     ),
     heard=st.floats(0, 1000),
 )
@@ -287,19 +360,22 @@ fleets = st.dictionaries(st.sampled_from([f"d{n}" for n in range(60)]), seen, ma
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(fleets, st.integers(0, 4), st.floats(0, 2000), st.integers(0, 3))
+@given(fleets, st.integers(0, 4), st.floats(0, 2000), st.booleans())
 def test_any_fleet_is_judged_by_the_same_rule(
-    fleet: Fleet, stage: int, now: float, accepted: int
+    fleet: Fleet, stage: int, now: float, resumed: bool
 ) -> None:
-    progress = Progress(seq=9, stage=stage, first="d0", accepted=accepted)
+    progress = Progress(seq=9, stage=stage, first="d0")
+    if resumed:
+        progress = rollout.resume(PLAN, rollout.pause(progress, now), fleet, now)
     count = rollout.tally(PLAN, progress, fleet, now)
     assert count.members == len(rollout.members(PLAN, progress, fleet))
-    assert count.members == count.reachable + count.offline + count.rejected + count.canceled
+    others = (count.silent, count.rejected, count.canceled, count.unfit, count.accepted)
+    assert count.members == count.reachable + sum(others)
     after = step(PLAN, progress, fleet, now)
     if after.stage > stage or after.state == "done":
-        assert count.succeeded >= max(1, 0.95 * (count.reachable - accepted))
-        assert not rollout.too_bad(PLAN.thresholds, count, accepted)
-    if count.failed + count.lost >= max(2, 0.05 * count.reachable) + accepted:
+        assert count.succeeded >= max(1, 0.95 * count.asked)
+        assert not rollout.too_bad(PLAN.thresholds, count)
+    if count.failed + count.lost >= max(2, 0.05 * count.reachable):
         assert after.state == "aborted"
     assert after.seq == progress.seq + (after != replace(progress, good_since=after.good_since))
     assert step(PLAN, after, fleet, now).stage >= after.stage

@@ -4,11 +4,12 @@
     jobs = AwsJobs("robot-7")                  on the device; AWS knows it as thing robot-7
     subscribe to jobs.filters; publish jobs.start()
     jobs.hear(topic, payload)                  -> messages to AWS, and orders for the agent
-    jobs.report(job)                           -> messages to AWS
+    jobs.report(payload)                       -> messages to AWS, of a report the agent published
 
 A job's document is {"operation": "edgecascade-order", "envelope": {...}}: `document` makes it from
 the file repository/orders/GROUP.json. Topics and fields are those of the AWS IoT developer guide,
-"Jobs device MQTT API"; a device may set IN_PROGRESS, SUCCEEDED, FAILED and REJECTED.
+"Jobs device MQTT API"; a device may set IN_PROGRESS, SUCCEEDED, FAILED and REJECTED. The signed
+report goes along in pieces, report-0, report-1 ...; `signed_report` joins them for who verifies.
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from edgecascade.errors import InvalidRequest
+from edgecascade.fleet import reports
 from edgecascade.fleet.jobs import Job, JobState
 from edgecascade.service import wire
 
 OPERATION = "edgecascade-order"
 MAX_DOCUMENT_BYTES = 32 << 10
 MAX_DETAIL = 1024  # characters of a value in statusDetails
+PIECE = "report-"
 STATUS: dict[JobState, str] = {
     "QUEUED": "IN_PROGRESS",  # a job that was started does not go back into the queue
     "IN_PROGRESS": "IN_PROGRESS",
@@ -51,6 +54,14 @@ class ToAgent:
 
 
 @dataclass(frozen=True)
+class Said:
+    """A report as the agent published it, and what it says."""
+
+    job: Job
+    report: bytes
+
+
+@dataclass(frozen=True)
 class Execution:
     """The job that the device works on. `waiting` is a report that AWS has not taken yet."""
 
@@ -58,8 +69,8 @@ class Execution:
     number: int
     version: int
     order: str = ""  # the order's own name, known from the first report
-    sent: Job | None = None
-    waiting: Job | None = None
+    sent: Said | None = None
+    waiting: Said | None = None
 
 
 Out = ToAws | ToAgent
@@ -118,12 +129,12 @@ class AwsJobs:
                 return self._answered(job_id, body, accepted=answer == "accepted")
         return []
 
-    def report(self, job: Job) -> list[Out]:
-        """Say how an order stands; while AWS has not answered, only the latest is kept."""
-        current = self.execution
-        if current is None or (current.order and current.order != job.order):
+    def report(self, payload: bytes) -> list[Out]:
+        """Pass a report on; while AWS has not answered, only the latest is kept."""
+        current, job = self.execution, reports.unproven(payload)
+        if current is None or job is None or (current.order and current.order != job.order):
             return []
-        self.execution = replace(current, order=job.order, waiting=job)
+        self.execution = replace(current, order=job.order, waiting=Said(job, payload))
         return self._send() if current.sent is None else []
 
     def _notified(self, body: Mapping[str, Any]) -> list[Out]:
@@ -158,7 +169,7 @@ class AwsJobs:
         if not accepted and body.get("code") == "VersionMismatch":
             waiting = waiting or sent
         self.execution = replace(current, version=version, sent=None, waiting=waiting)
-        if sent.ended and waiting is None:
+        if sent.job.ended and waiting is None:
             self.execution = None
             return self.start()
         return self._send() if waiting is not None else []
@@ -166,12 +177,13 @@ class AwsJobs:
     def _send(self) -> list[Out]:
         current = self.execution
         assert current is not None
-        job = current.waiting
-        assert job is not None
-        self.execution = replace(current, sent=job, waiting=None)
+        said = current.waiting
+        assert said is not None
+        self.execution = replace(current, sent=said, waiting=None)
+        job = said.job
         body = {
             "status": STATUS[job.state],
-            "statusDetails": details(job),
+            "statusDetails": details(said),
             "expectedVersion": current.version,
             "executionNumber": current.number,
             "includeJobExecutionState": True,
@@ -180,16 +192,26 @@ class AwsJobs:
         return [ToAws(f"{self._jobs}/{current.job_id}/update", wire.encode(body))]
 
 
-def details(job: Job) -> dict[str, str]:
-    """A report as AWS's names and texts, ten at most."""
+def details(said: Said) -> dict[str, str]:
+    """A report as AWS's names and texts, ten at most: what a person reads, then the pieces."""
+    job, report = said.job, said.report.decode()
     known = {
-        "order": job.order,
         "state": job.state,
         "phase": job.phase,
         "progress": f"{job.progress:.2f}",
-        "from": job.bundle_from,
-        "to": job.bundle_to,
         "reason": str(job.evidence.get("reason", "")),
         "message": str(job.evidence.get("message", "")),
     }
-    return {name: text[:MAX_DETAIL] for name, text in known.items() if text}
+    shown = {name: text[:MAX_DETAIL] for name, text in known.items() if text}
+    starts = range(0, len(report), MAX_DETAIL)
+    pieces = {f"{PIECE}{n}": report[at : at + MAX_DETAIL] for n, at in enumerate(starts)}
+    return {**shown, **pieces}
+
+
+def signed_report(status_details: Mapping[str, Any]) -> bytes:
+    """The report in an execution's statusDetails, as the device signed it; empty if there is none.
+
+    Whether it is to be believed, reports.Keyring says.
+    """
+    names = (f"{PIECE}{n}" for n in range(len(status_details)))
+    return "".join(str(status_details[name]) for name in names if name in status_details).encode()

@@ -5,21 +5,24 @@
     poll = read_poll(GET ddi.url)
     deployment = read_deployment(GET poll.deployment)      # its artifact edgecascade-order.json
     envelope = deployment.checked(GET deployment.url)      # to the agent's command topic
-    POST ddi.feedback_url(deployment.id), feedback(job)
+    POST ddi.feedback_url(deployment.id), feedback(report) # of a report that the agent published
 
 The software module in hawkBit has one artifact: the file repository/orders/GROUP.json under the
-name edgecascade-order.json. Shapes are those of hawkBit's Direct Device Integration API.
+name edgecascade-order.json. Shapes are those of hawkBit's Direct Device Integration API. The signed
+report goes along in pieces, as last details; `signed_report` joins them for who verifies.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 from urllib.parse import urljoin, urlsplit
 
-from edgecascade.errors import UpdateRefused
+from edgecascade.errors import InvalidRequest, UpdateRefused
+from edgecascade.fleet import reports
 from edgecascade.fleet.jobs import Job
 from edgecascade.fleet.orders import MAX_ENVELOPE_BYTES
 from edgecascade.service import wire
@@ -28,6 +31,8 @@ ARTIFACT = "edgecascade-order.json"
 MAX_ANSWER_BYTES = 1 << 20
 LEAST_SLEEP_S, LONGEST_SLEEP_S = 5.0, 86_400.0
 MAX_DETAIL = 512
+PIECE = "report:"
+PIECE_CHARS = MAX_DETAIL - len(PIECE)
 
 Finished = Literal["success", "failure", "none"]
 
@@ -136,13 +141,29 @@ def read_deployment(data: bytes) -> Deployment:
     return Deployment(action, url, size, sha256.lower())
 
 
-def feedback(job: Job) -> dict[str, Any]:
-    """A report as hawkBit takes it."""
+def feedback(report: bytes) -> dict[str, Any]:
+    """A report as hawkBit takes it.
+
+    Raises:
+        InvalidRequest: when the bytes are no report.
+    """
+    job = reports.unproven(report)
+    if job is None:
+        raise InvalidRequest(f"{report!r:.80} is no report; give what the agent published")
     finished: Finished = "none"
     if job.ended:
         finished = "success" if job.state == "SUCCEEDED" else "failure"
     execution = "closed" if job.ended else "scheduled" if job.state == "QUEUED" else "proceeding"
-    return _status(int(job.ts * 1000), execution, finished, _details(job), job.progress)
+    details = _details(job) + _pieces(report)
+    return _status(int(job.ts * 1000), execution, finished, details, job.progress)
+
+
+def signed_report(details: Sequence[str]) -> bytes:
+    """The report in an action's details, as the device signed it; empty if there is none.
+
+    Whether it is to be believed, reports.Keyring says.
+    """
+    return "".join(text.removeprefix(PIECE) for text in details if text.startswith(PIECE)).encode()
 
 
 def read_cancel(data: bytes) -> str:
@@ -179,6 +200,11 @@ def _details(job: Job) -> list[str]:
     texts = [f"order {job.order}", f"{job.state} {job.phase}".strip()]
     texts += [f"{name}: {value}" for name, value in sorted(job.evidence.items())]
     return [text[:MAX_DETAIL] for text in texts]
+
+
+def _pieces(report: bytes) -> list[str]:
+    text = report.decode()
+    return [PIECE + text[at : at + PIECE_CHARS] for at in range(0, len(text), PIECE_CHARS)]
 
 
 def _object(data: bytes) -> dict[str, Any]:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""F11: attacks on metadata and orders by somebody who owns the broker, the mirror and some keys.
+"""F11: attacks on metadata, orders and reports by who owns the broker, the mirror and some keys.
 
-Each attack is a function that does what the attacker does and calls the device; the device must
-refuse with one of the reasons given beside it. Afterwards the floor has not sunk, nothing is being
-installed, no more was fetched than is allowed, and once the attacker is gone the device takes an
-honest order.
+The acts against the operator's controller are in deceit.py. Here each attack is a function that
+does what the attacker does and calls the device; the device must refuse with one of the reasons
+given beside it. Afterwards the floor has not sunk, nothing is being installed, no more was fetched
+than is allowed, and once the attacker is gone the device takes an honest order.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 
 from edgecascade.errors import EdgeCascadeError, FleetError
 from edgecascade.fleet import orders
-from edgecascade.fleet.faults import Failure, Outcome
+from edgecascade.fleet.faults import Failure, Outcome, deceit
 from edgecascade.fleet.faults.siege import DAY_S, DEVICE, FOLDER, NAME, PLAN, Camp, Siege
 from edgecascade.fleet.floor import read_floor
 from edgecascade.fleet.fs import RealFiles
@@ -32,9 +32,9 @@ from edgecascade.fleet.orders import Cohort, Policy, Window
 from edgecascade.fleet.state import DeviceState
 from edgecascade.service import wire
 
-TITLE = "attacks on metadata and orders"
-FULL = 171
-SHORT = 19  # tests/fleet/test_attacks.py makes a test of each
+TITLE = "attacks on metadata, orders and reports"
+FULL = 261
+SHORT = 29  # tests/fleet/test_attacks.py makes a test of each
 
 MAX_FETCHED = 8 << 20  # bytes that one attempt may cost: all limits of metadata together
 UNREACHABLE = "network-failed"
@@ -71,12 +71,18 @@ def run(seed: int, count: int, case: str | None = None) -> Outcome:
         for each in cases:
             if message := tried(camp, each):
                 failures.append(Failure(each, message))
-    return Outcome(len(cases), tuple(failures), notes={"attacks": len(ATTACKS)})
+    return Outcome(len(cases), tuple(failures), notes={"attacks": len(_names())})
+
+
+def _names() -> list[str]:
+    return [*ATTACKS, *deceit.TRICKS]
 
 
 def tried(camp: Camp, case: str) -> str:
-    """What went wrong with one attack; empty when the device stood it."""
+    """What went wrong with one attack; empty when device or operator stood it."""
     name, _, seed = case.partition(":")
+    if name in deceit.TRICKS:
+        return deceit.tried(case)
     one = ATTACKS[name]
     with camp.siege(random.Random(f"{name}:{seed}")) as siege:
         floor = siege.floor()
@@ -117,7 +123,7 @@ def _honest_again(siege: Siege) -> str:
 
 
 def _cases(seed: int, count: int) -> list[str]:
-    names = list(ATTACKS)
+    names = _names()
     rounds = -(-count // len(names))
     every = [f"{name}:{seed + i}" for i in range(rounds) for name in names]
     return random.Random(seed).sample(every, count) if count < len(names) else every[:count]

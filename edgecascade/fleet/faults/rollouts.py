@@ -4,7 +4,8 @@
 Each case is a fleet with its own rates of failure, silent loss and absence. The controller sees
 only what devices report, forgets what a killed process forgets, and must keep three promises:
 nobody outside the stage takes the bundle, a rollout that hurts ends while it is small, and one that
-does not ends with everybody on the new bundle.
+does not ends with everybody on the new bundle. In some cases the broker's owner shows successes
+only: failed devices look as if they were off. Then no stage may widen.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ SMALL = (1, 2, 3, 7, 20, 113)  # fleets where a percentage is less than a device
 LIMITS = Thresholds(lost_s=900.0, soak_s=60.0)
 TICK_S = 120.0
 MOST_TICKS = 200
+PATIENCE = 10  # ticks that an operator waits for silent devices before going on without them
 SLACK = 0.05  # of the fleet: how far a stage drawn by hash may exceed its percentage
 FETCHING = Job("order", 1, "device", "IN_PROGRESS", Phase.DOWNLOADING.value)
 ON_TRIAL = Job("order", 1, "device", "IN_PROGRESS", Phase.PROBATION.value)
@@ -46,6 +48,7 @@ class World:
     absent: float
     returns: bool  # whether absent devices come back
     restarts: float  # of the controller, per tick
+    censored: bool  # the broker passes on successes only
 
 
 def run(seed: int, count: int, case: str | None = None) -> Outcome:
@@ -73,6 +76,7 @@ def draw(random: Random, number: int) -> World:
         absent=random.choice((0.0, 0.0, 0.1, 0.6)),
         returns=random.random() < 0.5,
         restarts=random.choice((0.0, 0.1, 0.5)),
+        censored=random.random() < 0.25,
     )
 
 
@@ -85,6 +89,7 @@ class Simulation:
         self.progress = Progress(seq=1)
         self.now = 1_000_000.0
         self.exposed = 0
+        self.held = 0
         self.outside = 0  # devices that took the bundle though no stage had reached them
         self.true: dict[str, Seen] = {}  # what the broker retains
         self._taken: set[str] = set()
@@ -106,10 +111,20 @@ class Simulation:
                 return message
             if self.progress.ended:
                 return self._end()
+            self._go_on(before)
             if self.progress.seq != before.seq:
                 self._announce()
             self.now += TICK_S
         return "" if self._may_wait() else f"no end in {MOST_TICKS} ticks: {self.progress}"
+
+    def _go_on(self, before: Progress) -> None:
+        """The operator goes on without devices that stay silent, unless there is a doubt."""
+        count = rollout.tally(self.plan, self.progress, self.fleet, self.now)
+        held = self.progress == before and count.settled and count.silent and count.succeeded
+        self.held = self.held + 1 if held else 0
+        if self.held > PATIENCE and not self.world.censored:
+            paused = rollout.pause(self.progress, self.now)
+            self.progress = rollout.resume(self.plan, paused, self.fleet, self.now)
 
     def _announce(self) -> None:
         """Devices that the order concerns begin, each in its own time."""
@@ -133,7 +148,9 @@ class Simulation:
         while self._events and self._events[0][0] <= self.now:
             _, _, name, job = heapq.heappop(self._events)
             point = self.true[name].point
-            self.fleet[name] = self.true[name] = Seen(point, True, "", job, self.now)
+            self.true[name] = Seen(point, True, "", job, self.now)
+            shown = job is SUCCEEDED or not self.world.censored
+            self.fleet[name] = self.true[name] if shown else Seen(point)
             if job is ON_TRIAL:
                 self.exposed += 1
                 self.outside += point >= percent and name != self.progress.first
@@ -145,10 +162,10 @@ class Simulation:
                 self._announce()
 
     def _restart(self) -> None:
-        """Only the plan's file and what the broker retains survive; risk is remembered."""
+        """Only the plan's file and what the broker retains survive."""
         self.progress = Progress(**json.loads(json.dumps(vars(self.progress))))
-        risky = dict(rollout.at_risk(self.fleet))
-        self.fleet = self.true | risky
+        if not self.world.censored:
+            self.fleet = dict(self.true)
 
     def _judge(self, before: Progress) -> str:
         """Promises that hold at every moment."""
@@ -161,28 +178,28 @@ class Simulation:
         if self.progress.seq < before.seq or self.progress.stage < before.stage:
             return f"went back from {before} to {self.progress}"
         if before.first and self.progress.stage > before.stage:
-            good, bad = self._truth(before)
-            if good < LIMITS.success * (good + bad):
-                return f"widened after {good} successes and {bad} failures"
+            good, asked = self._truth(before)
+            if good < LIMITS.success * asked:
+                return f"widened after {good} of {asked} succeeded"
         return ""
 
     def _truth(self, progress: Progress) -> tuple[int, int]:
-        """Successes and failures of a stage as they are, which the controller only hears of."""
-        jobs = [self.true[n].job for n in rollout.members(self.plan, progress, self.true)]
-        return jobs.count(SUCCEEDED), jobs.count(FAILED)
+        """Successes in a stage as they are, and devices that the operator has not left out."""
+        count = rollout.tally(self.plan, progress, self.true, self.now)
+        return count.succeeded, count.asked
 
     def _end(self) -> str:
         """Promises about the end."""
         world, state = self.world, self.progress.state
-        good, bad = self._truth(self.progress)
+        good, asked = self._truth(self.progress)
         if not world.fails and not world.vanishes and state != "done":
             return f"nothing failed, but the rollout is {state}: {self.progress.reason}"
-        if state == "done" and good < LIMITS.success * (good + bad):
-            return f"done with {good} successes and {bad} failures"
+        if state == "done" and good < LIMITS.success * asked:
+            return f"done with {good} of {asked}"
         if world.devices == DEVICES and world.fails >= 0.2 and self.exposed > SLACK * DEVICES:
             return f"{self.exposed} devices took a bundle that fails {world.fails:.0%}"
         return ""
 
     def _may_wait(self) -> bool:
-        """Nobody is there to begin with: waiting is right."""
-        return not any(seen.online for seen in self.true.values())
+        """Nobody is there to begin with, or what became of them is hidden: waiting is right."""
+        return self.world.censored or not any(seen.online for seen in self.true.values())

@@ -10,9 +10,11 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
+from edgecascade.fleet import reports
 from edgecascade.fleet.faults.wire import until
-from edgecascade.fleet.jobs import Job, read_job
+from edgecascade.fleet.jobs import Job
 from edgecascade.fleet.line import Line
+from edgecascade.fleet.needs import fleet_extra
 from edgecascade.fleet.settings import AgentSettings
 from edgecascade.service.broker import LocalBroker
 from edgecascade.service.config import broker_address
@@ -30,14 +32,17 @@ class Spoke:
     """An agent without a device: it reports what it hears."""
 
     def __init__(self, url: str, name: str) -> None:
+        with fleet_extra():
+            from securesystemslib.signer import CryptoSigner
         self.settings = AgentSettings(root="unused", device_id=name, mqtt=url, groups=(GROUP,))
+        self._signer = CryptoSigner.generate_ed25519()
         self.heard: list[bytes] = []
         self.told: Job | None = None
         self._lock = threading.Lock()
         self.line = self._begin()
 
     def _begin(self) -> Line:
-        line = Line(self.settings, self._standing, self.hear)
+        line = Line(self.settings, self._standing, self.hear, self._signer)
         if self.told is not None:
             line.tell(self.told)  # a new process reports what its state file says
         line.start()
@@ -85,7 +90,7 @@ class Operator:
         self.link.publish(self._announcement())
 
     def _hear(self, message: Incoming) -> None:
-        job = read_job(message.payload)
+        job = reports.unproven(message.payload)
         if job is not None:
             self.jobs[job.device] = job
 
@@ -138,7 +143,7 @@ def newcomer(url: str) -> Iterator[dict[str, Job]]:
     jobs: dict[str, Job] = {}
 
     def hear(message: Incoming) -> None:
-        job = read_job(message.payload)
+        job = reports.unproven(message.payload)
         if job is not None:
             jobs[job.device] = job
 

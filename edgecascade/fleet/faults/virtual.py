@@ -2,24 +2,33 @@
 """Devices that only talk: thousands of them in one process, each with its own connection.
 
 They speak MQTT 5 themselves, a few bytes of it, since a client library would take megabytes for
-each. An order is verified and its cohort computed as on a device; what it asks for takes a moment
-and ends as the fleet's dice say. Used to try rollouts against a real broker.
+each. An order is verified, its cohort computed and every report signed as on a device; what it asks
+for takes a moment and ends as the fleet's dice say. Used to try rollouts against a real broker.
 """
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import struct
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from random import Random
+from typing import TYPE_CHECKING
 
 from edgecascade.errors import UpdateRefused
+from edgecascade.fleet import reports
 from edgecascade.fleet.jobs import Job
+from edgecascade.fleet.keys import public_hex
+from edgecascade.fleet.needs import fleet_extra
 from edgecascade.fleet.orders import Order, OrderKeys, verify
+from edgecascade.fleet.reports import DeviceKey
 from edgecascade.fleet.state import Phase
 from edgecascade.service import wire
 from edgecascade.service.topics import DEFAULT_PREFIX, Topics
+
+if TYPE_CHECKING:
+    from securesystemslib.signer import CryptoSigner
 
 KEEPALIVE_S = 600
 AT_ONCE = 200  # connections that are being made
@@ -66,13 +75,20 @@ class VirtualFleet:
         self.random = Random(self.behaviour.seed)
         self._verified: dict[bytes, Order | None] = {}
 
+    def keys_of(self, count: int) -> list[DeviceKey]:
+        """What so many devices would be enrolled with: the same each time."""
+        return [
+            DeviceKey(name, agent_of(name), public_hex(signer_of(name).public_key), (self.group,))
+            for name in map(name_of, range(count))
+        ]
+
     async def connect(self, count: int) -> None:
         """Connect so many devices, say that they are there, and listen to orders."""
         gate = asyncio.Semaphore(AT_ONCE)
 
         async def one(number: int) -> Device:
             async with gate:
-                return await Device(self, f"v{number:05d}").open()
+                return await Device(self, name_of(number)).open()
 
         self.devices += await asyncio.gather(*(one(number) for number in range(count)))
 
@@ -97,7 +113,8 @@ class Device(asyncio.Protocol):
 
     def __init__(self, fleet: VirtualFleet, name: str) -> None:
         self.fleet, self.name = fleet, name
-        self.agent = f"{name}-agent"
+        self.agent = agent_of(name)
+        self._signer = signer_of(name)
         self.seq = 0
         self.job: Job | None = None
         self._ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -182,7 +199,15 @@ class Device(asyncio.Protocol):
             return
         if job is None or job.order != order.order:
             if order.action == "install":
-                self.job = Job(order.order, order.seq, self.name, "QUEUED", bundle_to=order.version)
+                self.job = Job(
+                    order.order,
+                    order.seq,
+                    self.name,
+                    "QUEUED",
+                    bundle_to=order.version,
+                    group=order.group,
+                    release=order.release_sha256,
+                )
                 self._report(self.job)
                 self._later(0)
             return
@@ -225,7 +250,8 @@ class Device(asyncio.Protocol):
     def _report(self, job: Job) -> None:
         self.job = replace(job, version=job.version + 1)
         self.fleet.counts["reports"] += 1
-        self._publish(self.fleet.topics.job(self.agent, job.order), self.job.to_bytes())
+        signed = reports.sign(self.job, self._signer)
+        self._publish(self.fleet.topics.job(self.agent, job.order), signed)
 
     def _status(self, word: str) -> bytes:
         groups = [self.fleet.group]
@@ -240,6 +266,25 @@ class Device(asyncio.Protocol):
     def _send(self, kind: int, body: bytes) -> None:
         assert self._transport is not None
         self._transport.write(bytes((kind,)) + _length(len(body)) + body)
+
+
+def name_of(number: int) -> str:
+    """A device's name."""
+    return f"v{number:05d}"
+
+
+def agent_of(name: str) -> str:
+    """Its agent's."""
+    return f"{name}-agent"
+
+
+def signer_of(name: str) -> CryptoSigner:
+    """Its key, which follows from the name: nobody has to keep thousands."""
+    with fleet_extra():
+        from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+        from securesystemslib.signer import CryptoSigner
+    seed = hashlib.sha256(name.encode()).digest()
+    return CryptoSigner(Ed25519PrivateKey.from_private_bytes(seed))
 
 
 def _text(data: bytes) -> bytes:
