@@ -12,7 +12,7 @@ import json
 import logging
 import threading
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 from edgecascade.errors import UpdateFailed
 from edgecascade.fleet import strict
@@ -38,7 +38,7 @@ class Floor:
 
     def to_bytes(self) -> bytes:
         """A copy's content."""
-        return seal("floor", wire.encode(asdict(self)))
+        return seal("floor", wire.encode(self))
 
     def raised(self, other: Floor) -> Floor:
         """The higher of both, number by number."""

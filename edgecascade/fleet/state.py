@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
 
@@ -123,7 +123,7 @@ class DeviceState:
 
     def to_bytes(self) -> bytes:
         """The file's content."""
-        return seal("state", wire.encode({"schema": SCHEMA, "state": asdict(self)}))
+        return seal("state", wire.encode({"schema": SCHEMA, "state": self}))
 
 
 def read_state(data: bytes) -> DeviceState:
@@ -152,7 +152,7 @@ def read_state(data: bytes) -> DeviceState:
 
 def slot_to_bytes(slot: Slot) -> bytes:
     """The golden slot's own file, which stands in where the state file is lost."""
-    return seal("slot", wire.encode(asdict(slot)))
+    return seal("slot", wire.encode(slot))
 
 
 def read_slot(data: bytes) -> Slot:

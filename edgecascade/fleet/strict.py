@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 from edgecascade.service import wire
 
 T = TypeVar("T")
+Reader = Callable[[Any, str], Any]  # value, its place in the document
 
 
 class BadDocument(ValueError):
@@ -59,61 +60,77 @@ def read(kind: type[T], value: Any, what: str, *, defaults: bool = False) -> T:
     Raises:
         BadDocument: naming the place.
     """
-    made: T = _read(kind, value, what, defaults)
+    made: T = _reader(kind, defaults)(value, what)
     return made
 
 
-def _read(kind: Any, value: Any, what: str, defaults: bool) -> Any:
+@lru_cache(maxsize=256)
+def _reader(kind: Any, defaults: bool) -> Reader:
+    """What reads a value of this kind: the annotations are looked at once, not at each document."""
     if is_dataclass(kind):
-        return _read_object(kind, value, what, defaults)
+        return _object_reader(kind, defaults)
     origin, arguments = get_origin(kind), get_args(kind)
     if origin in (Union, types.UnionType):
-        inner = next(each for each in arguments if each is not type(None))
-        return None if value is None else _read(inner, value, what, defaults)
+        inner = _reader(next(each for each in arguments if each is not type(None)), defaults)
+        return lambda value, what: None if value is None else inner(value, what)
     if origin is tuple:
+        return _tuple_reader(_reader(arguments[0], defaults))
+    if origin is Literal:
+        return _literal_reader(arguments)
+    return _plain_reader(origin or kind)
+
+
+def _plain_reader(expected: Any) -> Reader:
+    def plain(value: Any, what: str) -> Any:
+        if type(value) is expected:
+            return value
+        if expected is float and type(value) is int:
+            return float(value)
+        raise BadDocument(f"{what} is {value!r:.60}; expected {expected.__name__}")
+
+    return plain
+
+
+def _literal_reader(words: tuple[str, ...]) -> Reader:
+    def literal(value: Any, what: str) -> Any:
+        if type(value) is not str or value not in words:
+            raise BadDocument(f"{what} is {value!r:.60}; expected one of {', '.join(words)}")
+        return value
+
+    return literal
+
+
+def _tuple_reader(inner: Reader) -> Reader:
+    def every(value: Any, what: str) -> Any:
         if not isinstance(value, list):
             raise BadDocument(f"{what} is {value!r:.60}; expected a list")
-        return tuple(
-            _read(arguments[0], each, f"{what}[{i}]", defaults) for i, each in enumerate(value)
-        )
-    if origin is Literal:
-        if type(value) is not str or value not in arguments:
-            raise BadDocument(f"{what} is {value!r:.60}; expected one of {', '.join(arguments)}")
-        return value
-    if kind is float and type(value) is int:
-        return float(value)
-    expected = origin or kind
-    if type(value) is not expected:
-        raise BadDocument(f"{what} is {value!r:.60}; expected {expected.__name__}")
-    return value
+        return tuple(inner(each, f"{what}[{i}]") for i, each in enumerate(value))
+
+    return every
 
 
-def _read_object(kind: Any, value: Any, what: str, defaults: bool) -> Any:
-    if not isinstance(value, dict):
-        raise BadDocument(f"{what} is {value!r:.60}; expected an object")
-    known = {field.name: field for field in fields(kind)}
-    missing = {
-        name for name in known.keys() - value.keys() if not (defaults and _has_default(known[name]))
-    }
-    unknown = value.keys() - known.keys()
-    if missing or unknown:
-        raise BadDocument(f"{what}: unknown keys {sorted(unknown)}, missing keys {sorted(missing)}")
-    hints = _hints(kind)
-    read_fields = {
-        name: _read(hints[name], each, f"{what}.{name}", defaults) for name, each in value.items()
-    }
-    make: Callable[..., Any] = kind
-    try:
-        return make(**read_fields)
-    except BadDocument:
-        raise
-    except ValueError as error:
-        raise BadDocument(f"{what}: {error}") from None
+def _object_reader(kind: Any, defaults: bool) -> Reader:
+    hints = get_type_hints(kind)
+    readers = {field.name: _reader(hints[field.name], defaults) for field in fields(kind)}
+    needed = {field.name for field in fields(kind) if not (defaults and _has_default(field))}
 
+    def whole(value: Any, what: str) -> Any:
+        if not isinstance(value, dict):
+            raise BadDocument(f"{what} is {value!r:.60}; expected an object")
+        missing, unknown = needed - value.keys(), value.keys() - readers.keys()
+        if missing or unknown:
+            raise BadDocument(
+                f"{what}: unknown keys {sorted(unknown)}, missing keys {sorted(missing)}"
+            )
+        read_fields = {name: readers[name](each, f"{what}.{name}") for name, each in value.items()}
+        try:
+            return kind(**read_fields)
+        except BadDocument:
+            raise
+        except ValueError as error:
+            raise BadDocument(f"{what}: {error}") from None
 
-@lru_cache(maxsize=64)
-def _hints(kind: type) -> dict[str, Any]:
-    return get_type_hints(kind)
+    return whole
 
 
 def _has_default(field: Any) -> bool:

@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import re
+from dataclasses import fields, is_dataclass
 from typing import Any, NoReturn
 
 MAX_DEPTH = 32
@@ -49,8 +50,10 @@ def decode(payload: bytes) -> Any:
 
 
 def encode(value: Any) -> bytes:
-    """Compact UTF-8 JSON."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
+    """Compact UTF-8 JSON; a dataclass becomes an object of its fields."""
+    return json.dumps(
+        value, ensure_ascii=False, separators=(",", ":"), allow_nan=False, default=_fields
+    ).encode()
 
 
 def fingerprint(value: Any) -> bytes:
@@ -64,6 +67,12 @@ def fingerprint(value: Any) -> bytes:
         return hashlib.sha256(text.encode("utf-8")).digest()
     except UnicodeEncodeError as error:
         raise BadJson("a string holds a lone surrogate, which has no UTF-8") from error
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    if not is_dataclass(value) or isinstance(value, type):
+        raise TypeError(f"{type(value).__name__} has no form in JSON")
+    return {field.name: getattr(value, field.name) for field in fields(value)}
 
 
 def _check_depth(payload: bytes) -> None:

@@ -123,11 +123,6 @@ def test_a_signature_does_not_make_sense_of_nonsense(camp: Camp, nonsense: str) 
         assert caught.value.reason in ("malformed", "epoch", "time-zone")
 
 
-@pytest.mark.parametrize("name", clocks.CASES)
-def test_device_stands_the_clock(camp: Camp, name: str) -> None:
-    assert clocks.tried(camp, f"{name}:7") == ""
-
-
 def test_an_attack_that_succeeds_is_reported(camp: Camp, monkeypatch: pytest.MonkeyPatch) -> None:
     # Without the floor, an old repository is believed again by a device that lost its state.
     monkeypatch.setattr("edgecascade.fleet.trust.check_floor", lambda floor, now: None)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The device's classes of faults in their short form, and that they can fail at all."""
+"""Every class of faults in its short form, and that it can fail; `make faults` is the full form."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pytest
 
 from edgecascade.cli import main
 from edgecascade.errors import InvalidRequest
+from edgecascade.fleet import intake, orders
 from edgecascade.fleet.executor import Executor
 from edgecascade.fleet.faults import (
     CLASSES,
@@ -24,13 +26,33 @@ from edgecascade.fleet.faults import (
     load,
     mutants,
     runner,
+    spoke,
 )
 from edgecascade.fleet.faults.runner import Result, chosen, closing_line, run_class
+from edgecascade.fleet.fetch import Downloader
+from edgecascade.fleet.line import Line
+from edgecascade.fleet.orders import Window
 from edgecascade.fleet.store import Store
 
 # What a fault makes the device log, thousands of times.
 pytestmark = pytest.mark.usefixtures("quiet")
-DEVICE_CLASSES = ("F1", "F2", "F3", "F4", "F5", "F6", "F7")
+
+# What each class must notice, and how many faults are enough for it. Of F2 it is a mutant that does
+# nothing; test_attacks.py and test_rollout_faults.py are careless in F11's and F13's ways.
+CARELESS: dict[str, tuple[int, tuple[Any, str, Any]]] = {
+    "F1": (1, (Store, "adopt", lambda store, sha256: _adopt(store, sha256))),
+    "F2": (1, (mutants, "MUTANTS", (mutants.Mutant("nothing is taken away"),))),
+    "F3": (10, (Store, "collect", lambda store, keep: None)),
+    "F4": (8, (Store, "adopt", lambda store, sha256: _adopt(store, sha256))),
+    "F5": (30, (Executor, "_keep_golden", lambda executor: None)),
+    "F6": (20, (Executor, "_rest", lambda executor, error: _raise(error))),
+    "F7": (60, (Store, "check", lambda store, slot: "")),
+    "F8": (20, (Downloader, "_whole", lambda downloader, part: not part.lacking)),
+    "F9": (30, (intake.orders, "verify", lambda data, keys, now: orders.unverified(data))),
+    "F10": (1, (Line, "tell", lambda line, job: None)),
+    "F12": (14, (Window, "next_open", lambda window, now: now)),
+    "F14": (1, (Line, "tell", lambda line, job: None)),
+}
 
 
 @pytest.fixture
@@ -40,7 +62,17 @@ def quiet() -> Iterator[None]:
     logging.disable(logging.NOTSET)
 
 
-@pytest.mark.parametrize("name", DEVICE_CLASSES)
+def _adopt(store: Store, sha256: str) -> None:
+    """Without a sync."""
+    if store.files.size(f"partial/{sha256}") is not None:
+        store.files.rename(f"partial/{sha256}", f"blobs/{sha256}")
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+@pytest.mark.parametrize("name", CLASSES)
 def test_every_fault_is_survived(name: str) -> None:
     result = run_class(name, seed=1, short=True)
     if result.outcome.skipped:
@@ -49,12 +81,19 @@ def test_every_fault_is_survived(name: str) -> None:
     assert result.outcome.tried >= min(result.count, load(name).SHORT)
 
 
-def test_a_missing_sync_is_found_and_found_again_by_its_case() -> None:
-    def careless(store: Store, sha256: str) -> None:
-        if store.files.size(f"partial/{sha256}") is not None:
-            store.files.rename(f"partial/{sha256}", f"blobs/{sha256}")
+@pytest.mark.parametrize("name", CARELESS)
+def test_carelessness_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    count, (target, step, instead) = CARELESS[name]
+    monkeypatch.setattr(spoke, "BOUND_S", 1.0)
+    monkeypatch.setattr(target, step, instead)
+    outcome = load(name).run(3, count)
+    if outcome.skipped:
+        pytest.skip(outcome.skipped)
+    assert 0 < len(outcome.failures) <= outcome.tried
 
-    with patch.object(Store, "adopt", careless):
+
+def test_a_missing_sync_is_found_and_found_again_by_its_case() -> None:
+    with patch.object(Store, "adopt", _adopt):
         found = next(
             (name, failure)
             for name, files, cuts, scenario in crash.crash_states("good", 1, 2)
@@ -75,10 +114,7 @@ def _failure(scenario: crash.Scenario, files: crash.SimFiles, cuts: int) -> str 
 
 
 def test_every_failure_is_repeated_by_seed_and_case() -> None:
-    def careless(store: Store, sha256: str) -> None:
-        store.files.rename(f"partial/{sha256}", f"blobs/{sha256}")
-
-    with patch.object(Store, "adopt", careless):
+    with patch.object(Store, "adopt", _adopt):
         failures = crash.run(5, 500).failures
         once = next(failure for failure in failures if "." not in failure.case)
         twice = next(failure for failure in failures if "." in failure.case)
@@ -89,10 +125,7 @@ def test_every_failure_is_repeated_by_seed_and_case() -> None:
         failure = flips.run(5, 60).failures[0]
         assert flips.run(5, 60, failure.case).failures == (failure,)
 
-    def give_in(executor: Executor, error: OSError) -> None:
-        raise error
-
-    with patch.object(Executor, "_rest", give_in):
+    with patch.object(Executor, "_rest", lambda executor, error: _raise(error)):
         failure = next(f for f in disk.run(5, 60).failures if "tmpfs" not in f.case)
         assert disk.run(5, 60, failure.case).failures == (failure,)
 
@@ -103,7 +136,10 @@ def test_enough_steps_are_taken_away_to_mean_something() -> None:
 
 
 def test_the_counts_are_those_that_are_promised() -> None:
-    promised = {"F1": 20_000, "F3": 500, "F4": 120, "F5": 40, "F6": 150, "F7": 500}
+    promised = {
+        "F1": 20_000, "F2": 12, "F3": 500, "F4": 120, "F5": 40, "F6": 150, "F7": 500, "F8": 250,
+        "F9": 2000, "F10": 30, "F11": 36, "F12": 24, "F13": 200, "F14": 30,
+    }  # fmt: skip
     for name, count in promised.items():
         assert count <= load(name).FULL, name
 

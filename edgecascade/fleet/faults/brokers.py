@@ -25,7 +25,7 @@ from edgecascade.service.mqtt import Link, LinkOptions
 
 TITLE = "a broker that is killed, stopped, forgets, refuses, or lets a thief in"
 FULL = 30
-SHORT = 5
+SHORT = 3
 
 DEVICES = 3
 

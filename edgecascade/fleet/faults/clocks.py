@@ -36,7 +36,7 @@ from edgecascade.fleet.state import Phase
 
 TITLE = "clocks"
 FULL = 112
-SHORT = 14  # tests/fleet/test_attacks.py makes a test of each
+SHORT = 14
 
 YEAR_S = 365.25 * DAY_S
 ZONES = (

@@ -25,7 +25,7 @@ from edgecascade.fleet.sources import BLOCK_BYTES, HttpSource, Patience
 
 TITLE = "downloads from servers that cut, lie, stall and never end"
 FULL = 250
-SHORT = 60
+SHORT = 30
 
 PATIENCE = Patience(connect_s=2, head_s=0.3, read_s=0.3, min_bytes_per_s=4096, window_s=0.2)
 PACE = Pace(parallel=2, rounds=3, pause_s=0.01, longest_pause_s=0.02)

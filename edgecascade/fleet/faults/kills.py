@@ -54,8 +54,8 @@ def _run(base: Path, seed: int, count: int, case: str | None) -> Outcome:
                 shutil.copytree(start, folder, copy_function=_copier())
                 second = random.Random(name).randint(1, LATEST)
                 tried += 1
-                kills += sum(_killed(scenario, folder, at) for at in (first, second))
                 try:
+                    kills += sum(_killed(scenario, folder, at) for at in (first, second))
                     scenario.check(Watched(RealFiles(folder)), cuts=2)
                 except (Violation, EdgeCascadeError, OSError) as error:
                     failures.append(Failure(name, f"{type(error).__name__}: {error}"))

@@ -149,7 +149,7 @@ MUTANTS = (
     ),
 )
 FULL = sum(not mutant.equivalent for mutant in MUTANTS)
-SHORT = 6
+SHORT = 4
 
 
 def run(seed: int, count: int, case: str | None = None) -> Outcome:

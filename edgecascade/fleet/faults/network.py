@@ -26,7 +26,7 @@ from edgecascade.service.broker import LocalBroker, find_broker
 
 TITLE = "a network that is cut, deaf, slow or late"
 FULL = 30
-SHORT = 6
+SHORT = 4
 
 KINDS = ("cut", "reset", "deaf", "delay", "throttle")
 BLOB_BYTES = 300_000

@@ -24,7 +24,7 @@ from edgecascade.fleet.state import Phase
 
 TITLE = "rollouts: failing, lost and sleeping devices, a controller that restarts"
 FULL = 200
-SHORT = 20
+SHORT = 10
 DEVICES = 10_000
 SMALL = (1, 2, 3, 7, 20, 113)  # fleets where a percentage is less than a device
 LIMITS = Thresholds(lost_s=900.0, soak_s=60.0)
