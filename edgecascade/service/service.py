@@ -67,7 +67,6 @@ class Service:
         self._lost_incoming = 0
         self._wake = threading.Event()
         self._stopping = False
-        self._ready = threading.Event()
         name = config.model or llm.bundle.path.name
         identity = report.Identity(
             device=config.device_id,
@@ -147,7 +146,7 @@ class Service:
         units.notify("STATUS=loaded")  # though the broker may be out of reach
         drained_at: float | None = None
         period_s = units.watchdog_period_s()
-        alive_at = 0.0
+        alive_at, told = 0.0, False
         while True:
             now = self._turn()
             if self._stopping:
@@ -162,9 +161,8 @@ class Service:
                     drained_at = now + LAST_WORDS_S + self._config.drain_s
             if self._link.fatal:
                 raise NetworkError(self._link.fatal)
-            if self._link.up and not self._ready.is_set():
-                self._ready.set()
-                units.notify("READY=1")
+            if self._link.up and not told:
+                told = units.notify("READY=1")
             if period_s is not None and now >= alive_at and self._link.alive:
                 units.notify("WATCHDOG=1")
                 alive_at = now + period_s
