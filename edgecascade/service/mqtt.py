@@ -307,7 +307,7 @@ class Link:
         client.enable_logger(log)
         client.connect_timeout = CONNECT_S
         if address.username is not None:
-            client.username_pw_set(address.username, address.password)
+            client.username_pw_set(address.username, address.secret())
         if address.tls:
             client.tls_set_context(_tls(address))
         if options.will is not None:

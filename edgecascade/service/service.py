@@ -90,9 +90,10 @@ class Service:
         self._info = report.info(
             identity, self._core.limits, _versions(), self._monitor.facts().description()
         )
+        self._address = config.address()
         self._link = Link(
             LinkOptions(
-                config.address(),
+                self._address,
                 config.device_id,
                 self._topics.device_filters(config.device_id, config.pool),
                 will=self._status("offline"),
@@ -105,6 +106,7 @@ class Service:
             births=self._births,
         )
         self._told_status = b""
+        self._told_reason = self._link.reason
         self._status_at = 0.0
         self._telemetry_at = time.monotonic() + config.telemetry_s
 
@@ -227,6 +229,9 @@ class Service:
         return Outgoing(self._topics.status(self._config.device_id), told.to_bytes(), retain=True)
 
     def _report(self, now: float) -> None:
+        if not self._link.up and (reason := self._link.reason) != self._told_reason:
+            self._told_reason = reason
+            log.warning("the broker at %s: %s", self._address.shown, reason)
         if now >= self._status_at and self._link.up:
             state = "draining" if self._core.draining else "online"
             told = report.status(self._core.identity, self._core.busy, state, 0).to_bytes()

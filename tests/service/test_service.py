@@ -449,6 +449,18 @@ def test_the_boot_counter_grows_and_survives_damage(tmp_path: Path) -> None:
         next_boot(tmp_path / "file", "dev-1")
 
 
+def test_a_broker_that_is_lost_is_told_once(
+    serve: Serve, mosquitto: LocalBroker, caplog: pytest.LogCaptureFixture
+) -> None:
+    serve()
+    mosquitto.kill()
+    assert until(lambda: "refused" in caplog.text)
+    time.sleep(1.0)
+    told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert 1 <= len(told) == len(set(told))
+    assert all(mosquitto.url in text for text in told)
+
+
 def test_telemetry_is_sent_and_counts(
     serve: Serve, connect: Connect, mosquitto: LocalBroker
 ) -> None:
