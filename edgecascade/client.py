@@ -18,6 +18,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import math
 import queue
 import secrets
 import threading
@@ -102,8 +103,15 @@ class Stream:
         self._forget(self._pending)  # a generator that never ran has no end
 
     def __iter__(self) -> Iterator[Shown]:
-        yield from self._pieces
-        _answer(self._pending)  # raises what ended it
+        return self
+
+    def __next__(self) -> Shown:
+        try:
+            return next(self._pieces)
+        except StopIteration:
+            if (error := self._pending.exchange.error) is not None:
+                raise error from None
+            raise
 
 
 class Client:
@@ -154,7 +162,7 @@ class Client:
         )
 
     def connect(self, timeout_s: float = CONNECT_S) -> Client:
-        """Connect, and wait until the broker has accepted it.
+        """Connect, and wait until the broker has accepted it; also again after close().
 
         Raises:
             NetworkError: with the reason when it does not.
@@ -168,11 +176,13 @@ class Client:
         return self
 
     def close(self) -> None:
-        """Cancel what runs and disconnect."""
+        """Cancel what runs and disconnect; who waits for an answer is told with a NetworkError."""
         for request_id in list(self._pending):
             self.cancel(request_id)
-        self._link.flush(1.0)
+        if self._link.up:
+            self._link.flush(1.0)
         self._link.stop()
+        self._tell_all(lambda pending, now: None)
 
     def devices(self) -> dict[str, Status]:
         """What each device said last about itself."""
@@ -306,7 +316,7 @@ class Client:
     ) -> _Pending:
         # With a seed of its own, a request that has to run again gives the same tokens.
         parameters = {"seed": secrets.randbelow(2**53), **options}
-        timeout_s = float(parameters.pop("timeout_s", TIMEOUT_S))
+        timeout_s = _seconds(parameters.pop("timeout_s", TIMEOUT_S))
         request_id = parameters.pop("request_id", None) or secrets.token_hex(8)
         pool = parameters.pop("pool", None)
         if not is_request_id(request_id):
@@ -316,6 +326,13 @@ class Client:
                 raise InvalidRequest(f"{name!r} is no device or pool: 1 to 64 of A-Z a-z 0-9 _ -")
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
+        if not isinstance(messages, list | tuple):
+            raise InvalidRequest(f"messages is {messages!r:.80}; give a text or a list of messages")
+        for name in ("id", "stream"):
+            if name in options:
+                raise InvalidRequest(f"{name} is no option; give request_id, call chat or stream")
+        if not self._link.started:
+            raise InvalidRequest("this client is not connected; use it as `with Client(...)`")
         body = {"id": request_id, "messages": list(messages), "stream": stream, **parameters}
         _check_size(body)
         exchange = Exchange(
@@ -333,6 +350,8 @@ class Client:
         now, exchange = time.monotonic(), pending.exchange
         if self._link.fatal:
             exchange.fail(NetworkError(self._link.fatal))
+        elif not self._link.started:
+            exchange.fail(NetworkError("this client was closed before the answer came"))
         if (send := exchange.step(now, up=self._link.up)) is not None:
             request = self._request(pending, send)
             most = self._link.max_payload_bytes
@@ -376,6 +395,13 @@ class Client:
         best = [name for name, busy in load.items() if busy == least]
         return choice(best) if best else None
 
+    def _tell_all(self, what: Callable[[_Pending, float], None]) -> None:
+        """Let everybody who waits hear something."""
+        with self._lock:
+            waiting = list(self._pending.values())
+        for pending in waiting:
+            pending.put(partial(what, pending))
+
     # On the network thread.
 
     def _heard(self, message: Incoming) -> None:
@@ -397,10 +423,8 @@ class Client:
             if status is None or (known is not None and status.boot < known.boot):
                 return  # a late last will of an earlier start
             self._devices[device] = status
-            waiting = list(self._pending.values())
         self._any_status.set()
-        for pending in waiting:
-            pending.put(partial(pending.exchange.seen, device, status))
+        self._tell_all(lambda pending, now: pending.exchange.seen(device, status, now))
 
     def _published(self, message: Outgoing, reason: int) -> None:
         pending = self._pending.get(message.tag)
@@ -408,10 +432,13 @@ class Client:
             pending.put(partial(pending.exchange.sent, reason))
 
     def _connected(self) -> None:
-        with self._lock:
-            waiting = list(self._pending.values())
-        for pending in waiting:
-            pending.put(pending.exchange.connected)
+        self._tell_all(lambda pending, now: pending.exchange.connected(now))
+
+
+def _seconds(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise InvalidRequest(f"timeout_s is {value!r}; give a number of seconds")
+    return float(value)
 
 
 def _check_size(body: Mapping[str, Any]) -> None:

@@ -77,9 +77,10 @@ def _serve(args: argparse.Namespace) -> int:
             signal.signal(number, signal.default_int_handler)  # the second time it is meant
             service.stop()
 
-        before = {
-            number: signal.signal(number, drain) for number in (signal.SIGINT, signal.SIGTERM)
-        }
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # else it was started by nohup
+            numbers.append(signal.SIGHUP)
+        before = {number: signal.signal(number, drain) for number in numbers}
         print(
             f"serving {service.model} as {config.device_id} at {config.address().shown}; "
             "Ctrl-C drains and ends",

@@ -144,9 +144,9 @@ class Agent:
         return self._executor.state.verdict(order)
 
     def _loop(self, until: Callable[[], bool]) -> None:
-        period_s, alive_at = units.watchdog_period_s(), 0.0
-        units.notify("READY=1")
+        period_s, alive_at, told = units.watchdog_period_s(), 0.0, False
         while not self._stopping and not until():
+            told = told or units.notify("READY=1")
             now = time.monotonic()
             wake_s = self._wake_at - self.now() if self._wake_at else TURN_S
             with contextlib.suppress(queue.Empty):

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Brokers: one on loopback for the demo and the tests, and the configuration of a real one.
 
-A local broker takes a free port, keeps its files in a folder of its own and ends with the process
-that started it, whatever way that ends.
+A local broker takes a free port, leaves no file behind and ends with the process that started it,
+whatever way that ends.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import TracebackType
+from typing import IO
 
 from edgecascade.errors import InvalidRequest, NetworkError
 from edgecascade.service.leash import leashed
@@ -74,10 +74,16 @@ max_payload_size = 1048576
 max_inflight_count = 200
 dynamic_filters = true
 """
-_IOTCORE_MAIN = (
-    "import sys; from iotcore.iotcore import IotCoreBroker; "
-    "IotCoreBroker(config_path=sys.argv[1]).run_forever()"
-)
+# It takes a file whose name ends in .toml, and only until it has read it.
+_IOTCORE_MAIN = """
+import shutil, sys, tempfile
+from iotcore.iotcore import IotCoreBroker
+with tempfile.NamedTemporaryFile(suffix=".toml") as config:
+    shutil.copyfileobj(sys.stdin.buffer, config)
+    config.flush()
+    broker = IotCoreBroker(config_path=config.name)
+broker.run_forever()
+"""
 
 
 @dataclass(frozen=True)
@@ -132,8 +138,8 @@ class LocalBroker:
         self.port = port
         self._extra = extra_config
         self._fixed = port != 0
-        self._folder = Path(tempfile.mkdtemp(prefix="edgecascade-broker-"))
         self._process: subprocess.Popen[bytes] | None = None
+        self._log: IO[bytes] | None = None
 
     @property
     def url(self) -> str:
@@ -169,9 +175,8 @@ class LocalBroker:
         self._end(signal.SIGKILL)
 
     def stop(self) -> None:
-        """End the broker and remove its files."""
+        """End the broker."""
         self._end(signal.SIGTERM)
-        shutil.rmtree(self._folder, ignore_errors=True)
 
     def __enter__(self) -> LocalBroker:
         return self.start()
@@ -185,26 +190,30 @@ class LocalBroker:
         self.stop()
 
     def _spawn(self) -> None:
-        with open(self._folder / "log", "wb") as out:
+        # Files without a name: who is killed cannot remove one.
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115  closed by _end
+        with tempfile.TemporaryFile() as config:
+            config.write(self._config().encode())
+            config.seek(0)
             self._process = _SPAWNER.submit(
                 subprocess.Popen,
                 leashed(self._command()),
-                cwd=self._folder,
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=out,
+                cwd="/",
+                stdin=config,
+                stdout=self._log,
+                stderr=self._log,
             ).result()
 
     def _command(self) -> list[str]:
         if self.program.kind == "iotcore":
-            path = self._folder / "iotcore.toml"
-            path.write_text(_IOTCORE_CONFIG.format(port=self.port), encoding="utf-8")
-            return [sys.executable, "-c", _IOTCORE_MAIN, str(path)]
-        path = self._folder / "mosquitto.conf"
+            return [sys.executable, "-c", _IOTCORE_MAIN]
+        return [self.program.path, "-c", "/dev/stdin"]
+
+    def _config(self) -> str:
+        if self.program.kind == "iotcore":
+            return _IOTCORE_CONFIG.format(port=self.port)
         user = "user root\n" if os.geteuid() == 0 else ""  # else it gives up its rights and files
-        text = _LOCAL_CONFIG.format(port=self.port, user=user) + self._extra
-        path.write_text(text, encoding="utf-8")
-        return [self.program.path, "-c", str(path)]
+        return _LOCAL_CONFIG.format(port=self.port, user=user) + self._extra
 
     def _ready(self) -> bool:
         end = time.monotonic() + START_S
@@ -216,7 +225,8 @@ class LocalBroker:
 
     def _end(self, how: signal.Signals) -> str:
         process, self._process = self._process, None
-        if process is None:
+        said, self._log = self._log, None
+        if process is None or said is None:
             return ""
         with contextlib.suppress(ProcessLookupError):
             process.send_signal(how)
@@ -225,7 +235,9 @@ class LocalBroker:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-        return (self._folder / "log").read_text(encoding="utf-8", errors="replace")[-500:].strip()
+        with said:
+            said.seek(0)
+            return said.read().decode("utf-8", "replace")[-500:].strip()
 
 
 def free_port() -> int:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import unquote, urlsplit
 
-from edgecascade.errors import InvalidRequest
+from edgecascade.errors import InvalidRequest, NetworkError
 from edgecascade.service.topics import DEFAULT_PREFIX, Topics, is_name
 
 SCHEMES = {"mqtt": 1883, "mqtts": 8883}
@@ -31,6 +31,7 @@ class BrokerAddress:
     tls: bool
     username: str | None = None
     password: str | None = None
+    password_file: Path | None = None  # goes before `password`
     ca_file: Path | None = None
     cert_file: Path | None = None
     key_file: Path | None = None
@@ -42,12 +43,26 @@ class BrokerAddress:
         """For logs: without the password."""
         return f"{'mqtts' if self.tls else 'mqtt'}://{self.host}:{self.port}"
 
+    def secret(self) -> str | None:
+        """The password as it is now: its file may have been renewed.
+
+        Raises:
+            NetworkError: when the file cannot be read.
+        """
+        if self.password_file is None:
+            return self.password
+        try:
+            return self.password_file.read_text(encoding="utf-8").strip("\r\n")
+        except (OSError, UnicodeDecodeError) as error:
+            raise NetworkError(f"password_file {self.password_file}: {error}") from error
+
 
 def broker_address(
     url: str,
     *,
     username: str | None = None,
     password: str | None = None,
+    password_file: str | Path | None = None,
     ca_file: str | Path | None = None,
     cert_file: str | Path | None = None,
     key_file: str | Path | None = None,
@@ -81,6 +96,7 @@ def broker_address(
         tls=tls,
         username=username or (unquote(parts.username) if parts.username else None),
         password=password or (unquote(parts.password) if parts.password else None),
+        password_file=_readable("password_file", password_file),
         ca_file=paths[0],
         cert_file=paths[1],
         key_file=paths[2],
@@ -167,14 +183,11 @@ class ServiceConfig:
 
     def address(self) -> BrokerAddress:
         """The broker, with the password from its file or the environment."""
-        password = os.environ.get(PASSWORD_VARIABLE)
-        if self.password_file:
-            path = _readable("password_file", self.password_file)
-            password = path.read_text(encoding="utf-8").strip("\r\n") if path else None
         return broker_address(
             self.mqtt,
             username=self.username,
-            password=password,
+            password=os.environ.get(PASSWORD_VARIABLE),
+            password_file=self.password_file or None,
             ca_file=self.ca,
             cert_file=self.cert,
             key_file=self.key,

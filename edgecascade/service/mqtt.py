@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import random
 import select
 import socket
@@ -129,15 +128,29 @@ class Link:
         self._again = threading.Event()  # subscribe once more
         self._beat = time.monotonic()
         self._thread: threading.Thread | None = None
-        self._wake_read, self._wake_write = os.pipe()
-        os.set_blocking(self._wake_read, False)
-        os.set_blocking(self._wake_write, False)
+        # Sockets, not a pipe: a closed one is an error, where the number of a closed pipe may be
+        # another file by then.
+        self._bell: tuple[socket.socket, socket.socket] | None = None
 
     def start(self) -> None:
-        """Begin to connect; returns at once."""
+        """Begin to connect, also again after stop(); returns at once."""
+        if self._thread is not None:
+            return
+        self._stopping.clear()
+        self.fatal, self._beat = None, time.monotonic()
+        self._bell = socket.socketpair()
+        for end in self._bell:
+            end.setblocking(False)
         name = f"mqtt-{self._options.client_id}"
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread = threading.Thread(
+            target=self._run, args=self._bell[:1], name=name, daemon=True
+        )
         self._thread.start()
+
+    @property
+    def started(self) -> bool:
+        """Whether it connects, or tries to."""
+        return self._thread is not None and not self._stopping.is_set()
 
     def wait_up(self, timeout_s: float) -> bool:
         """Whether it is connected, within a time."""
@@ -206,22 +219,27 @@ class Link:
             if self._thread.is_alive():
                 log.error("the network thread does not end")
                 return
-        for end in (self._wake_read, self._wake_write):
-            with contextlib.suppress(OSError):
-                os.close(end)
+        with self._lock:
+            self._waiting.clear()
+        if self._bell is not None:
+            for end in self._bell:
+                end.close()
+        self._thread = self._bell = None
 
     def _wake(self) -> None:
-        with contextlib.suppress(BlockingIOError, OSError):  # full: it wakes anyway
-            os.write(self._wake_write, b"x")
+        bell = self._bell
+        if bell is not None:
+            with contextlib.suppress(OSError):  # full: it wakes anyway; closed: nobody sleeps
+                bell[1].send(b"x")
 
     # From here on everything runs on the network thread.
 
-    def _run(self) -> None:
+    def _run(self, bell: socket.socket) -> None:
         failures = 0
         while not self._stopping.is_set() and self.fatal is None:
             worked = False
             try:
-                worked = self._connection()
+                worked = self._connection(bell)
             except (OSError, NetworkError) as error:
                 self.reason = str(error) or type(error).__name__
             except Exception as error:  # a dead network thread would be silence
@@ -242,14 +260,14 @@ class Link:
             if time.monotonic() >= end:
                 return
 
-    def _connection(self) -> bool:
+    def _connection(self, bell: socket.socket) -> bool:
         """One connection from its start to its loss; whether it was one worth the name."""
         client = self._client()
         connection = _Connection(client, time.monotonic())
         self._install(connection)
         self._open(client)
         try:
-            self._turn(connection)
+            self._turn(connection, bell)
         finally:
             self._lost(connection)
         self._choose_version(connection)
@@ -289,7 +307,7 @@ class Link:
         client.enable_logger(log)
         client.connect_timeout = CONNECT_S
         if address.username is not None:
-            client.username_pw_set(address.username, address.password)
+            client.username_pw_set(address.username, address.secret())
         if address.tls:
             client.tls_set_context(_tls(address))
         if options.will is not None:
@@ -407,7 +425,7 @@ class Link:
             for name in self._options.filters
         ]
 
-    def _turn(self, connection: _Connection) -> None:
+    def _turn(self, connection: _Connection, bell: socket.socket) -> None:
         """Read, write and keep alive until the connection is lost or not wanted."""
         client = connection.client
         while (sock := client.socket()) is not None:
@@ -418,7 +436,7 @@ class Link:
             if not connection.acknowledged and now - connection.opened_at > ANSWER_S:
                 self.reason = f"no answer within {ANSWER_S:g} s"
                 return
-            readable = self._wait(sock, writing=client.want_write())
+            readable = _wait(sock, bell, writing=client.want_write())
             if readable and client.loop_read():
                 return
             self._settle(connection)
@@ -438,19 +456,6 @@ class Link:
             properties.SessionExpiryInterval = 0
         client.disconnect(properties=properties)
         client.loop_write()
-
-    def _wait(self, sock: Any, *, writing: bool) -> bool:
-        if isinstance(sock, ssl.SSLSocket) and sock.pending():
-            return True
-        # poll, because select cannot watch a file number beyond 1023.
-        poll = select.poll()
-        poll.register(sock, select.POLLIN | (select.POLLOUT if writing else 0))
-        poll.register(self._wake_read, select.POLLIN)
-        events = dict(poll.poll(1000))
-        if self._wake_read in events:
-            with contextlib.suppress(BlockingIOError):
-                os.read(self._wake_read, 4096)
-        return bool(events.get(sock.fileno(), 0) & ~select.POLLOUT)
 
     def _pump(self, connection: _Connection) -> None:
         """Hand waiting messages to paho while the socket takes them and the broker allows it."""
@@ -513,6 +518,21 @@ class Link:
         if (lost := connection.client.socket()) is not None:
             with contextlib.suppress(OSError):
                 lost.close()
+
+
+def _wait(sock: Any, bell: socket.socket, *, writing: bool) -> bool:
+    """Until there is something to read, to write or to do; whether there is to read."""
+    if isinstance(sock, ssl.SSLSocket) and sock.pending():
+        return True
+    # poll, because select cannot watch a file number beyond 1023.
+    poll = select.poll()
+    poll.register(sock, select.POLLIN | (select.POLLOUT if writing else 0))
+    poll.register(bell, select.POLLIN)
+    events = dict(poll.poll(1000))
+    if bell.fileno() in events:
+        with contextlib.suppress(BlockingIOError):
+            bell.recv(4096)
+    return bool(events.get(sock.fileno(), 0) & ~select.POLLOUT)
 
 
 def _properties(kind: int) -> Any:

@@ -67,7 +67,6 @@ class Service:
         self._lost_incoming = 0
         self._wake = threading.Event()
         self._stopping = False
-        self._ready = threading.Event()
         name = config.model or llm.bundle.path.name
         identity = report.Identity(
             device=config.device_id,
@@ -91,9 +90,10 @@ class Service:
         self._info = report.info(
             identity, self._core.limits, _versions(), self._monitor.facts().description()
         )
+        self._address = config.address()
         self._link = Link(
             LinkOptions(
-                config.address(),
+                self._address,
                 config.device_id,
                 self._topics.device_filters(config.device_id, config.pool),
                 will=self._status("offline"),
@@ -106,6 +106,7 @@ class Service:
             births=self._births,
         )
         self._told_status = b""
+        self._told_reason = self._link.reason
         self._status_at = 0.0
         self._telemetry_at = time.monotonic() + config.telemetry_s
 
@@ -147,7 +148,7 @@ class Service:
         units.notify("STATUS=loaded")  # though the broker may be out of reach
         drained_at: float | None = None
         period_s = units.watchdog_period_s()
-        alive_at = 0.0
+        alive_at, told = 0.0, False
         while True:
             now = self._turn()
             if self._stopping:
@@ -162,9 +163,8 @@ class Service:
                     drained_at = now + LAST_WORDS_S + self._config.drain_s
             if self._link.fatal:
                 raise NetworkError(self._link.fatal)
-            if self._link.up and not self._ready.is_set():
-                self._ready.set()
-                units.notify("READY=1")
+            if self._link.up and not told:
+                told = units.notify("READY=1")
             if period_s is not None and now >= alive_at and self._link.alive:
                 units.notify("WATCHDOG=1")
                 alive_at = now + period_s
@@ -229,6 +229,9 @@ class Service:
         return Outgoing(self._topics.status(self._config.device_id), told.to_bytes(), retain=True)
 
     def _report(self, now: float) -> None:
+        if not self._link.up and (reason := self._link.reason) != self._told_reason:
+            self._told_reason = reason
+            log.warning("the broker at %s: %s", self._address.shown, reason)
         if now >= self._status_at and self._link.up:
             state = "draining" if self._core.draining else "online"
             told = report.status(self._core.identity, self._core.busy, state, 0).to_bytes()

@@ -92,7 +92,7 @@ def _check_paths(*paths: str) -> None:
 
 
 def notify(words: str) -> bool:
-    """Tell systemd, as READY=1 or WATCHDOG=1; False where nobody listens."""
+    """Tell systemd, as READY=1 or WATCHDOG=1; False where nobody listens, or not just now."""
     address = os.environ.get("NOTIFY_SOCKET")
     if not address:
         return False
@@ -101,6 +101,7 @@ def notify(words: str) -> bool:
         contextlib.suppress(OSError),
         socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as out,
     ):
+        out.setblocking(False)  # a listener that is stuck must not hold the service
         out.sendto(words.encode(), path)
         return True
     return False

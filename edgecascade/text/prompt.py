@@ -13,6 +13,7 @@ from edgecascade.text.reasoning import opens_reasoning
 from edgecascade.text.template import ChatTemplate, checked_messages
 from edgecascade.text.tokenizer import Tokenizer, checked_text
 from edgecascade.text.tools import checked_tools
+from edgecascade.text.turns import TurnEncoder
 
 TURN_MARKS = ("<|im_start|>", "<|im_end|>")  # of the family's own chat format
 TAIL_TOKENS = 8  # of a prompt given as ids, enough to see whether it opens the reasoning
@@ -38,6 +39,7 @@ class Prompter:
         self, tokenizer_file: Path | None, template: str | None, generation: Mapping[str, Any]
     ) -> None:
         self.tokenizer = Tokenizer(tokenizer_file) if tokenizer_file else None
+        self._turns = TurnEncoder(self.tokenizer, TURN_MARKS[1]) if self.tokenizer else None
         self._source = template
         self._generation = generation
         self._template: ChatTemplate | None = None
@@ -65,19 +67,18 @@ class Prompter:
 
     def from_messages(self, messages: Any, tools: Any, *, thinking: bool | None) -> Prompt:
         """A conversation through the chat template."""
-        tokenizer = self.needed_tokenizer()
+        self.needed_tokenizer()
         messages, tools = checked_messages(messages), checked_tools(tools)
-        template = self._chat_template()
-        text = template.render(messages, tools=tools, thinking=thinking)
-        ids = tokenizer.encode(text)
+        text = self._chat_template().render(messages, tools=tools, thinking=thinking)
+        ids = self._encode(text)
         return Prompt(tuple(ids), opens_reasoning(text), tuple(tools), chat=True)
 
     def history(self, messages: Any, tools: Any) -> tuple[int, ...]:
         """What every prompt that goes on from these messages begins with, whatever is said next."""
-        tokenizer, template = self.needed_tokenizer(), self._chat_template()
+        template = self._chat_template()
         messages, tools = checked_messages(messages), checked_tools(tools)
         one, other = (
-            tokenizer.encode(template.render([*messages, said], tools=tools, answer=False))
+            self._encode(template.render([*messages, said], tools=tools, answer=False))
             for said in ({"role": "user", "content": text} for text in ("A", "0"))
         )
         pairs = enumerate(zip(one, other, strict=False))
@@ -93,6 +94,11 @@ class Prompter:
         if self.tokenizer is None:
             raise InvalidRequest("this bundle has no tokenizer.json; give token ids, not text")
         return self.tokenizer
+
+    def _encode(self, text: str) -> list[int]:
+        """Tokens of a conversation, of which the beginning was often seen before."""
+        assert self._turns is not None
+        return self._turns.encode(text)
 
     def _chat_template(self) -> ChatTemplate:
         tokenizer = self.needed_tokenizer()

@@ -51,7 +51,9 @@ def test_it_comes_back_on_the_same_port(mosquitto: LocalBroker) -> None:
     assert answers(port)
 
 
-def test_it_dies_with_its_parent(any_broker: LocalBroker) -> None:
+def test_it_dies_with_its_parent_and_leaves_no_file(
+    any_broker: LocalBroker, tmp_path: Path
+) -> None:
     code = (
         "import sys, time\n"
         "from edgecascade.service.broker import LocalBroker, find_broker\n"
@@ -60,12 +62,14 @@ def test_it_dies_with_its_parent(any_broker: LocalBroker) -> None:
         "time.sleep(60)\n"
     )
     command = [sys.executable, "-c", code, any_broker.program.kind]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as parent:
         assert parent.stdout is not None
         pid = int(parent.stdout.readline())
         assert not Path(f"/proc/{pid}/stat").read_text().endswith(" Z ")
         parent.send_signal(signal.SIGKILL)
     assert gone(pid)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_it_outlives_the_thread_that_started_it(mosquitto: LocalBroker) -> None:

@@ -69,7 +69,7 @@ def test_ask_prints_the_answer(start: Start, mosquitto: LocalBroker) -> None:
     assert message.get("reasoning_content", "") in done.stderr
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_drains_and_ends(start: Start, connect: Connect, number: signal.Signals) -> None:
     process = start()
     client = connect("robot")

@@ -138,7 +138,9 @@ def test_the_password_comes_from_a_file_or_the_environment(
     monkeypatch.setenv(PASSWORD_VARIABLE, "from environment")
     assert config.address().password == "from environment"
     filed = ServiceConfig(mqtt="mqtt://b", device_id="d", password_file=str(secret))
-    assert filed.address().password == "from file"
+    assert filed.address().secret() == "from file"
+    secret.write_text("renewed\n")
+    assert filed.address().secret() == "renewed"
 
 
 def test_the_state_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import hashlib
 import os
 import queue
 import signal
@@ -11,7 +13,9 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
+import installed
 import pytest
 from proxy import Proxy
 
@@ -262,3 +266,42 @@ def test_stop_ends_the_thread_even_without_a_broker(connect: Opener) -> None:
     assert box.link.alive
     box.link.stop()
     assert threading.active_count() == before
+
+
+def mosquitto_password(user: str, password: str) -> str:
+    """A line of its password file: PBKDF2 with SHA-512."""
+    salt, rounds = b"0123456789ab", 101
+    digest = hashlib.pbkdf2_hmac("sha512", password.encode(), salt, rounds, 64)
+    coded = "$".join(base64.b64encode(part).decode() for part in (salt, digest))
+    return f"{user}:$7${rounds}${coded}\n"
+
+
+def test_a_renewed_password_is_taken_up_at_the_next_connection(tmp_path: Path) -> None:
+    known, own = tmp_path / "known", tmp_path / "own"
+
+    def renew(password: str) -> None:
+        known.write_text(mosquitto_password("robot", password))
+        known.chmod(0o600)
+        own.write_text(f"{password}\n")
+
+    renew("first")
+    program = installed.broker("mosquitto")
+    with LocalBroker(program, extra_config=f"password_file {known}\n") as broker:
+        address = broker_address(broker.url, username="robot", password_file=own)
+        link = Link(LinkOptions(address, "robot", ()), print)
+        link.start()
+        try:
+            assert link.wait_up(WAIT_S)
+            broker.kill()
+            renew("second")
+            own.write_text("first\n")
+            broker.start()
+            assert until(lambda: "Not authorized" in link.reason)
+            renew("second")
+            assert link.wait_up(WAIT_S)
+            own.unlink()
+            broker.kill()
+            broker.start()
+            assert until(lambda: "password_file" in link.reason)
+        finally:
+            link.stop()

@@ -75,9 +75,10 @@ def held(service: Service) -> Iterator[None]:
 
 
 def wait_in_line(raw: Raw, service: Service, id: str, **options: Any) -> None:
-    before = service._core.busy
+    queue = service._core._model.stats
+    before = queue().waiting
     ask(raw, id, **options)
-    assert until(lambda: service._core.busy > before)
+    assert until(lambda: queue().waiting > before)
 
 
 def test_a_full_queue_is_429_and_says_when(narrow: Service, raw: Raw) -> None:

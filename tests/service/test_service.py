@@ -108,7 +108,7 @@ def test_an_answer_is_the_one_that_generate_gives(serve: Serve, connect: Connect
 def test_a_stream_adds_up_to_the_answer(serve: Serve, connect: Connect, llm: LLM) -> None:
     serve(flush_ms=1)
     stream = connect("robot").stream("dev-1", ASK, **GREEDY)
-    pieces = list(stream)
+    pieces = [next(iter(stream)), *stream]
     alone = direct(llm, temperature=0, max_tokens=24, seed=5)
     assert "".join(p.text for p in pieces) == alone.text
     assert "".join(p.reasoning for p in pieces) == alone.reasoning
@@ -204,6 +204,93 @@ def test_a_broker_that_is_not_there_is_an_error_with_a_reason() -> None:
 
     with pytest.raises(NetworkError, match="refused"):
         Client(f"mqtt://127.0.0.1:{free_port()}").connect(1.0)
+
+
+def test_a_client_that_is_closed_tells_who_waits(serve: Serve, mosquitto: LocalBroker) -> None:
+    service = serve()
+    client = Client(mosquitto.url, client_id="closing").connect()
+    stream = client.stream("dev-1", ASK, max_completion_tokens=2000, timeout_s=600, flush_ms=0)
+    next(stream)
+    ends: queue.Queue[Exception] = queue.Queue()
+
+    def wait() -> None:
+        try:
+            client.chat("dev-9", ASK, timeout_s=600)
+        except NetworkError as error:
+            ends.put(error)
+
+    async def wait_too() -> None:
+        waiting = asyncio.create_task(client.achat("dev-9", ASK, timeout_s=600))
+        await asyncio.sleep(0.05)
+        await asyncio.to_thread(client.close)
+        with pytest.raises(NetworkError, match="closed"):
+            await waiting
+
+    waiter = threading.Thread(target=wait)
+    waiter.start()
+    asyncio.run(asyncio.wait_for(wait_too(), WAIT_S))
+    assert "closed" in str(ends.get(timeout=WAIT_S))
+    waiter.join()
+    with suppress(NetworkError):  # unless its last word came before
+        for _ in stream:
+            pass
+    assert until(lambda: service._core.busy == 0)
+    with pytest.raises(InvalidRequest, match="not connected"):
+        client.chat("dev-1", ASK)
+    assert client._pending == {}
+
+
+def test_a_client_connects_once_and_again_after_its_end(
+    serve: Serve, mosquitto: LocalBroker
+) -> None:
+    serve()
+    threads = threading.active_count()
+    client = Client(mosquitto.url, client_id="again")
+    with pytest.raises(InvalidRequest, match="not connected"):
+        client.chat("dev-1", ASK)
+    for _ in range(2):
+        assert client.connect().connect() is client
+        assert threading.active_count() == threads + 1
+        assert client.chat("dev-1", ASK, **GREEDY).finish_reason
+        client.close()
+        client.close()
+        assert threading.active_count() == threads
+
+
+def test_a_connection_that_failed_can_be_tried_again(llm: LLM) -> None:
+    with LocalBroker(installed.broker()) as broker:
+        port = broker.port
+    client = Client(f"mqtt://127.0.0.1:{port}")
+    with pytest.raises(NetworkError):
+        client.connect(0.2)
+    with LocalBroker(installed.broker(), port=port):
+        assert client.connect().devices() == {}
+        client.close()
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"timeout_s": float("nan")}, "timeout_s is nan"),
+        ({"timeout_s": float("inf")}, "timeout_s is inf"),
+        ({"timeout_s": "5"}, "timeout_s is '5'"),
+        ({"timeout_s": True}, "timeout_s is True"),
+        ({"id": "request-1"}, "id is no option"),
+        ({"stream": True}, "stream is no option"),
+        ({"request_id": "a/b"}, "request_id is 'a/b'"),
+        ({"stop": {1}}, "JSON"),
+        ({"temperature": float("nan")}, "JSON"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused_here(
+    connect: Connect, options: dict[str, Any], named: str
+) -> None:
+    client = connect("robot")
+    with pytest.raises(InvalidRequest, match=named):
+        client.chat("dev-1", ASK, **options)
+    with pytest.raises(InvalidRequest, match="messages is"):
+        client.chat("dev-1", 5)  # type: ignore[arg-type]
+    assert client._pending == {}
 
 
 def test_status_and_info_are_retained_and_the_end_is_told(
@@ -360,6 +447,18 @@ def test_the_boot_counter_grows_and_survives_damage(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InvalidRequest, match="--state-dir"):
         next_boot(tmp_path / "file", "dev-1")
+
+
+def test_a_broker_that_is_lost_is_told_once(
+    serve: Serve, mosquitto: LocalBroker, caplog: pytest.LogCaptureFixture
+) -> None:
+    serve()
+    mosquitto.kill()
+    assert until(lambda: "refused" in caplog.text)
+    time.sleep(1.0)
+    told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert 1 <= len(told) == len(set(told))
+    assert all(mosquitto.url in text for text in told)
 
 
 def test_telemetry_is_sent_and_counts(

@@ -61,6 +61,22 @@ def test_notify_speaks_to_systemd(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert not units.notify("READY=1")
 
 
+def test_a_systemd_that_does_not_read_holds_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as ear:
+        ear.bind(str(tmp_path / "notify"))
+        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+        said = 0
+        while units.notify("WATCHDOG=1"):
+            said += 1
+            assert said < 100_000
+        for _ in range(said):
+            assert ear.recv(100) == b"WATCHDOG=1"
+        assert units.notify("READY=1")
+        assert ear.recv(100) == b"READY=1"
+
+
 def test_the_watchdog_s_period_is_half_its_patience(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WATCHDOG_USEC", raising=False)
     assert units.watchdog_period_s() is None
