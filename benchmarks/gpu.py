@@ -11,7 +11,9 @@ bundle     Nemotron-3-Nano-30B's shapes with random weights, written here: 17 GB
 decode     1, 2, 4 and 8 sequences with contexts of 0, 1k and 16k tokens: the graph alone, and a
            step of the backend with greedy tokens, and with drawn ones
 ops        each op of a decode step alone (gpu_ops.py), at a context of 1k
-prefill    128, 512 and 2048 tokens of one sequence
+prefill    128, 512 and 2048 tokens of one sequence: the backend alone in its largest chunks, the
+           same in pieces as LLM cuts them, and LLM.generate up to the first token
+prompt ops each op of a prompt of 512 tokens alone, and each launch of it
 generate   LLM.generate with the greedy rule, sampling included
 cpu        the same tokens fed to the CPU backend: greedy choices equal where the lead allows
 
@@ -47,7 +49,7 @@ from edgecascade.backends.native import NativeBackend
 from edgecascade.bench import circumstances
 from edgecascade.bundle import Bundle
 from edgecascade.errors import EdgeCascadeError
-from edgecascade.llm import LLM
+from edgecascade.llm import CHUNK_TOKENS, LLM
 from edgecascade.sampling import SampleRow, Sampling
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -57,7 +59,8 @@ STREAM_READ = Path(__file__).with_name("stream_read.cu")
 ON_GPU = "cuda and not emulated"
 NONE = np.zeros(0, np.int32)
 SANITIZED = (
-    f"{ON_GPU} and (tables or product or residual or masks or steps_are or moe or temperature)"
+    f"{ON_GPU} and (tables or product or residual or masks or steps_are or moe or temperature"
+    " or anywhere or few_and_none or magnitude)"
 )
 
 
@@ -69,6 +72,8 @@ class Plan:
     contexts: tuple[int, ...] = (0, 1024, 16384)
     ops_context: int = 1024
     prompts: tuple[int, ...] = (128, 512, 2048)
+    piece: int = CHUNK_TOKENS  # of a prompt, as LLM cuts it
+    prompt_ops: int = 512  # tokens of the prompt whose ops are timed
     answer: int = 128  # tokens that LLM.generate makes
     compared: tuple[int, int] = (64, 32)  # prompt and answer fed to both backends
     ceiling_bytes: int = 1 << 30
@@ -227,14 +232,29 @@ def seconds_of_steps(
     return (perf_counter() - start) / plan.steps
 
 
-def prefill(backend: CudaBackend, plan: Plan, count: int) -> dict[str, Any]:
-    """Tokens a second of a prompt in an empty slot, logits of its last token fetched."""
+def prefill(backend: CudaBackend, plan: Plan, count: int, piece: int) -> dict[str, Any]:
+    """Tokens a second of a prompt in an empty slot, logits of the last token of each piece
+    fetched.
+    """
     ids, seconds = tokens(backend, count), []
     for _ in range(4 if plan.least_s else 1):
         backend.reset(0)
         start = perf_counter()
-        np.asarray(backend.prefill(0, ids))
+        for at in range(0, count, piece):
+            np.asarray(backend.prefill(0, ids[at : at + piece]))
         seconds.append(perf_counter() - start)
+    best = float(np.median(seconds[1:] or seconds))
+    return {"tokens": count, "piece": piece, "seconds": best, "tokens_per_s": count / best}
+
+
+def first_token(llm: LLM, plan: Plan, count: int) -> dict[str, Any]:
+    """Tokens of a prompt over the time from the call of LLM.generate to its first token."""
+    prompt = [int(t) for t in np.random.default_rng(count).integers(0, llm.vocab, count)]
+    rule: dict[str, Any] = {"temperature": 0.0, "ignore_eos": True, "reuse": False}
+    seconds = [
+        llm.generate(prompt, max_tokens=1, **rule).timings.first_token_s
+        for _ in range(4 if plan.least_s else 1)
+    ]
     best = float(np.median(seconds[1:] or seconds))
     return {"tokens": count, "seconds": best, "tokens_per_s": count / best}
 
@@ -309,10 +329,15 @@ def measure(bundle: Bundle, plan: Plan, stream_read: Path, report: Report) -> No
         report.values["load"] = {"seconds": load_s, "bytes": bundle.weight_bytes}
         say(f"{'load':10} {load_s:.2f} s, {bundle.weight_bytes / load_s / 1e9:.2f} GB/s")
         report.take("decode", lambda: list(decoding(backend, plan, rates, report)))
-        report.take("prefill", lambda: [told_prefill(backend, plan, n, say) for n in plan.prompts])
+        report.take("prefill", lambda: list(prefilling(backend, plan, say)))
+        report.take("prompt_ops", lambda: list(prompt_ops(backend, plan, rates, say)))
         report.take("cpu", lambda: told_compare(backend, bundle, plan, say))
         with LLM(bundle, backend, "measured") as llm:
+            read = report.take("first_token", lambda: [first_token(llm, plan, n)
+                                                       for n in plan.prompts])  # fmt: skip
             made = report.take("generate", lambda: [generate(llm, plan, n) for n in plan.batches])
+        for row in read or []:
+            told_prompt(row, "LLM.generate", say)
         for row in made or []:
             say(f"{'generate':10} batch {row['batch']} {row['tokens_per_s']:29.1f} tokens/s")
     finally:
@@ -355,12 +380,32 @@ def told_op(row: dict[str, Any]) -> str:
     )
 
 
-def told_prefill(
-    backend: CudaBackend, plan: Plan, count: int, say: Callable[[str], None]
-) -> dict[str, Any]:
-    row = prefill(backend, plan, count)
-    say(f"{'prefill':10} {count:5} tokens {row['tokens_per_s']:20.1f} tokens/s")
-    return row
+def prefilling(
+    backend: CudaBackend, plan: Plan, say: Callable[[str], None]
+) -> Iterator[dict[str, Any]]:
+    """All prompts, in one call, and in pieces where LLM's are smaller."""
+    for count in plan.prompts:
+        for piece in sorted({count, min(count, plan.piece)}, reverse=True):
+            row = prefill(backend, plan, count, piece)
+            told_prompt(row, "one call" if piece == count else f"pieces of {piece}", say)
+            yield row
+
+
+def told_prompt(row: dict[str, Any], how: str, say: Callable[[str], None]) -> None:
+    say(f"{'prefill':10} {row['tokens']:5} tokens, {how:13} {row['tokens_per_s']:14.1f} tokens/s")
+
+
+def prompt_ops(
+    backend: CudaBackend, plan: Plan, rates: dict[str, float], say: Callable[[str], None]
+) -> Iterator[dict[str, Any]]:
+    """The ops of a prompt, and their launches."""
+    count = plan.prompt_ops
+    backend.reset(0)
+    backend.prefill(0, tokens(backend, count))
+    timer = OpTimer(backend, max(rates.values(), default=None), plan.least_s, prompt=count)
+    for time in timer.times(count):
+        say(f"{'prompt op':10} {told_op(time.row())}")
+        yield time.row()
 
 
 def told_compare(

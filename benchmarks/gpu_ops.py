@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every op of a decode step alone, on the weights and shapes of a loaded CUDA backend.
+"""Every op of a step alone, on the weights and shapes of a loaded CUDA backend.
 
 The calls of one kind, an input projection of each layer say, are captured as one graph and
 replayed: each replay goes through the weights of all layers, which is more than a GPU's L2 holds;
@@ -109,20 +109,27 @@ class SwitchedGraph:
 
 
 class OpTimer:
-    """Times the ops of a backend whose last step was a decode step of `batch` sequences."""
+    """Times the ops of a backend whose last step was a decode step of `batch` sequences, or, with
+    `prompt`, the first `prompt` tokens of a sequence.
+    """
 
-    def __init__(self, backend: CudaBackend, ceiling: float | None, least_s: float) -> None:
+    def __init__(
+        self, backend: CudaBackend, ceiling: float | None, least_s: float, *, prompt: int = 0
+    ) -> None:
         self._backend, self._ceiling, self._least_s = backend, ceiling, least_s
+        self._prompt = prompt
         self._device, self._stream = backend._device, backend._stream
         names = {place: name for name, place in backend._weights.items()}
         self._kinds: dict[str, list[tuple[int, c.Structure]]] = {}
-        for call in backend._decode_calls:
+        for call in backend._prefill_calls if prompt else backend._decode_calls:
             name = NAMES[call.op]
             args = ARGS[name].from_address(call.args)
             label = name if name != "linear" else names[args.w.data].rpartition(".")[2]
             self._kinds.setdefault(label, []).append((call.op, args))
         widest = max(_widths(op, args) for calls in self._kinds.values() for op, args in calls)
-        values = np.random.default_rng(3).standard_normal((backend.slots, widest), np.float32)
+        values = np.random.default_rng(3).standard_normal(
+            (prompt or backend.slots, widest), np.float32
+        )
         self._x = self._device.alloc(values.nbytes)
         self._y = self._device.alloc(values.nbytes)
         self._device.upload(self._x, values, self._stream)
@@ -131,7 +138,7 @@ class OpTimer:
         self._copies: dict[tuple[int, int], int] = {}
 
     def times(self, batch: int) -> Iterator[OpTime]:
-        """All kinds of the step, in its order."""
+        """All kinds of the step, in its order; of a prompt, `batch` is its tokens."""
         for label, calls in self._kinds.items():
             yield from self._time(label, calls, batch)
 
@@ -162,10 +169,13 @@ class OpTimer:
             return OpTime(name, batch, len(calls), launches, us, each, self._ceiling, moved)
 
         rows = [made(label, slice(None), launches)]
-        names = PARTS.get(label, tuple(f"launch {i + 1}" for i in range(launches)))
+        names = tuple(f"launch {i + 1}" for i in range(launches))
+        if not self._prompt:
+            names = PARTS.get(label, names)
         for part in range(launches if launches > 1 else 0):
             graph.keep(lambda i, part=part: i % launches == part)  # type: ignore[misc]
-            rows.append(made(f"  {names[part]}", slice(part, part + 1), 1))
+            moves = slice(0, 0) if self._prompt else slice(part, part + 1)
+            rows.append(made(f"  {names[part]}", moves, 1))
         graph.close()
         return rows
 
@@ -203,8 +213,13 @@ class OpTimer:
 
     def _start(self, calls: c.Array[Call], batch: int) -> None:
         step = Step.from_buffer_copy(self._backend._args_step)
-        step.n_tok = step.n_seq = step.n_out = batch
-        step.max_context = max(bound for count, bound in self._backend.captured if count == batch)
+        if self._prompt:
+            step.n_tok, step.n_seq, step.n_out = self._prompt, 1, 1
+            step.max_context = self._backend.max_context
+        else:
+            step.n_tok = step.n_seq = step.n_out = batch
+            bounds = (bound for count, bound in self._backend.captured if count == batch)
+            step.max_context = max(bounds)
         self._backend._library.run(self._backend._queue, step, calls)
 
     def _seconds(self, graph: SwitchedGraph) -> float:
@@ -215,8 +230,12 @@ class OpTimer:
         )
 
     def _bytes(self, code: int, args: Any, batch: int) -> list[int]:
-        """What each launch of a call has to move; only the first's where that is most of it."""
+        """What each launch of a call has to move; only the first's where that is most of it. Of a
+        prompt, the weights.
+        """
         name = NAMES[code]
+        if self._prompt and name in ("mamba", "attention"):
+            return [0]
         if name in ("linear", "head"):
             return [_stored(args.w)]
         if name == "moe":

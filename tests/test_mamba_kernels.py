@@ -42,6 +42,7 @@ SHAPES = [
     Shape(2, 80, 2, 1, 8),
     Shape(1, 1, 1, 80, 3, chunk=1),
     Shape(2, 64, 1, 128, 4, chunk=64),
+    Shape(1, 40, 1, 200, 4),
 ]
 
 
@@ -114,6 +115,22 @@ def test_steps_are_the_reference(isa: str, shape: Shape) -> None:
     got = [layer.run(kernels, DECODE, Batch([1], [1], [t]), rows[t : t + 1]) for t in range(20)]
     assert relative(np.concatenate(got), want) <= SCAN
     assert relative(layer.ssm[1], state) <= SCAN
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("power", [-30, 30])
+def test_prompts_of_any_magnitude(isa: str, power: int) -> None:
+    """x, B and C each far beyond what a half holds, their products still a float's."""
+    layer = Layer(SHAPES[0])
+    rows, inner = layer.rows(70), layer.shape.inner
+    layer.weights["conv_bias"][:] = 0
+    rows[:, inner : inner + layer.shape.channels] *= np.float32(2.0) ** power
+    layer.conv *= np.float32(2.0) ** power
+    layer.ssm *= np.float32(2.0) ** (2 * power)
+    want, state = layer.reference(0, 4, rows)
+    got = layer.run(Kernels(isa), PREFILL, Batch([70], [0], [4]), rows)
+    assert relative(got, want) <= SCAN
+    assert relative(layer.ssm[0], state) <= SCAN
 
 
 @pytest.mark.parametrize("isa", ISAS)

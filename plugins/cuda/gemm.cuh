@@ -183,29 +183,32 @@ __device__ __forceinline__ void multiplyTile(const uint8_t* blocks, int n, int k
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, g = lane / 4, t = lane % 4;
   const int steps = ceilDiv(k, kGroup);
   const bool owns = warp < ceilDiv(n, kBlockRows);  // rows of W beyond its last belong to nobody
-  const uint8_t* mine = blocks + int64_t(owns ? warp : 0) * steps * Codec::kBytes;
   uint4* shared = dynamicShared<uint4>();
-  const uint4* from[kParts];  // this thread's octet of X in step 0; rows behind the last repeat it
+  // Where this thread's part of the next step begins; rows of X behind the last repeat it.
+  const uint8_t* block = blocks + int64_t(owns ? warp : 0) * steps * Codec::kBytes;
+  const uint4* from[kParts];
+  const int first = threadIdx.x / 8, octet = threadIdx.x % 8;
 #pragma unroll
   for (int i = 0; i < kParts; ++i) {
-    const int row = threadIdx.x / 8 + kRowsAtOnce * i;
-    from[i] = acts.octets + int64_t(rowOf(row < count ? row : count - 1)) * steps * 8;
+    const int row = first + kRowsAtOnce * i;
+    from[i] = acts.octets + int64_t(rowOf(row < count ? row : count - 1)) * steps * 8 + octet;
   }
   const auto stage = [&](int step) {
     if (step < steps) {
       const Stage<Codec> to(shared, step, warp);
-      if (owns) to.copyBlock(mine + int64_t(step) * Codec::kBytes, lane);
-      const int octet = threadIdx.x % 8;
+      if (owns) to.copyBlock(block, lane);
+      block += Codec::kBytes;
 #pragma unroll
       for (int i = 0; i < kParts; ++i) {
         if (kRowsAtOnce * i >= count) break;
-        const int row = threadIdx.x / 8 + kRowsAtOnce * i;
-        copyAsync(to.x + octetAt(row, octet), from[i] + step * 8 + octet);
+        copyAsync(to.x + octetAt(first, octet) + kRowsAtOnce * 8 * i, from[i]);
+        from[i] += 8;
       }
     }
     commitAsync();
   };
   static_assert(kRowsAtOnce == kRowGroup, "what is multiplied is what was copied");
+  static_assert(kRowsAtOnce % 2 == 0, "octetAt() of the thread's rows is the same but for the row");
 #pragma unroll
   for (int step = 0; step < kStages - 1; ++step) stage(step);
   float sum[2][kTile / 8][4] = {};

@@ -1,43 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Mamba-2 from the input projection to the gate. With z | x | B | C | dt = zxbcdt[t] and g = h /
-// (heads / groups):
-//
-//   xBC_t = silu(bias + sum_j conv_weight[j] * xBC_{t - (kernel-1) + j})     x | B | C before the
-//   convolution
-//   dt    = softplus(dt + dt_bias[h])                                        no clamp
-//   S     = exp(dt a[h]) S + (dt x[h]) (x) B[g]                              S [head_dim][state]
-//   y     = (S C[g] + d[h] x[h]) * silu(z[h])
-//
-// Shapes: zxbcdt [n_tok][2 di + 2 groups state + heads], di = heads head_dim; conv
-// [slots][kernel][channels], a ring by position; ssm [slots][heads][head_dim][state]; y
-// [n_tok][di]. A slot of a new sequence is all zeros.
+// Mamba-2 for one token of each sequence; mamba.cuh has the equations.
 //
 // A CTA keeps 32 rows of one head's state in registers, a lane the columns n = lane mod 32, and
 // runs over the tokens of its sequence in tiles of 16; the convolution of its channels is part of
-// it. One token is the same code with one tile: step and prefill give the same bits. The scan goes
-// token by token: heads x 2 CTAs fill a Jetson, and the arithmetic is a tenth of a prompt's. Bound:
-// the step by memory, 8 bytes a state value; prefill by fp32 arithmetic. Reference:
-// edgecascade/backends/reference.py   Test: tests/test_mamba_kernels.py
-#include "kernels.h"
-#include "platform.h"
+// it. Bound: memory, 8 bytes a state value.
+// Reference: edgecascade/backends/reference.py   Test: tests/test_mamba_kernels.py
+#include "mamba.cuh"
 
 namespace ec::cuda {
 namespace {
 
+using namespace mamba;
+
 constexpr int kThreads = 256, kWarps = kThreads / kWarp;
 constexpr int kRowsPerWarp = 4, kRows = kWarps * kRowsPerWarp;  // of a head's state
 constexpr int kTokens = 16;                                     // of a tile
-constexpr int kMaxState = 256;
-
-struct Layout {
-  int inner, channels, row, headsPerGroup;
-  __host__ __device__ explicit Layout(const ec_mamba& a)
-      : inner(a.heads * a.head_dim),
-        channels(inner + 2 * a.groups * a.state),
-        row(inner + channels + a.heads),
-        headsPerGroup(a.heads / a.groups) {}
-};
 
 // Channels that a CTA convolves: kRows of x, then B and C of the group.
 __host__ __device__ inline int tileChannels(const ec_mamba& args) { return kRows + 2 * args.state; }
@@ -78,14 +56,9 @@ __device__ __forceinline__ int channelOf(const ec_mamba& args, const Layout& m, 
                         : m.inner + args.groups * args.state + group * args.state + n - args.state;
 }
 
-__device__ __forceinline__ int64_t ringRow(const ec_mamba& args, const Layout& m, int slot,
-                                           int position) {
-  return (int64_t(slot) * args.kernel + (position + args.kernel) % args.kernel) * m.channels;
-}
-
 // kColumns: columns of the state that a lane keeps.
 template <int kColumns>
-__global__ void __launch_bounds__(kThreads, 2) scan(ec_step step, ec_mamba args, bool writesRing) {
+__global__ void __launch_bounds__(kThreads, 2) scan(ec_step step, ec_mamba args) {
   const int sequence = blockIdx.z, head = blockIdx.x, row0 = blockIdx.y * kRows;
   if (sequence >= liveSequences(step)) return;
   const Layout m(args);
@@ -124,9 +97,8 @@ __global__ void __launch_bounds__(kThreads, 2) scan(ec_step step, ec_mamba args,
     }
     if (int(threadIdx.x) < count) {
       const int token = from + threadIdx.x;
-      const float x =
-          rows[int64_t(token) * m.row + m.inner + m.channels + head] + args.dt_bias[head];
-      const float dt = x > 20.f ? x : log1pf(expf(x));
+      const float dt =
+          softplus(rows[int64_t(token) * m.row + m.inner + m.channels + head] + args.dt_bias[head]);
       tile.dt[threadIdx.x] = dt;
       tile.decay[threadIdx.x] = expf(dt * args.a[head]);
     }
@@ -182,7 +154,7 @@ __global__ void __launch_bounds__(kThreads, 2) scan(ec_step step, ec_mamba args,
         ssm[int64_t(r) * args.state + n] = state[r][j];
     }
   }
-  if (!writesRing || tokens < 1) return;
+  if (tokens < 1) return;
   // One token writes the one row of the ring that no other CTA reads.
   const bool sharesGroup = head % m.headsPerGroup || blockIdx.y;
   for (int c = threadIdx.x; c < (sharesGroup ? kRows : width); c += kThreads) {
@@ -192,41 +164,6 @@ __global__ void __launch_bounds__(kThreads, 2) scan(ec_step step, ec_mamba args,
   }
 }
 
-// The last inputs of each channel, after all CTAs of the scan have read the ring.
-__global__ void __launch_bounds__(kThreads) updateRing(ec_step step, ec_mamba args) {
-  const int sequence = blockIdx.y, channel = blockIdx.x * kThreads + threadIdx.x;
-  const Layout m(args);
-  if (sequence >= liveSequences(step) || channel >= m.channels) return;
-  const int first = step.start[sequence], tokens = step.start[sequence + 1] - first;
-  const int slot = step.slot[sequence], past = step.past[sequence];
-  for (int token = max(0, tokens - args.kernel); token < tokens; ++token) {
-    args.conv[ringRow(args, m, slot, past + token) + channel] =
-        args.zxbcdt[int64_t(first + token) * m.row + m.inner + channel];
-  }
-}
-
-ec_status checkShape(const char* op, const ec_step& step, const ec_mamba& args) {
-  EC_TRY(checkMambaShape(op, step, args));
-  if (args.state <= kMaxState) return EC_OK;
-  return fail(EC_UNSUPPORTED, "%s: state is %d, this backend takes at most %d", op, args.state,
-              kMaxState);
-}
-
-ec_status launchScan(const char* op, ec_stream stream, const ec_step& step, const ec_mamba& args,
-                     bool writesRing) {
-  EC_TRY(checkShape(op, step, args));
-  EC_TRY(checkMambaPointers(op, step, args));
-  if (step.n_seq == 0) return EC_OK;
-  const dim3 grid(args.heads, ceilDiv(args.head_dim, kRows), step.n_seq);
-  const size_t shared = Tile::bytes(args);
-  const auto run = [&](auto* kernel) {
-    return launch(op, kernel, grid, kThreads, shared, stream, step, args, writesRing);
-  };
-  if (args.state <= 32) return run(scan<1>);
-  if (args.state <= 64) return run(scan<2>);
-  return args.state <= 128 ? run(scan<4>) : run(scan<8>);
-}
-
 }  // namespace
 
 ec_status mambaStepWorkspace(const ec_step& step, const ec_mamba& args, size_t* bytes) {
@@ -234,21 +171,19 @@ ec_status mambaStepWorkspace(const ec_step& step, const ec_mamba& args, size_t* 
   return checkShape("mamba_step", step, args);
 }
 
-ec_status mambaPrefillWorkspace(const ec_step& step, const ec_mamba& args, size_t* bytes) {
-  *bytes = 0;
-  return checkShape("mamba_prefill", step, args);
-}
-
 ec_status mambaStep(ec_stream stream, const ec_step& step, const ec_mamba& args) {
-  return launchScan("mamba_step", stream, step, args, true);
-}
-
-ec_status mambaPrefill(ec_stream stream, const ec_step& step, const ec_mamba& args) {
-  EC_TRY(launchScan("mamba_prefill", stream, step, args, false));
+  constexpr const char* op = "mamba_step";
+  EC_TRY(checkShape(op, step, args));
+  EC_TRY(checkMambaPointers(op, step, args));
   if (step.n_seq == 0) return EC_OK;
-  const int channels = Layout(args).channels;
-  return launch("mamba_prefill", updateRing, dim3(ceilDiv(channels, kThreads), step.n_seq),
-                kThreads, 0, stream, step, args);
+  const dim3 grid(args.heads, ceilDiv(args.head_dim, kRows), step.n_seq);
+  const size_t shared = Tile::bytes(args);
+  const auto run = [&](auto* kernel) {
+    return launch(op, kernel, grid, kThreads, shared, stream, step, args);
+  };
+  if (args.state <= 32) return run(scan<1>);
+  if (args.state <= 64) return run(scan<2>);
+  return args.state <= 128 ? run(scan<4>) : run(scan<8>);
 }
 
 }  // namespace ec::cuda

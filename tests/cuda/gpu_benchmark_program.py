@@ -51,8 +51,9 @@ def main(stand_ins: Path, kernels: Path, stream_read: Path, folder: Path) -> Non
 
     gpu.build = lambda: None
     gpu.build_stream_read = lambda folder: stream_read
-    gpu.QUICK = gpu.Plan(batches=(1, 2), contexts=(0, 3), ops_context=3, prompts=(9,), answer=2,
-                         compared=(5, 3), ceiling_bytes=1 << 16, steps=1, least_s=0)  # fmt: skip
+    gpu.QUICK = gpu.Plan(batches=(1, 2), contexts=(0, 3), ops_context=3, prompts=(9,), piece=4,
+                         prompt_ops=9, answer=2, compared=(5, 3), ceiling_bytes=1 << 16,
+                         steps=1, least_s=0)  # fmt: skip
     out, short = folder / "seen.json", tiny("short", "ME*").path
     sys.argv = ["gpu.py", "--quick", "--no-checks", "--bundle", str(short), "--out", str(out)]
     status = gpu.main()

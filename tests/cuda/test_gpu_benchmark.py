@@ -70,6 +70,14 @@ def test_the_ops_of_a_step_are_the_step(seen: dict[str, Any]) -> None:
         assert sum(op["calls"] * op["launches"] for op in ops) == step["launches"]
 
 
+def test_the_ops_of_a_prompt_are_its_launches(seen: dict[str, Any]) -> None:
+    assert [op["op"] for op in seen["prompt_ops"] if not op["op"].startswith(" ")] == KINDS
+    launches = {op["op"]: op["launches"] for op in seen["prompt_ops"]}
+    assert launches["mamba"] == 4
+    assert launches["moe"] == 10
+    assert all(op["batch"] == 9 and op["us"] > 0 for op in seen["prompt_ops"])
+
+
 def test_bytes_are_those_of_the_weights_that_a_call_reads(seen: dict[str, Any]) -> None:
     block = 1088  # 32 rows of 64 columns
     bytes_of = {op["op"]: op["bytes"] for op in seen["ops"] if op["batch"] == 1}
@@ -94,9 +102,11 @@ def test_every_figure_is_there(seen: dict[str, Any]) -> None:
     assert [(row["batch"], row["context"]) for row in seen["decode"]] == [
         (1, 0), (1, 3), (2, 0), (2, 3),
     ]  # fmt: skip
-    assert [row["tokens"] for row in seen["prefill"]] == [9]
+    assert [(row["tokens"], row["piece"]) for row in seen["prefill"]] == [(9, 9), (9, 4)]
+    assert [row["tokens"] for row in seen["first_token"]] == [9]
     assert [row["batch"] for row in seen["generate"]] == [1, 2]
-    assert len(seen["said"]) == 2 + 2 + 4 + len(seen["ops"]) + 1 + 1 + 1 + 2 + 1
+    ops = len(seen["ops"]) + len(seen["prompt_ops"])
+    assert len(seen["said"]) == 2 + 2 + 4 + ops + 1 + 2 + 1 + 1 + 2 + 1
     assert seen["gpu"]["cuda_driver"] == "12.6"
     assert {"commit", "date", "device", "version"} <= seen.keys()
 
