@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 RESEND_S = 2.0  # a question that was not answered
 LAST_WORDS_S = 2.0
+MAX_ANSWERS = 16  # to one question, that nobody has read yet
 MAX_PACKET_BYTES = 128 << 10
 OFFLINE = "offline"
 
@@ -55,8 +56,8 @@ class Line:
         self._jobs: dict[str, Job] = {}
         self._reports: dict[str, bytes] = {}  # the same, signed
         self._told: dict[str, Any] = {}
-        self._pending: dict[str, queue.SimpleQueue[bytes]] = {}
-        self._blocks: dict[str, queue.SimpleQueue[bytes]] = {}
+        self._pending: dict[str, queue.Queue[bytes]] = {}
+        self._blocks: dict[str, queue.Queue[bytes]] = {}
         filters = self._topics.agent_filters(self._name, settings.groups)
         self._link = Link(
             LinkOptions(
@@ -122,7 +123,7 @@ class Line:
         body = {"id": name, "messages": list(messages), "max_completion_tokens": 8,
                 "temperature": 0, "seed": 0, "timeout_s": timeout_s}  # fmt: skip
         request = Outgoing(self._topics.chat(self._device, self._name), wire.encode(body))
-        answers: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        answers: queue.Queue[bytes] = queue.Queue(MAX_ANSWERS)
         self._pending[name] = answers
         began, said = time.monotonic(), "no answer"
         try:
@@ -144,7 +145,7 @@ class Line:
 
     def exchange(self, name: str, question: bytes, timeout_s: float) -> bytes | None:
         """See relay.Asker."""
-        answers: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        answers: queue.Queue[bytes] = queue.Queue(MAX_ANSWERS)
         self._blocks[name] = answers
         try:
             if not self._link.publish(Outgoing(self._topics.repo_get(self._name), question)):
@@ -165,12 +166,12 @@ class Line:
             if len(message.payload) <= MAX_ENVELOPE_BYTES:
                 self._on_order(message.payload)
         elif address.kind == "reply" and (asked := self._pending.get(address.request)) is not None:
-            asked.put(message.payload)
+            _put(asked, message.payload)
         elif address.kind == "repo-rx":
             block = read_block(message.payload)
             wanted = None if block is None else self._blocks.get(block.name)
             if wanted is not None:
-                wanted.put(message.payload)
+                _put(wanted, message.payload)
 
     def _births(self) -> list[Outgoing]:
         with self._lock:
@@ -182,3 +183,9 @@ class Line:
 
     def _status(self, standing: dict[str, Any]) -> Outgoing:
         return Outgoing(self._topics.status(self._name), wire.encode(standing), retain=True)
+
+
+def _put(answers: queue.Queue[bytes], payload: bytes) -> None:
+    """Keep an answer, unless a flood of them has come: each question is asked again."""
+    with contextlib.suppress(queue.Full):
+        answers.put_nowait(payload)
