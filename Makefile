@@ -20,7 +20,7 @@ demo: $(VENV)/.kernels  ## command the robot's model in the box, also over MQTT;
 	$(VENV)/bin/python examples/demo.py
 
 test: $(VENV)/.kernels  ## the whole suite; needs no GPU
-	$(VENV)/bin/python -m pytest -q
+	$(VENV)/bin/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder
 
 test-gpu: $(VENV)/.kernels  ## the suite of the ops on this machine's NVIDIA GPU
 	EDGECASCADE_TEST_GPU=1 $(VENV)/bin/python -m pytest -q tests -k 'kernel and cuda'
@@ -35,7 +35,7 @@ check: $(VENV)/.kernels  ## format, lint, types and import directions
 bench: $(VENV)/.kernels  ## kernels against this machine's own ceilings
 	$(VENV)/bin/python benchmarks/kernels.py
 
-faults: $(VENV)/.kernels  ## power cuts, kills, bad disks and networks against fleet updates, counted; 5 minutes
+faults: $(VENV)/.kernels  ## power cuts, kills, bad disks and networks against fleet updates, counted; 2 minutes
 	$(VENV)/bin/edgecascade faults --json build/faults.json
 
 clean:  ## remove the environment and everything built

@@ -10,6 +10,14 @@ from pathlib import Path
 import pytest
 from golden import GOLDENS, Build, Golden, load_golden
 
+MOST_WORKERS = 8  # the kernels bring threads of their own
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """One more than there are cores: much of the suite waits for brokers and processes."""
+    return min(len(os.sched_getaffinity(0)) + 1, MOST_WORKERS)
+
 
 @pytest.fixture(scope="session", params=sorted(GOLDENS))
 def golden(request: pytest.FixtureRequest) -> Golden:

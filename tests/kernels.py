@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from alone import alone_in
 from numpy.typing import NDArray
 
 from edgecascade.backends._cuda import open_device
@@ -49,19 +50,20 @@ def cuda_emulated() -> Library:
     cmake = shutil.which("cmake")
     assert cmake, "cmake is not found; make setup installs it"
     jobs = str(os.cpu_count() or 1)
-    for command in (
-        [
-            cmake,
-            "-S",
-            str(ROOT / "plugins"),
-            "-B",
-            str(folder),
-            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={folder}",
-        ],
-        [cmake, "--build", str(folder), "--target", "edgecascade_cuda_emulated", "-j", jobs],
-    ):
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, f"{command}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+    with alone_in(folder):
+        for command in (
+            [
+                cmake,
+                "-S",
+                str(ROOT / "plugins"),
+                "-B",
+                str(folder),
+                f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={folder}",
+            ],
+            [cmake, "--build", str(folder), "--target", "edgecascade_cuda_emulated", "-j", jobs],
+        ):
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, f"{command}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
     return open_cuda_library(CUDA_EMULATED)
 
 

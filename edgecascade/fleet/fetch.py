@@ -34,7 +34,7 @@ WRONG = frozenset({"wrong-hash", "wrong-size", "wrong-range", "wrong-answer"})
 MIN_GAIN_BYTES = 64 << 10  # fewer from a mirror than this, or than was lacking, are no progress
 REST_S = 15.0  # a mirror that did not answer is asked last for so long
 SPARE_BYTES = 256 << 10  # room that is left to others
-SHRINK_BYTES = 8 << 20
+SHRINK_BYTES = 2 << 20  # held twice at most: with state and folders, less than the store's margin
 
 
 @dataclass(frozen=True)

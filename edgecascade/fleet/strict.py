@@ -9,10 +9,10 @@ ranges, given as ValueError. Types may be str, bool, int, float, dict, Literal, 
 from __future__ import annotations
 
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import MISSING, fields, is_dataclass
 from functools import lru_cache
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from edgecascade.service import wire
 
@@ -60,7 +60,7 @@ def read(kind: type[T], value: Any, what: str, *, defaults: bool = False) -> T:
     Raises:
         BadDocument: naming the place.
     """
-    made: T = _reader(kind, defaults)(value, what)
+    made: T = _reader(cast("Hashable", kind), defaults)(value, what)
     return made
 
 

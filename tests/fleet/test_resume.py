@@ -4,7 +4,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import random
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -23,6 +26,7 @@ from edgecascade.fleet.faults.world import (
 from edgecascade.fleet.fs import RealFiles
 from edgecascade.fleet.release import FileRef, Release
 
+BENCHMARK = Path(__file__).resolve().parents[2] / "benchmarks" / "fleet_resume.py"
 FILES = 40
 INTERRUPTIONS = 50
 
@@ -77,3 +81,14 @@ def test_fifty_interruptions_fetch_no_whole_blob_twice(
     assert Counter(world.fetched) == Counter(dict.fromkeys(what.release.blobs, 1))
     # Six blocks a blob, and no block a second time: what was begun went on where it was.
     assert set(written.values()) == {6}
+
+
+def test_an_update_that_is_killed_takes_room_for_what_is_new(tmp_path: Path) -> None:
+    facts = tmp_path / "facts.json"
+    words = ["--gb", "0.02", "--interruptions", "3", "--placed", "--folder", tmp_path]
+    command = [sys.executable, str(BENCHMARK), *map(str, words), "--json", str(facts)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    update = json.loads(facts.read_text())["update"]
+    assert update["interruptions"] > 0
+    assert update["new_bytes"] < 0.3 * 20_000_000

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import standin
+from alone import alone_in
 from golden import Build
 
 
@@ -29,7 +30,8 @@ def prepared(stand_ins: Path) -> standin.Prepared:
 
     def with_release(release: str) -> Path:
         try:
-            standin.download(release, folder)
+            with alone_in(folder):
+                standin.download(release, folder)
         except subprocess.CalledProcessError as error:
             said = (error.stderr or str(error)).strip().splitlines()[-1]
             if "CI" in os.environ:

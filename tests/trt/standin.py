@@ -55,8 +55,11 @@ def compile_stand_ins(folder: Path) -> None:
 
 
 def _compile(source: Path, target: Path, *options: str) -> None:
+    """In place at once: another worker of this run may be about to load it."""
+    part = target.with_name(f"{target.name}.{os.getpid()}")
     command = [os.environ.get("CC", "cc"), "-O1", "-shared", "-fPIC", "-Wall", str(source)]
-    subprocess.run([*command, *options, "-o", str(target)], check=True)
+    subprocess.run([*command, *options, "-o", str(part)], check=True)
+    part.replace(target)
 
 
 def load_rest_for_pycuda(folder: Path) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A broker that is killed, stopped, forgets everything, refuses, or lets a thief in.
+"""A broker that is killed, stopped, forgets everything, or lets a thief in.
 
 After each of these the next order reaches every device, and every device's last report is there for
 whoever connects.
@@ -23,7 +23,7 @@ from edgecascade.service.broker import LocalBroker, find_broker
 from edgecascade.service.config import broker_address
 from edgecascade.service.mqtt import Link, LinkOptions
 
-TITLE = "a broker that is killed, stopped, forgets, refuses, or lets a thief in"
+TITLE = "a broker that is killed, stopped, forgets, or lets a thief in"
 FULL = 30
 SHORT = 3
 

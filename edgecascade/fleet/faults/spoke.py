@@ -129,12 +129,15 @@ class Hub:
     def retained(self) -> str:
         """What is wrong with what a newcomer reads at the broker."""
         with newcomer(self.broker.url) as jobs:
-            wanted = {spoke.settings.device_id: spoke.told for spoke in self.spokes}
+
+            def told() -> dict[str, Job | None]:
+                # An order that comes once more is reported once more, also while this waits.
+                return {spoke.settings.device_id: spoke.told for spoke in self.spokes}
 
             def same() -> bool:
-                return all(jobs.get(name) == job for name, job in wanted.items())
+                return all(jobs.get(name) == job for name, job in told().items())
 
-            return "" if until(same, BOUND_S) else f"retained is {jobs}, reported was {wanted}"
+            return "" if until(same, BOUND_S) else f"retained is {jobs}, reported was {told()}"
 
 
 @contextmanager
