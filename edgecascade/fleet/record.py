@@ -39,7 +39,8 @@ class Record:
 
     `order` has what does not change: release, group, window, mirrors, and the number that the
     rollout began with. `believed` has, of each device, the version of its latest report that
-    counted and when that came: [version, time]. An older one does not count any more.
+    counted, when that came, and its key: [version, time, key]. An older one does not count any
+    more.
     """
 
     order: Order
@@ -67,7 +68,11 @@ class Record:
 
     def moved(self, progress: Progress, fleet: Fleet) -> Record:
         """The record with another progress, and with what has been believed by now."""
-        now = {name: [seen.job.version, seen.heard] for name, seen in fleet.items() if seen.job}
+        now = {
+            name: [seen.job.version, seen.heard, seen.key]
+            for name, seen in fleet.items()
+            if seen.job
+        }
         return replace(self, progress=progress, believed={**self.believed, **now})
 
 

@@ -124,7 +124,7 @@ class Progress:
 @dataclass(frozen=True)
 class Seen:
     """What is known of an enrolled device: its place in cohorts, its last status, and its last
-    report that was proven to be its own.
+    report that was proven to be its own, with its present `key`.
 
     `heard` is when the report came in, by the controller's clock: a device's own may be wrong.
     """
@@ -134,6 +134,7 @@ class Seen:
     bundle: str = ""
     job: Job | None = None
     heard: float = 0.0
+    key: str = ""
 
 
 Fleet = Mapping[str, Seen]

@@ -74,7 +74,7 @@ class View:
         self._keys = {key.device: key for key in devices.of(self._order.group)}
         self._names = {key.agent: key.device for key in self._keys.values()}
         fresh = {
-            name: Seen(point(self._order.cohort.salt, name))
+            name: Seen(point(self._order.cohort.salt, name), key=key.public)
             for name, key in self._keys.items()
             if name not in known or known[name].public != key.public
         }
@@ -149,8 +149,9 @@ class View:
         seen = self.fleet[name]
         if seen.job is not None:
             return seen.job.version, seen.heard
-        version, when = self._believed.get(name, (-1, 0.0))
-        return int(version), float(when)
+        version, when, key = self._believed.get(name, (-1, 0.0, seen.key))
+        # A stolen key may have signed the highest number there is.
+        return (int(version), float(when)) if key == seen.key else (-1, 0.0)
 
     def troubles(self) -> list[tuple[str, Job]]:
         """Devices that failed or refused, by name."""

@@ -80,8 +80,10 @@ GHOST = "name = str(body['device']); self.fleet.setdefault(name, Seen(1.0))\n   
         (View, "_count", "job.version < before or", "False or",
          "success-before-the-failure-after-a-restart"),
         (View, "_count", "job.version < before or", "False or", "device-on-trial-is-kept-alive"),
-        (View, "_newest", "self._believed.get(name, (-1, 0.0))", "-1, 0.0",
+        (View, "_newest", "if key == seen.key else", "if False else",
          "success-before-the-failure-after-a-restart"),
+        (View, "_newest", "if key == seen.key else", "if True else",
+         "highest-number-of-a-stolen-key"),
         (Doubts, "add", "len(self._strangers) < MAX_STRANGERS", "True", "ghosts"),
         (rollout, "_passes", "count.asked", "count.reachable", "all-but-one-are-hidden"),
         (rollout, "_passes", "count.asked", "count.reachable", "failures-are-suppressed"),
@@ -131,7 +133,7 @@ def test_an_attack_that_succeeds_is_reported(camp: Camp, monkeypatch: pytest.Mon
 
 def test_there_are_as_many_attacks_as_promised() -> None:
     assert len(attacks.ATTACKS) >= 57
-    assert len(deceit.TRICKS) >= 30
+    assert len(deceit.TRICKS) >= 31
     assert len({one.act.__doc__ for one in deceit.TRICKS.values()}) == len(deceit.TRICKS)
     assert len(clocks.CASES) >= 24
     assert len({one.act.__doc__ for one in attacks.ATTACKS.values()}) == len(attacks.ATTACKS)

@@ -89,7 +89,7 @@ def test_what_is_written_is_read(
 ) -> None:
     records = Records(tmp_path_factory.mktemp("rollouts"))
     plan = Plan("o-1", thresholds=Thresholds(lost=3), first="robot-1", egress_kbit_s=1e7)
-    record = Record(ORDER, plan, progress, {"robot-1": [3, 12.5]})
+    record = Record(ORDER, plan, progress, {"robot-1": [3, 12.5, "k1"]})
     records.write(record)
     assert records.read("o-1") == record
     assert records.read("o-1").to_order() == record.to_order()
@@ -97,12 +97,12 @@ def test_what_is_written_is_read(
 
 def test_what_was_believed_is_remembered() -> None:
     job = Job("o-1", 7, "robot-2", "IN_PROGRESS", "probation", version=4)
-    seen = {"robot-2": Seen(1.0, True, job=job, heard=90.0), "robot-3": Seen(2.0, True)}
+    seen = {"robot-2": Seen(1.0, True, job=job, heard=90.0, key="k2"), "robot-3": Seen(2.0, True)}
     moved = RECORD.moved(RECORD.progress, seen)
-    assert moved.believed == {"robot-2": [4, 90.0]}
-    later = {"robot-3": Seen(2.0, True, job=replace(job, device="robot-3"), heard=95.0)}
+    assert moved.believed == {"robot-2": [4, 90.0, "k2"]}
+    later = {"robot-3": Seen(2.0, True, job=replace(job, device="robot-3"), heard=95.0, key="k3")}
     both = moved.moved(RECORD.progress, later).believed
-    assert both == {"robot-2": [4, 90.0], "robot-3": [4, 95.0]}, "also of who says nothing now"
+    assert both == {"robot-2": [4, 90.0, "k2"], "robot-3": [4, 95.0, "k3"]}, "also of the silent"
 
 
 def test_numbers_grow_whatever_was_lost(tmp_path: Path) -> None:

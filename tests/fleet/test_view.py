@@ -64,7 +64,7 @@ def view() -> View:
 
 
 def test_the_devices_are_the_enrolled_ones(view: View) -> None:
-    assert view.fleet == {name: Seen(point("salt", name)) for name in NAMES}
+    assert view.fleet == {name: Seen(point("salt", name), key=key(name).public) for name in NAMES}
     view.hear(from_agent("robot-1-agent"), status(), 10.0)
     assert (view.fleet["robot-1"].online, view.fleet["robot-1"].bundle) == (True, "tiny 1.0")
     view.hear(from_agent("robot-1-agent"), status(status="offline"), 11.0)
@@ -177,7 +177,9 @@ def test_a_report_counts_from_when_it_was_first_heard(view: View) -> None:
 
 
 def test_a_restarted_controller_remembers_what_it_believed() -> None:
-    view = View(ORDER, DEVICES, {"robot-1": [5, 2.0], "robot-2": [7, 3.0]})
+    public = {name: key(name).public for name in NAMES}
+    believed = {"robot-1": [5, 2.0, public["robot-1"]], "robot-2": [7, 3.0, public["robot-2"]]}
+    view = View(ORDER, DEVICES, believed)
     say(view, JOB, 90.0)
     assert (view.fleet["robot-1"].job, view.fleet["robot-1"].heard) == (JOB, 2.0)
     say(view, replace(DONE, device="robot-2", version=6), 90.0)

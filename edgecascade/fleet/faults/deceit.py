@@ -467,6 +467,18 @@ def success_of_a_key_that_is_revoked_later(desk: Desk) -> None:
     desk.presence(name, "offline")
 
 
+@trick()
+def highest_number_of_a_stolen_key(desk: Desk) -> None:
+    """A thief signs the highest number there is, so that the device's new key is never believed."""
+    name = desk.others[0]
+    highest = desk.job(name, "IN_PROGRESS", phase="downloading", version=2**53)
+    desk.show(name, reports.sign(highest, desk.signers[name]))
+    desk.step()
+    desk.signers[name] = new_signer()
+    desk.enroll(desk.devices.without(name, desk.now).with_keys([desk.key(name)], desk.now))
+    desk.restart()
+
+
 @trick("unknown-key")
 def device_of_another_group(desk: Desk) -> None:
     """An enrolled device that is not of this group reports in it, and is not counted."""
