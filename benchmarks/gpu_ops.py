@@ -249,7 +249,8 @@ class OpTimer:
             return [8 * args.heads * args.head_dim * args.state * batch]
         if name == "attention":
             held = int(self._backend._step.arrays["past"][:batch].sum()) + batch
-            return [2 * args.kv_heads * args.head_dim * (2 if args.kv_type else 4) * held, 0]
+            row = self._backend.kv_type.row_bytes(args.head_dim)
+            return [2 * args.kv_heads * row * held, 0]
         return [0]
 
     def _taken(self, args: Any, batch: int) -> int:

@@ -10,6 +10,8 @@
 
 A matrix is its blocks, row-blocks outside, column-blocks inside. Missing rows and columns hold
 zero weights.
+
+Rows of keys and values as their KvType stores them, too: an int8 row ends in its scale's two bytes.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgecascade.tensors import BLOCK_BYTES, BLOCK_ROWS, GROUP_SIZE, Codec, round_up
+from edgecascade.tensors import BLOCK_BYTES, BLOCK_ROWS, GROUP_SIZE, Codec, KvType, round_up
 
 Array = NDArray[Any]
 ZERO_CODE = {Codec.U4_64: 8, Codec.I8_64: 0}
@@ -76,4 +78,26 @@ def dequantize(codec: Codec, data: Array, n: int, k: int) -> Array:
     codes, scales = unpack_blocks(codec, data, n, k)
     values = codes.astype(np.float32)
     values *= np.repeat(scales, GROUP_SIZE, axis=1)[:, :k]
+    return values
+
+
+def kv_rows(values: Array, kind: KvType) -> Array:
+    """Rows [..., row_items] of float32 keys or values [..., head_dim]."""
+    if kind is not KvType.INT8:
+        return values.astype(kind.dtype)
+    with np.errstate(over="ignore", invalid="ignore"):
+        largest = np.abs(values).max(axis=-1, keepdims=True)
+        scale = (largest / np.float32(127)).astype(np.float16)
+        wide = scale.astype(np.float32)
+        codes = np.divide(values, wide, out=np.zeros_like(values), where=wide > 0)
+    codes = np.clip(np.rint(np.nan_to_num(codes)), -127, 127).astype(np.int8)
+    return np.concatenate([codes, np.ascontiguousarray(scale).view(np.int8)], axis=-1)
+
+
+def kv_values(rows: Array) -> Array:
+    """The float32 values [..., head_dim] that rows stand for."""
+    if rows.dtype != np.int8:
+        return rows.astype(np.float32)
+    scale = np.ascontiguousarray(rows[..., -2:]).view(np.float16)
+    values: Array = rows[..., :-2].astype(np.float32) * scale.astype(np.float32)
     return values

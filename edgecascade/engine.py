@@ -253,7 +253,12 @@ class Engine:
         return entry
 
     def keep(self, tokens: Array, snapshot: Snapshot) -> bool:
-        """Take over a state; False when there is no room for it."""
+        """Take over a state; False when there is no room for it.
+
+        Raises:
+            SnapshotError: when the backend keeps keys and values of another type.
+        """
+        snapshot.check(self._backend.kv_type)
         return bool(self.call(lambda _: self._cache.put(self._cache.rule.path(tokens), snapshot)))
 
     def stats(self) -> EngineStats:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from edgecascade.bundle import Bundle
 from edgecascade.manifest import StoredTensor
 from edgecascade.models import family
-from edgecascade.tensors import KvState, Role, State, round_up
+from edgecascade.state import kv_token_bytes
+from edgecascade.tensors import KvState, KvType, Role, State, round_up
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -134,8 +135,7 @@ def _read_bytes(tensor: StoredTensor, top_k: int) -> int:
 def _state_bytes(states: list[State], kv_type: str) -> tuple[int, int]:
     """Bytes that a session holds whatever its length, and bytes for each of its tokens."""
     fixed = sum(4 * math.prod(s.shape) for s in states if not isinstance(s, KvState))
-    item = 4 if kv_type == "f32" else 2
-    return fixed, sum(2 * s.kv_heads * s.head_dim * item for s in states if isinstance(s, KvState))
+    return fixed, kv_token_bytes(states, KvType(kv_type))
 
 
 def _fit(module: Module, cost: Cost) -> Fit:

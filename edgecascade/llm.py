@@ -105,6 +105,7 @@ class LLM:
         max_context: int | None = None,
         threads: int | None = None,
         isa: str | None = None,
+        kv: str | None = None,
         verify: bool | None = None,
         chunk_tokens: int = CHUNK_TOKENS,
         snapshot_bytes: int | None = None,
@@ -114,13 +115,20 @@ class LLM:
 
         Between two steps of the running answers `chunk_tokens` of a prompt are read at most.
         `snapshot_bytes` bounds the states kept for later prompts; None: a share of the memory.
+        `kv` is how keys and values are kept, "f32", "f16" or "int8"; None: as the bundle says.
 
         Raises:
             BundleError: when the bundle is damaged.
             BackendUnavailable: when this machine lacks the backend.
         """
         bundle = Bundle.open(path, verify=verify)
-        options = {"slots": slots, "max_context": max_context, "threads": threads, "isa": isa}
+        options = {
+            "slots": slots,
+            "max_context": max_context,
+            "threads": threads,
+            "isa": isa,
+            "kv": kv,
+        }
         opened = None
         try:
             opened = open_backend(backend, bundle, **options)

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgecascade.errors import OutOfMemory
-from edgecascade.tensors import KvState, State
+from edgecascade.errors import OutOfMemory, SnapshotError
+from edgecascade.tensors import KvState, KvType, State
 
 Array = NDArray[Any]
 
@@ -36,7 +36,7 @@ def fit_pages(
     context: int,
     asked: bool,
     page_tokens: int,
-    itemsize: int,
+    kv_type: KvType,
     available: int | None,
 ) -> tuple[int, int]:
     """Tokens that a slot may hold, and KV pages for all slots, in a share of `available` bytes.
@@ -44,8 +44,7 @@ def fit_pages(
     Raises:
         OutOfMemory: when the context was asked for and does not fit.
     """
-    kv_layers = [state for state in states if isinstance(state, KvState)]
-    token_bytes = sum(2 * state.kv_heads * state.head_dim * itemsize for state in kv_layers)
+    token_bytes = kv_token_bytes(states, kv_type)
     per_slot = -(-context // page_tokens)
     fitting = per_slot * slots
     if token_bytes and available is not None:
@@ -58,6 +57,27 @@ def fit_pages(
         )
     pages = max(1, min(per_slot * slots, fitting))
     return min(context, pages * page_tokens), pages
+
+
+def kv_token_bytes(states: Sequence[State], kv_type: KvType) -> int:
+    """Bytes that a token's keys and values take in all layers."""
+    layers = [state for state in states if isinstance(state, KvState)]
+    return sum(2 * state.kv_heads * kv_type.row_bytes(state.head_dim) for state in layers)
+
+
+def check_parts(parts: Mapping[tuple[int, str], Array], kv_type: KvType) -> None:
+    """Refuse a state whose keys and values are stored otherwise than here.
+
+    Raises:
+        SnapshotError: with both types.
+    """
+    kinds = {part.dtype for (_, name), part in parts.items() if name == "kv"} - {kv_type.dtype}
+    if kinds:
+        theirs = KvType.of(kinds.pop()).value
+        raise SnapshotError(
+            f"the state holds keys and values as {theirs}, they are {kv_type.value} here; load the "
+            f"bundle with kv={theirs!r}, or read the tokens again"
+        )
 
 
 class PagePool:
@@ -107,19 +127,29 @@ class StatePool:
 
     conv [slots, kernel, channels] (a ring: position p lives in row p mod kernel) and ssm [slots,
     heads, head_dim, state] in float32;
-    kv [pages, 2, kv_heads, page_tokens, head_dim] in `kv_dtype`.
+    kv [pages, 2, kv_heads, page_tokens, row_items] in items of `kv_type`; the last two axes of
+    int8 are page_tokens rows of codes, then as many scales.
     """
 
     def __init__(
-        self, states: Sequence[State], pages: PagePool, *, slots: int, num_pages: int, kv_dtype: Any
+        self,
+        states: Sequence[State],
+        pages: PagePool,
+        *,
+        slots: int,
+        num_pages: int,
+        kv_type: KvType,
     ) -> None:
-        self.pages = pages
+        self.pages, self.kv_type = pages, kv_type
         self._kv: dict[int, Array] = {}
+        self._head_dim: dict[int, int] = {}
         self._slots: dict[tuple[int, str], Array] = {}
         for state in states:
             if isinstance(state, KvState):
-                shape = (num_pages, 2, state.kv_heads, pages.page_tokens, state.head_dim)
-                self._kv[state.layer] = reserve(shape, kv_dtype)
+                row = (pages.page_tokens, kv_type.row_items(state.head_dim))
+                shape = (num_pages, 2, state.kv_heads, *row)
+                self._kv[state.layer] = reserve(shape, kv_type.dtype)
+                self._head_dim[state.layer] = state.head_dim
             else:
                 self._slots[state.layer, state.name] = reserve((slots, *state.shape), np.float32)
 
@@ -144,23 +174,36 @@ class StatePool:
         for layer, kv in self._kv.items():
             part = np.empty((2, tokens, kv.shape[2], kv.shape[4]), kv.dtype)
             for page, at, end in self._page_spans(slot, tokens):
-                part[:, at:end] = kv[page, :, :, : end - at].transpose(0, 2, 1, 3)
+                for columns, piece in self._pieces(layer, page):
+                    part[:, at:end, :, columns] = piece[:, :, : end - at].transpose(0, 2, 1, 3)
             parts[layer, "kv"] = part
         return parts
 
     def load(self, slot: int, tokens: int, parts: Mapping[tuple[int, str], Array]) -> None:
         """Put a snapshot's parts into an empty slot."""
+        check_parts(parts, self.kv_type)
         self.pages.grow(slot, tokens)
         for (layer, name), part in parts.items():
             if name == "kv":
-                kv = self._kv[layer]
                 for page, at, end in self._page_spans(slot, tokens):
-                    kv[page, :, :, : end - at] = part[:, at:end].transpose(0, 2, 1, 3)
+                    for columns, piece in self._pieces(layer, page):
+                        piece[:, :, : end - at] = part[:, at:end, :, columns].transpose(0, 2, 1, 3)
             elif name == "conv":
                 pool = self._slots[layer, name]
                 pool[slot][_ring_rows(pool.shape[1], tokens)] = part
             else:
                 self._slots[layer, name][slot] = part
+
+    def _pieces(self, layer: int, page: int) -> Iterator[tuple[slice, Array]]:
+        """What a page is made of: columns of a snapshot's rows, and where they are in the page, as
+        [2, kv_heads, page_tokens, columns].
+        """
+        kv, tokens, head_dim = self._kv[layer], self.pages.page_tokens, self._head_dim[layer]
+        flat = kv[page].reshape(*kv.shape[1:3], -1)
+        for start, end in ((0, head_dim), (head_dim, kv.shape[4])):
+            if start < end:
+                piece = flat[..., tokens * start : tokens * end]
+                yield slice(start, end), piece.reshape(*kv.shape[1:3], tokens, end - start)
 
     def _page_spans(self, slot: int, tokens: int) -> Iterator[tuple[int, int, int]]:
         """Each page of a slot with the tokens [at, end) that it holds."""

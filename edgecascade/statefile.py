@@ -34,6 +34,7 @@ DIGEST_BYTES = 32
 DTYPES: dict[str, np.dtype[Any]] = {
     "f4": np.dtype("<f4"),
     "f2": np.dtype("<f2"),
+    "i1": np.dtype("i1"),
     "i4": np.dtype("<i4"),
 }
 AGAIN = "save the session again"

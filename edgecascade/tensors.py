@@ -5,6 +5,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
+
+import numpy as np
 
 BLOCK_ROWS = 32
 GROUP_SIZE = 64  # k values that share one scale
@@ -29,6 +32,41 @@ class Codec(str, Enum):
     def is_block(self) -> bool:
         """Whether values are quantized in blocks of 32 rows by 64 columns."""
         return self.value in BLOCK_BYTES
+
+
+class KvType(str, Enum):
+    """How cached keys and values are stored.
+
+    int8 keeps the values of a token and key head as codes in -127..127, and a float16 scale, the
+    largest magnitude over 127, for its keys and another for its values.
+    """
+
+    F32 = "f32"
+    F16 = "f16"
+    INT8 = "int8"
+
+    @property
+    def ec_type(self) -> int:
+        """The value of ec_type in edgecascade.h."""
+        return {"f32": 0, "f16": 1, "int8": 18}[self.value]
+
+    @classmethod
+    def of(cls, dtype: np.dtype[Any]) -> KvType:
+        """The type whose arrays have a dtype."""
+        return next(kind for kind in cls if kind.dtype == dtype)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of the arrays that hold them."""
+        return np.dtype({"f32": "float32", "f16": "float16", "int8": "int8"}[self.value])
+
+    def row_items(self, head_dim: int) -> int:
+        """Items of `dtype` that the values of a token and key head take."""
+        return head_dim + (2 if self is KvType.INT8 else 0)
+
+    def row_bytes(self, head_dim: int) -> int:
+        """Bytes that they take."""
+        return self.row_items(head_dim) * self.dtype.itemsize
 
 
 def round_up(value: int, multiple: int) -> int:

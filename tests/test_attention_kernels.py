@@ -23,7 +23,9 @@ from kernels import (
 from tolerances import ATTENTION, HALF_ATTENTION
 
 from edgecascade.backends import reference
+from edgecascade.blocks import kv_rows
 from edgecascade.errors import InvalidRequest
+from edgecascade.tensors import KvType
 
 ISAS = SETS
 SLOTS, MAX_PAGES = 4, 10
@@ -35,6 +37,10 @@ class Shape:
     kv_heads: int
     head_dim: int
     dtype: type = np.float32
+
+    @property
+    def kv_type(self) -> KvType:
+        return KvType.of(np.dtype(self.dtype))
 
     @property
     def row(self) -> int:
@@ -49,13 +55,17 @@ SHAPES = [
     Shape(1, 1, 1),
     Shape(4, 2, 16, np.float16),
     Shape(5, 1, 20, np.float16),
+    Shape(4, 2, 16, np.int8),
+    Shape(5, 1, 20, np.int8),
+    Shape(3, 1, 5, np.int8),
 ]
 HALVES = Shape(16, 1, 128, np.float16)
 
 
 def bound(isa: str, shape: Shape) -> float:
     """Of a prompt: the tensor cores take halves."""
-    return HALF_ATTENTION if isa in (CUDA, GPU) and shape.dtype is np.float16 else ATTENTION
+    halves = isa in (CUDA, GPU) and shape.dtype is not np.float32
+    return HALF_ATTENTION if halves else ATTENTION
 
 
 class Layer:
@@ -65,8 +75,12 @@ class Layer:
         rng = np.random.default_rng(seed)
         self.shape, self.rng = shape, rng
         self.pages = rng.permutation(SLOTS * MAX_PAGES).astype(np.int32).reshape(SLOTS, MAX_PAGES)
-        size = (SLOTS * MAX_PAGES, 2, shape.kv_heads, PAGE_TOKENS, shape.head_dim)
-        self.kv = np.full(size, np.nan, shape.dtype)
+        items = shape.kv_type.row_items(shape.head_dim)
+        size = (SLOTS * MAX_PAGES, 2, shape.kv_heads, PAGE_TOKENS, items)
+        # Of all ones, a float is NaN, and so is the scale of an int8 row.
+        self.kv = np.full(size, -1, np.int8) if shape.dtype is np.int8 else np.full(
+            size, np.nan, shape.dtype
+        )  # fmt: skip
 
     def rows(self, tokens: int) -> Any:
         return 1.5 * self.rng.standard_normal((tokens, self.shape.row)).astype(np.float32)
@@ -76,7 +90,7 @@ class Layer:
         y = np.full((batch.tokens, shape.heads * shape.head_dim), np.nan, np.float32)
         fields = {
             "kv": self.kv,
-            "kv_type": 0 if shape.dtype is np.float32 else 1,
+            "kv_type": shape.kv_type.ec_type,
             "heads": shape.heads,
             "kv_heads": shape.kv_heads,
             "head_dim": shape.head_dim,
@@ -90,7 +104,8 @@ class Layer:
         """y of a sequence from its first token on."""
         shape = self.shape
         sizes = {"heads": shape.heads, "kv_heads": shape.kv_heads, "head_dim": shape.head_dim}
-        state = {"kv": np.zeros((2, 0, shape.kv_heads, shape.head_dim), shape.dtype)}
+        items = shape.kv_type.row_items(shape.head_dim)
+        state = {"kv": np.zeros((2, 0, shape.kv_heads, items), shape.dtype)}
         return reference.attention({**sizes, "scale": 0.3, "qkv": rows}, state)
 
 
@@ -115,6 +130,10 @@ def test_prefill_is_the_reference(isa: str, shape: Shape, tokens: int) -> None:
         (Shape(10, 2, 128, np.float16), 130, 9),
         (Shape(4, 4, 33, np.float16), 63, 66),
         (Shape(2, 1, 136, np.float16), 1, 20),
+        (replace(HALVES, dtype=np.int8), 100, 29),
+        (Shape(24, 1, 72, np.int8), 5, 70),
+        (Shape(4, 4, 33, np.int8), 63, 66),
+        (Shape(2, 1, 136, np.int8), 1, 20),
     ],
     ids=str,
 )
@@ -199,6 +218,31 @@ def test_sequences_that_do_not_count_are_neither_read_nor_written(isa: str, phas
     assert relative(y[: lengths[0]], layer.reference(rows[: lengths[0]])) <= ATTENTION
     assert np.isnan(y[lengths[0] :]).all()
     assert np.isnan(layer.kv[layer.pages[3]]).all()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_int8_pages_hold_the_references_codes_and_scales(isa: str) -> None:
+    """Bit by bit, also of rows of zeros, of magnitudes that halves lack, and of no numbers."""
+    shape = Shape(2, 2, 20, np.int8)
+    layer, kernels = Layer(shape), Kernels(isa)
+    rows = layer.rows(70)
+    rows[3], rows[4, 1::7], rows[5, ::9], rows[6] = 0, 1e7, np.nan, rows[6] * 1e-6
+    layer.run(kernels, PREFILL, Batch([69], [1], [0]), rows[:69])
+    layer.run(kernels, DECODE, Batch([1], [1], [69]), rows[69:])
+    new = rows[:, shape.heads * shape.head_dim :].reshape(70, 2, shape.kv_heads, shape.head_dim)
+    want = kv_rows(new, KvType.INT8)
+    pages = layer.kv[layer.pages[1, :2]].reshape(2, 2, shape.kv_heads, -1)
+    codes, scales = np.split(pages, [PAGE_TOKENS * shape.head_dim], axis=-1)
+    for position in range(70):
+        page, at = divmod(position, PAGE_TOKENS)
+        row = codes[page].reshape(2, shape.kv_heads, PAGE_TOKENS, -1)[:, :, at]
+        assert same_bits(row.copy(), want[position, ..., :-2].copy())
+        found, known = (
+            np.ascontiguousarray(one).view(np.float16)
+            for one in (scales[page].reshape(2, shape.kv_heads, PAGE_TOKENS, 2)[:, :, at],
+                        want[position, ..., -2:])
+        )  # fmt: skip
+        np.testing.assert_array_equal(found, known)
 
 
 @pytest.mark.parametrize("isa", ISAS)

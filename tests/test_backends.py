@@ -20,7 +20,13 @@ from tolerances import (
 from edgecascade.backends import open_backend
 from edgecascade.backends._lib import cpu_isas
 from edgecascade.bundle import Bundle
-from edgecascade.errors import BackendError, ContextExceeded, InvalidRequest, OutOfMemory
+from edgecascade.errors import (
+    BackendError,
+    ContextExceeded,
+    InvalidRequest,
+    OutOfMemory,
+    SnapshotError,
+)
 from edgecascade.sampling import SampleRow, Sampling
 from edgecascade.trace import OUT_ROWS, PREFILL_CHUNK
 
@@ -190,6 +196,43 @@ def test_a_snapshot_continues_on_any_backend(
         assert np.abs(actual - expected).max() <= EXACT_LOGITS
 
 
+@pytest.mark.parametrize("isa", cpu_isas())
+@pytest.mark.parametrize("name", ["tiny", "moe"])
+def test_int8_keys_and_values_are_the_references(opened: Open, name: str, isa: str) -> None:
+    reference, backend = (
+        opened(name, "exact", executor, kv="int8") for executor in ("reference", f"cpu:{isa}")
+    )
+    tokens = prompt(150, backend.vocab)
+    assert np.abs(backend.logits(tokens) - reference.logits(tokens)).max() <= EXACT_LOGITS
+    reference.prefill(0, tokens)
+    state = reference.save(0)
+    backend.restore(3, state)
+    again = backend.save(3)
+    for key, part in state.parts.items():
+        np.testing.assert_array_equal(part, again.parts[key])
+    step = (np.asarray(b.decode([slot], [9])) for b, slot in ((backend, 3), (reference, 0)))
+    assert np.abs(np.subtract(*step)).max() <= EXACT_LOGITS
+
+
+@pytest.mark.parametrize("executor", ["reference", "cpu:"])
+def test_a_snapshot_of_another_type_of_keys_and_values_is_refused(
+    opened: Open, executor: str
+) -> None:
+    halves, codes = (opened("tiny", "speed", executor, kv=kv) for kv in (None, "int8"))
+    halves.prefill(0, prompt(20, halves.vocab))
+    codes.prefill(0, prompt(5, codes.vocab))
+    with pytest.raises(SnapshotError, match=r"as f16, they are int8 here; .* kv='f16'"):
+        codes.restore(0, halves.save(0))
+
+
+def test_int8_holds_twice_the_tokens_in_the_same_memory(
+    opened: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edgecascade.backends.native.memory_bytes", lambda: 4_000_000)
+    halves, codes = (opened("tiny", "speed", "cpu:", kv=kv).kv_tokens for kv in ("f16", "int8"))
+    assert 1.7 * halves < codes <= 2 * halves
+
+
 def test_a_snapshot_is_a_copy(opened: Open) -> None:
     backend = opened("moe", "speed", "cpu:")
     backend.prefill(0, prompt(20, backend.vocab))
@@ -336,7 +379,7 @@ def test_impossible_slots_are_refused(opened: Open, slots: list[int]) -> None:
         {"slots": 0}, {"slots": 9}, {"slots": "8"}, {"slots": 1.5}, {"slots": None},
         {"threads": 0}, {"threads": 1000}, {"threads": True}, {"threads": 1.5},
         {"max_context": 0}, {"max_context": float("nan")}, {"max_context": 10**30},
-        {"isa": 5}, {"isa": b"avx2"},
+        {"isa": 5}, {"isa": b"avx2"}, {"kv": "int4"}, {"kv": 8}, {"kv": ""},
     ],
 )  # fmt: skip
 def test_impossible_options_are_refused(

@@ -10,11 +10,14 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tolerances import INT8_KV_KL
 
 from edgecascade import LLM
+from edgecascade.scoring import log_softmax
 from edgecascade.suite import find_suite, read_suite
 from edgecascade.text.prompt import Prompter
 from edgecascade.text.tools import ToolParser
@@ -226,6 +229,28 @@ def test_a_robotics_engineer_gets_what_was_asked_for(
     )
     assert [(call.name, call.arguments) for call in answer.tool_calls] == meant
     assert bool(answer.text.strip()) == (not meant)
+
+
+def test_int8_keys_and_values_cost_next_to_nothing(llm: LLM) -> None:
+    """KL(f16 || int8) a token of prompts and answers, and answers that stay the same."""
+    suite = read_suite(find_suite("robot", [FOLDER / "bundle"]))
+    samples = suite.samples[:: len(suite.samples) // 40][:40]
+    with LLM.load(FOLDER / "bundle", slots=2, kv="int8") as other:
+        assert other.bundle.kv_type == "f16"
+        divergences, same = [], 0
+        for sample in samples:
+            how = {"messages": list(sample.messages), "tools": sample.tools}
+            answers = [
+                one.generate(**how, temperature=0, max_tokens=80, thinking=False, reuse=False)
+                for one in (llm, other)
+            ]
+            same += answers[0].token_ids == answers[1].token_ids
+            prompt = llm.prompter.from_messages(how["messages"], sample.tools, thinking=False)
+            ids = [*prompt.tokens, *answers[0].token_ids]
+            p, q = (log_softmax(np.array(one.logits(ids))) for one in (llm, other))
+            divergences.append((np.exp(p) * (p - q)).sum(axis=1))
+    assert same >= 38
+    assert np.concatenate(divergences).mean() <= INT8_KV_KL
 
 
 @pytest.mark.parametrize("kind", ["talk", "license"])

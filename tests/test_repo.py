@@ -44,7 +44,7 @@ MAY_IMPORT = {
     "engines": "bundle errors files manifest nodes trace",
     "backends": "blocks bundle device engines errors models nodes ops sampling state tensors trace",
     "text": "errors",
-    "inspect": "bundle device errors manifest models tensors",
+    "inspect": "bundle device errors manifest models state tensors",
     "completion": "errors text",
     "sequence": "completion errors sampling text",
     "ticket": "backends completion engine errors sampling sequence",

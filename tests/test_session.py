@@ -166,16 +166,19 @@ def test_tool_results_are_messages_of_a_turn(llm: LLM) -> None:
     assert answer.token_ids == alone.token_ids
 
 
-def test_a_saved_session_goes_on_elsewhere_without_a_prefill(build: Build, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kv", [None, "int8"])
+def test_a_saved_session_goes_on_elsewhere_without_a_prefill(
+    build: Build, tmp_path: Path, kv: str | None
+) -> None:
     path, bundle = tmp_path / "warm.state", build("tiny", "speed")
-    with LLM.load(bundle) as llm:
+    with LLM.load(bundle, kv=kv) as llm:
         session = llm.session(ROBOT, [{"name": "stop"}])
         for text in ("Go to the dock.", "And back."):
             session.generate(text, **GREEDY)
         session.save(path)
         want = session.generate("Faster!", **GREEDY)
         history = session.messages[:-2]
-    with LLM.load(bundle) as llm:
+    with LLM.load(bundle, kv=kv) as llm:
         again = llm.load_session(path)
         assert again.messages == history
         answer = again.generate("Faster!", **GREEDY)
@@ -216,6 +219,21 @@ def test_a_session_of_another_bundle_is_refused(build: Build, tmp_path: Path) ->
     with (
         LLM.load(build("tiny", "exact")) as llm,
         pytest.raises(BundleMismatch, match="start a new session"),
+    ):
+        llm.load_session(path)
+
+
+def test_a_session_with_keys_and_values_of_another_type_is_refused(
+    build: Build, tmp_path: Path
+) -> None:
+    path, bundle = tmp_path / "warm.state", build("tiny", "speed")
+    with LLM.load(bundle) as llm:
+        session = llm.session(ROBOT)
+        session.generate("Go.", **GREEDY)
+        session.save(path)
+    with (
+        LLM.load(bundle, kv="int8") as llm,
+        pytest.raises(SnapshotError, match=r"as f16, they are int8 here; .* kv='f16'"),
     ):
         llm.load_session(path)
 

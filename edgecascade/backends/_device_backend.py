@@ -109,7 +109,7 @@ class DeviceBackend(SlotBackend):
         self._prepare(bundle)
         self._stream = device.stream()
         self._weights = self._upload(bundle)
-        self._state_parts, num_pages, kv_dtype = self._open_slots(
+        self._state_parts, num_pages = self._open_slots(
             bundle,
             options,
             available=device.available_bytes,
@@ -122,7 +122,7 @@ class DeviceBackend(SlotBackend):
             self._pages,
             slots=self.slots + 1,
             num_pages=num_pages,
-            kv_dtype=kv_dtype,
+            kv_type=self.kv_type,
         )
         self._step = StepArrays(device, self._stream, self.slots, self._pages.table)
         self._arrays = self._step.arrays

@@ -5,14 +5,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
-
-import numpy as np
 
 from edgecascade.backends._cuda import Device
 from edgecascade.backends.base import Array
 from edgecascade.state import PagePool, StatePool
-from edgecascade.tensors import KvState, State
+from edgecascade.tensors import KvState, KvType, State
 
 
 class DeviceStates:
@@ -27,15 +24,15 @@ class DeviceStates:
         *,
         slots: int,
         num_pages: int,
-        kv_dtype: np.dtype[Any],
+        kv_type: KvType,
     ) -> None:
         self._device, self._stream = device, stream
-        self._states, self._pages, self._kv_dtype = states, pages, kv_dtype
+        self._states, self._pages, self._kv_type = states, pages, kv_type
         self._parts: dict[tuple[int, str], tuple[int, int]] = {}  # address, bytes of a slot or page
         for state in states:
             if isinstance(state, KvState):
-                values = 2 * state.kv_heads * pages.page_tokens * state.head_dim
-                name, size, count = "kv", values * kv_dtype.itemsize, num_pages
+                rows = 2 * state.kv_heads * pages.page_tokens
+                name, size, count = "kv", rows * kv_type.row_bytes(state.head_dim), num_pages
             else:
                 name, size, count = state.name, math.prod(state.shape) * 4, slots
             self._parts[state.layer, name] = (device.alloc(size * count), size)
@@ -74,7 +71,7 @@ class DeviceStates:
     def _host(self, tokens: int) -> StatePool:
         count = max(1, -(-tokens // self._pages.page_tokens))
         pages = PagePool(count, 1, count, self._pages.page_tokens)
-        return StatePool(self._states, pages, slots=1, num_pages=count, kv_dtype=self._kv_dtype)
+        return StatePool(self._states, pages, slots=1, num_pages=count, kv_type=self._kv_type)
 
     def _pieces(self, host: StatePool, slot: int) -> Iterator[tuple[Array, int]]:
         """Each part of a slot on the host, and where it lies on the device."""

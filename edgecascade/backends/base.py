@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from edgecascade.bundle import Bundle
 from edgecascade.errors import BackendUnavailable, BundleError, InvalidRequest
 from edgecascade.sampling import Logits, SampleRow
+from edgecascade.state import check_parts
+from edgecascade.tensors import KvType
 
 Array = NDArray[Any]
 log = logging.getLogger(__name__)
@@ -34,9 +36,9 @@ AUTO = ("tensorrt", "cuda", "cpu", "reference")
 class Snapshot:
     """A sequence's state at a token boundary, in a form that every backend reads.
 
-    `parts` maps (layer, name) to float32 or float16 arrays: "conv" [kernel - 1, channels], oldest
-    first; "ssm" [heads, head_dim,
-    state]; "kv" [2, tokens, kv_heads, head_dim].
+    `parts` maps (layer, name) to arrays: "conv" [kernel - 1, channels], oldest first, and "ssm"
+    [heads, head_dim, state] in float32; "kv" [2, tokens, kv_heads, row_items], rows of their KvType
+    (edgecascade/blocks.py).
     """
 
     tokens: int
@@ -46,6 +48,10 @@ class Snapshot:
     def nbytes(self) -> int:
         """Host memory it occupies."""
         return sum(part.nbytes for part in self.parts.values())
+
+    def check(self, kv_type: KvType) -> None:
+        """Refuse a state whose keys and values are of another type; see check_parts."""
+        check_parts(self.parts, kv_type)
 
 
 class Parked:
@@ -61,6 +67,7 @@ class Backend(Protocol):
     max_context: int  # tokens that one slot can hold
     kv_tokens: int  # tokens that all slots can hold together, in pages of page_tokens
     page_tokens: int
+    kv_type: KvType  # of keys and values, in snapshots too
 
     def prefill(self, slot: int, tokens: Array) -> Logits:
         """Append tokens to a slot; the logits [vocab] of the last one."""
@@ -107,6 +114,7 @@ class Options:
     max_context: int | None = None  # None: the model's, or what memory allows
     threads: int | None = None  # None: as many as the memory can feed
     isa: str | None = None  # None: the fastest this machine runs
+    kv: str | None = None  # KvType of keys and values; None: the bundle's
 
     def __post_init__(self) -> None:
         if not _whole(self.slots, 1, 8):
@@ -119,6 +127,9 @@ class Options:
             raise InvalidRequest(f"threads is {self.threads!r}; 1 to 256 are possible")
         if self.isa is not None and not isinstance(self.isa, str):
             raise InvalidRequest(f"isa is {self.isa!r}; it must be the name of an instruction set")
+        kinds = [kind.value for kind in KvType]
+        if self.kv is not None and self.kv not in kinds:
+            raise InvalidRequest(f"kv is {self.kv!r}; choose one of {', '.join(kinds)}")
 
 
 def _whole(value: object, low: int, high: int) -> bool:
@@ -153,6 +164,11 @@ def _open(name: str, bundle: Bundle, options: Options) -> Backend:
     module, cls = BACKENDS[name]
     backend: Backend = getattr(import_module(module), cls)(bundle, options)
     return backend
+
+
+def kv_type(bundle: Bundle, options: Options) -> KvType:
+    """How keys and values are kept: as asked, else as the bundle says."""
+    return KvType(options.kv or bundle.kv_type)
 
 
 def check_tokens(tokens: Any, vocab: int) -> Array:

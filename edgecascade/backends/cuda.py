@@ -47,7 +47,7 @@ class CudaBackend(DeviceBackend):
             state=self._states.address,
             record=self._record,
         )
-        defaults = {"kv_type": 0 if bundle.kv_type == "f32" else 1, "force": 0}
+        defaults = {"kv_type": self.kv_type.ec_type, "force": 0}
         self._args = [bind(call, defaults, places) for call in recorder.calls]
         self._decode_calls = calls_of(recorder.calls, self._args, 0)
         self._prefill_calls = calls_of(recorder.calls, self._args, 1)

@@ -39,18 +39,18 @@ class NativeBackend(SlotBackend):
         self._library = cpu_library(options.isa)
         self._stream = self._library.stream(options.threads)
         self.isa, self.threads = self._library.isa, self._stream.threads
-        states, num_pages, kv_dtype = self._open_slots(
+        states, num_pages = self._open_slots(
             bundle, options, available=memory_bytes(), most_pages=None
         )
         self._states: StatePool = StatePool(
-            states, self._pages, slots=self.slots + 1, num_pages=num_pages, kv_dtype=kv_dtype
+            states, self._pages, slots=self.slots + 1, num_pages=num_pages, kv_type=self.kv_type
         )
         self._bundle = bundle
         model = family(bundle.family)
-        self._record(model, model.read_config(bundle.config), kv_dtype)
+        self._record(model, model.read_config(bundle.config))
         self._read_ahead = ReadAhead.of(bundle.weight_files)
 
-    def _record(self, model: Any, config: Any, kv_dtype: np.dtype[Any]) -> None:
+    def _record(self, model: Any, config: Any) -> None:
         """Record the forward pass and bind every field to its memory."""
         bundle = self._bundle
         self._mapped: list[Array] = []  # what the recorded addresses point into
@@ -65,7 +65,7 @@ class NativeBackend(SlotBackend):
         sizes["out_row"] = len(self._logits)
         self._arrays = {name: np.zeros(size, np.int32) for name, size in sizes.items()}
         self._records: dict[tuple[int, str], Array] = {}
-        defaults = {"kv_type": 0 if kv_dtype == np.float32 else 1, "force": 0}
+        defaults = {"kv_type": self.kv_type.ec_type, "force": 0}
         places = Places(
             tokens=_address(self._arrays["tokens"]),
             value=lambda handle: _address(self._memory(handle)),

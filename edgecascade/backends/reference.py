@@ -16,14 +16,21 @@ from typing import Any
 import numpy as np
 
 from edgecascade import sampling
-from edgecascade.backends.base import Array, Options, Parked, Snapshot, check_tokens
-from edgecascade.blocks import dequantize
+from edgecascade.backends.base import (
+    Array,
+    Options,
+    Parked,
+    Snapshot,
+    check_tokens,
+    kv_type,
+)
+from edgecascade.blocks import dequantize, kv_rows, kv_values
 from edgecascade.bundle import Bundle
 from edgecascade.errors import ContextExceeded, InvalidRequest
 from edgecascade.models import family
 from edgecascade.ops import Activation, Norm, Op, Ops
 from edgecascade.sampling import Logits, SampleRow
-from edgecascade.tensors import GROUP_SIZE, KvState
+from edgecascade.tensors import GROUP_SIZE, KvState, KvType
 
 
 @dataclass(frozen=True)
@@ -121,16 +128,16 @@ def attention(f: Mapping[str, Any], state: dict[str, Array]) -> Array:
     """softmax(q k^T scale) v, causal, no positional encoding; query head h reads key head h //
     (heads / kv_heads).
 
-    qkv [T, (heads + 2 kv_heads) head_dim]; state "kv" [2, past, kv_heads, head_dim] grows by T.
-    Returns [T, heads head_dim].
+    qkv [T, (heads + 2 kv_heads) head_dim]; state "kv" [2, past, kv_heads, row_items], rows of
+    a KvType, grows by T, and what is read is what was stored. Returns [T, heads head_dim].
     """
     heads, kv_heads, head_dim = f["heads"], f["kv_heads"], f["head_dim"]
     tokens = len(f["qkv"])
     parts = f["qkv"].reshape(tokens, heads + 2 * kv_heads, head_dim)
     q, new = parts[:, :heads], parts[:, heads:].reshape(tokens, 2, kv_heads, head_dim)
-    kv = state["kv"]
-    state["kv"] = kv = np.concatenate([kv, new.transpose(1, 0, 2, 3).astype(kv.dtype)], axis=1)
-    k, v = kv.astype(np.float32).repeat(heads // kv_heads, axis=2)  # [past + T, heads, head_dim]
+    rows = kv_rows(new.transpose(1, 0, 2, 3), KvType.of(state["kv"].dtype))
+    state["kv"] = kv = np.concatenate([state["kv"], rows], axis=1)
+    k, v = kv_values(kv).repeat(heads // kv_heads, axis=2)  # [past + T, heads, head_dim]
     scores = np.einsum("thd,shd->hts", q, k) * np.float32(f["scale"])
     ahead = np.arange(len(k)) > np.arange(len(k) - tokens, len(k))[:, None]
     scores = np.where(ahead, -np.inf, scores)
@@ -228,7 +235,7 @@ class ReferenceBackend:
         self._bundle, self._model = bundle, model
         self._config = model.read_config(bundle.config)
         self._weights = {name: self._load(name) for name in bundle.tensors}
-        self._kv_type = np.dtype("float32" if bundle.kv_type == "f32" else "float16")
+        self.kv_type = kv_type(bundle, options)
         self.int8_activations = False
         self.vocab: int = self._config.vocab
         self.slots = options.slots
@@ -250,7 +257,8 @@ class ReferenceBackend:
         for state in self._model.states(self._config):
             part = states.setdefault(state.layer, {})
             if isinstance(state, KvState):
-                part["kv"] = np.zeros((2, 0, state.kv_heads, state.head_dim), self._kv_type)
+                items = self.kv_type.row_items(state.head_dim)
+                part["kv"] = np.zeros((2, 0, state.kv_heads, items), self.kv_type.dtype)
             elif state.name == "conv":
                 part["conv"] = np.zeros((state.shape[0] - 1, state.shape[1]), np.float32)
             else:
@@ -307,10 +315,10 @@ class ReferenceBackend:
 
     def restore(self, slot: int, snapshot: Snapshot) -> None:
         """See Backend."""
+        snapshot.check(self.kv_type)
         self.reset(slot)
         for (layer, name), part in snapshot.parts.items():
-            kind = self._kv_type if name == "kv" else np.float32
-            self._states[slot][layer][name] = part.astype(kind)
+            self._states[slot][layer][name] = part.copy()
         self._held[slot] = snapshot.tokens
 
     def park(self, slot: int) -> Parked:

@@ -9,12 +9,19 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from edgecascade.backends._lib import PAGE_TOKENS
-from edgecascade.backends.base import Array, Options, Parked, Snapshot, check_tokens
+from edgecascade.backends.base import (
+    Array,
+    Options,
+    Parked,
+    Snapshot,
+    check_tokens,
+    kv_type,
+)
 from edgecascade.bundle import Bundle
 from edgecascade.errors import ContextExceeded, InvalidRequest, OutOfMemory
 from edgecascade.models import family
@@ -60,8 +67,8 @@ class SlotBackend(ABC):
 
     def _open_slots(
         self, bundle: Bundle, options: Options, *, available: int | None, most_pages: int | None
-    ) -> tuple[list[State], int, np.dtype[Any]]:
-        """Share out the memory: the model's states, KV pages and their type.
+    ) -> tuple[list[State], int]:
+        """Share out the memory: the model's states, and KV pages.
 
         One row more than slots is for who is parked, and for `logits`.
         """
@@ -73,14 +80,14 @@ class SlotBackend(ABC):
         self._rows = list(range(self.slots + 1))  # of each slot; the last is the spare one
         self._held = [0] * (self.slots + 1)  # tokens of each row
         self._aside: _Aside | None = None  # what is in the spare row
-        kv_dtype = np.dtype("float32" if bundle.kv_type == "f32" else "float16")
+        self.kv_type = kv_type(bundle, options)
         context, num_pages = fit_pages(
             states,
             slots=self.slots + 1,
             context=min(options.max_context or bundle.max_context, bundle.max_context),
             asked=options.max_context is not None,
             page_tokens=PAGE_TOKENS,
-            itemsize=kv_dtype.itemsize,
+            kv_type=self.kv_type,
             available=available,
         )
         num_pages = min(num_pages, most_pages or num_pages)
@@ -88,7 +95,7 @@ class SlotBackend(ABC):
         self.kv_tokens = num_pages * PAGE_TOKENS
         max_pages = -(-self.max_context // PAGE_TOKENS)
         self._pages = PagePool(num_pages, self.slots + 1, max_pages, PAGE_TOKENS)
-        return states, num_pages, kv_dtype
+        return states, num_pages
 
     @abstractmethod
     def _run_prefill(self, count: int, n_out: int) -> None:

@@ -19,7 +19,7 @@ from edgecascade.backends import _trt_versions as versions
 from edgecascade.backends._cuda import Device, open_device
 from edgecascade.backends._device_backend import DeviceBackend
 from edgecascade.backends._lib import PAGE_TOKENS, cuda_library, cuda_library_path
-from edgecascade.backends.base import Options
+from edgecascade.backends.base import Options, kv_type
 from edgecascade.bundle import Bundle
 from edgecascade.device.facts import facts
 from edgecascade.engines import EngineKey, engine_key, plugin_hash, read_engine
@@ -117,6 +117,11 @@ class TensorRTBackend(DeviceBackend):
 
     def __init__(self, bundle: Bundle, options: Options) -> None:
         self._trt = versions.import_tensorrt()
+        if kv_type(bundle, options).value != bundle.kv_type:
+            raise BackendUnavailable(
+                f"an engine keeps keys and values as its bundle does, {bundle.kv_type}; load "
+                f"without kv={options.kv!r}, or with another backend"
+            )
         super().__init__(bundle, options)
 
     def _prepare(self, bundle: Bundle) -> None:

@@ -46,6 +46,7 @@ def _bench(args: argparse.Namespace) -> int:
         backend=args.backend,
         threads=args.threads,
         max_context=args.max_context,
+        kv=args.kv,
         prompt_tokens=args.prompt_tokens,
         decode_tokens=args.decode_tokens,
         repeats=args.repeats,

@@ -35,6 +35,7 @@ def add_backend(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", default="auto", help="auto, tensorrt, cuda, cpu or reference")
     parser.add_argument("--threads", type=int, help="as many as the memory can feed by default")
     parser.add_argument("--max-context", type=int, help="tokens of a prompt and its answer")
+    parser.add_argument("--kv", help="keys and values as f32, f16 or int8; the bundle's by default")
 
 
 def add_conversation(parser: argparse.ArgumentParser) -> None:
@@ -68,6 +69,7 @@ def load(args: argparse.Namespace, bundle: str | None = None, **options: Any) ->
         args.backend,
         threads=args.threads,
         max_context=args.max_context,
+        kv=args.kv,
         **options,
     )
 

@@ -148,8 +148,9 @@ ec_status checkAttentionShape(const char* op, const ec_step& step, const ec_atte
     return fail(EC_INVALID, "%s: heads %d is no multiple of kv_heads %d", op, args.heads,
                 args.kv_heads);
   }
-  if (args.kv_type != EC_F32 && args.kv_type != EC_F16) {
-    return fail(EC_INVALID, "%s: kv_type is %d, must be EC_F32 or EC_F16", op, args.kv_type);
+  if (args.kv_type != EC_F32 && args.kv_type != EC_F16 && args.kv_type != EC_I8_ROW) {
+    return fail(EC_INVALID, "%s: kv_type is %d, must be EC_F32, EC_F16 or EC_I8_ROW", op,
+                args.kv_type);
   }
   if (!std::isfinite(args.scale)) return fail(EC_INVALID, "%s: scale is %g", op, args.scale);
   return EC_OK;

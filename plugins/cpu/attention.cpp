@@ -95,12 +95,16 @@ ec_status check(const char* op, const ec_step& step, const ec_attention& args) {
 
 enum Half { kKeys = 0, kValues = 1 };
 
-// First value of one head's [64][head_dim] in the page that holds `position`, counted in values
-// from kv.
-int64_t pageOffset(const ec_step& step, const Layout& m, int32_t seq, Half half, int64_t kvHead,
-                   int64_t position) {
+// The keys, or the values, of one head in the page that holds `position`: [64][head_dim], then, for
+// int8, [64] scales.
+std::byte* pageOf(const ec_step& step, const ec_attention& a, int32_t seq, Half half,
+                  int64_t kvHead, int64_t position) {
   const int64_t page = step.page_table[int64_t{step.slot[seq]} * step.max_pages + position / kPage];
-  return ((page * 2 + half) * m.kvHeads + kvHead) * kPage * m.dim;
+  const int64_t rowBytes = a.kv_type == EC_F32   ? int64_t{a.head_dim} * 4
+                           : a.kv_type == EC_F16 ? int64_t{a.head_dim} * 2
+                                                 : int64_t{a.head_dim} + 2;
+  return static_cast<std::byte*>(a.kv) +
+         ((page * 2 + half) * a.kv_heads + kvHead) * kPage * rowBytes;
 }
 
 void narrowRow(const float* from, int64_t count, uint16_t* to) {
@@ -108,6 +112,23 @@ void narrowRow(const float* from, int64_t count, uint16_t* to) {
   for (; i + kWidth <= count; i += kWidth) storeHalf(to + i, load(from + i));
   const int rest = static_cast<int>(count - i);
   if (rest > 0) storeHalf(to + i, load(from + i, rest), rest);
+}
+
+// Codes and the scale of a row. What is not finite makes the row NaN, by way of its scale.
+void quantizeRow(const float* from, int64_t count, int8_t* to, uint16_t* scale) {
+  float largest = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const float size = std::fabs(from[i]);
+    if (!(size <= largest)) largest = size;
+    if (largest != largest) break;
+  }
+  storeHalf(scale, set(largest / 127.0f), 1);
+  float wide[kWidth];
+  store(wide, loadHalf(scale, 1));
+  for (int64_t i = 0; i < count; ++i) {
+    const float code = wide[0] > 0 ? std::nearbyint(from[i] / wide[0]) : 0.0f;
+    to[i] = static_cast<int8_t>(code >= 127 ? 127 : code <= -127 ? -127 : code == code ? code : 0);
+  }
 }
 
 // Writes the step's keys and values into the pages.
@@ -120,12 +141,15 @@ void append(Pool& pool, const ec_step& step, const ec_attention& args, const Lay
     const float* from = args.qkv + row0 * m.row + (m.heads + half * m.kvHeads + kvHead) * m.dim;
     for (int64_t t = 0; t < tokens; ++t, from += m.row) {
       const int64_t position = step.past[seq] + t;
-      const int64_t at =
-          pageOffset(step, m, seq, half, kvHead, position) + position % kPage * m.dim;
+      std::byte* page = pageOf(step, args, seq, half, kvHead, position);
+      const int64_t row = position % kPage;
       if (args.kv_type == EC_F32) {
-        std::memcpy(static_cast<float*>(args.kv) + at, from, m.dim * sizeof(float));
+        std::memcpy(page + row * m.dim * 4, from, m.dim * sizeof(float));
+      } else if (args.kv_type == EC_F16) {
+        narrowRow(from, m.dim, reinterpret_cast<uint16_t*>(page) + row * m.dim);
       } else {
-        narrowRow(from, m.dim, static_cast<uint16_t*>(args.kv) + at);
+        quantizeRow(from, m.dim, reinterpret_cast<int8_t*>(page) + row * m.dim,
+                    reinterpret_cast<uint16_t*>(page + kPage * m.dim) + row);
       }
     }
   });
@@ -236,9 +260,10 @@ class ColumnTile {
 
   // `keys` rows of a page as fp32, `padded` values apart; in place where they are so already.
   const float* pageRows(Half half, int64_t position, int64_t keys) {
-    const int64_t at = pageOffset(step_, m_, seq_, half, kvHead_, position);
+    const std::byte* page = pageOf(step_, args_, seq_, half, kvHead_, position);
+    if (args_.kv_type == EC_I8_ROW) return widenRows(page, keys);
     if (args_.kv_type == EC_F32) {
-      const float* rows = static_cast<const float*>(args_.kv) + at;
+      const float* rows = reinterpret_cast<const float*>(page);
       if (m_.dim == m_.padded) return rows;
       for (int64_t i = 0; i < keys; ++i) {
         for (int64_t d = 0; d < m_.padded; ++d) {
@@ -247,12 +272,25 @@ class ColumnTile {
       }
       return page_;
     }
-    const uint16_t* rows = static_cast<const uint16_t*>(args_.kv) + at;
+    const uint16_t* rows = reinterpret_cast<const uint16_t*>(page);
     for (int64_t i = 0; i < keys; ++i, rows += m_.dim) {
       float* to = page_ + i * m_.padded;
       int64_t d = 0;
       for (; d + kWidth <= m_.dim; d += kWidth) store(to + d, loadHalf(rows + d));
       if (d < m_.dim) store(to + d, loadHalf(rows + d, static_cast<int>(m_.dim - d)));
+    }
+    return page_;
+  }
+
+  const float* widenRows(const std::byte* page, int64_t keys) {
+    const int8_t* codes = reinterpret_cast<const int8_t*>(page);
+    const uint16_t* halves = reinterpret_cast<const uint16_t*>(page + kPage * m_.dim);
+    float scales[kPage];
+    for (int64_t i = 0; i < kPage; i += kWidth) store(scales + i, loadHalf(halves + i));
+    for (int64_t i = 0; i < keys; ++i, codes += m_.dim) {
+      float* to = page_ + i * m_.padded;
+      for (int64_t d = 0; d < m_.dim; ++d) to[d] = static_cast<float>(codes[d]) * scales[i];
+      for (int64_t d = m_.dim; d < m_.padded; ++d) to[d] = 0.0f;
     }
     return page_;
   }

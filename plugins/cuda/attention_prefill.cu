@@ -2,16 +2,16 @@
 //
 // Attention of any number of tokens of each sequence; attention.cuh has the equation.
 //
-// fp16 pages go through the tensor cores. With p = heads / kv_heads, row r of a key head is token r
-// / p of the sequence and the r % p-th of its heads: the heads that share keys share their tiles,
-// too. A CTA takes 64 rows, a warp 16 of them, and runs over the pages of their context; a page is
-// a tile of 64 positions in shared memory, and the next one is on its way meanwhile. A row's
-// maximum m, sum l and sum o are carried from page to page (Milakov and Gimelshein, arXiv
-// 1805.02867; Dao, arXiv 2307.08691): pages begin at multiples of 64 whatever the rows are, and one
-// that lies ahead of a row leaves it as it is, so that pieces of a prompt give the bits of the
-// whole. q is halves times a power of two for each row, exp(score - m) is rounded to half, sums are
-// fp32. A value that is not finite may reach the tokens just before its own that share its page, no
-// other sequence.
+// fp16 and int8 pages go through the tensor cores, the latter as halves. With p = heads / kv_heads,
+// row r of a key head is token r / p of the sequence and the r % p-th of its heads: the heads that
+// share keys share their tiles, too. A CTA takes 64 rows, a warp 16 of them, and runs over the
+// pages of their context; a page is a tile of 64 positions in shared memory, and the next one is on
+// its way meanwhile. A row's maximum m, sum l and sum o are carried from page to page (Milakov and
+// Gimelshein, arXiv 1805.02867; Dao, arXiv 2307.08691): pages begin at multiples of 64 whatever the
+// rows are, and one that lies ahead of a row leaves it as it is, so that pieces of a prompt give
+// the bits of the whole. q is halves times a power of two for each row, exp(score - m) is rounded
+// to half, sums are fp32. A value that is not finite may reach the tokens just before its own that
+// share its page, no other sequence.
 //
 // fp32 pages, and heads wider than 128: a CTA for each token takes the splits of its context one
 // after the other, in fp32.
@@ -119,12 +119,39 @@ __device__ __forceinline__ void stageHalf(uint4* to, const __half* from, int hea
   }
 }
 
+// Likewise; codes times scale become halves on the way.
 template <int kDim>
+__device__ __forceinline__ void stageHalf(uint4* to, int8_t* from, int headDim, int count) {
+  using P = Page<kDim>;
+  const __half* scales = scalesOf(from, headDim);
+#pragma unroll 4
+  for (int i = threadIdx.x; i < P::kOctets; i += kThreads) {
+    const int row = i / P::kUnits, d = i % P::kUnits * 8;
+    const int8_t* at = from + row * headDim + d;
+    uint64_t codes = 0;
+    float scale = 0.f;
+    if (row < count && d < headDim) {
+      scale = __half2float(scales[row]);
+      if (headDim % 8 == 0) {
+        const uint2 pair = *reinterpret_cast<const uint2*>(at);
+        codes = uint64_t(pair.y) << 32 | pair.x;
+      } else {
+        for (int j = 0; j < min(8, headDim - d); ++j) codes |= uint64_t(uint8_t(at[j])) << 8 * j;
+      }
+    }
+    const auto value = [&](int j) { return static_cast<int8_t>(codes >> 8 * j) * scale; };
+    to[P::at(row, d / 8)] = make_uint4(asWord(__floats2half2_rn(value(0), value(1))),
+                                       asWord(__floats2half2_rn(value(2), value(3))),
+                                       asWord(__floats2half2_rn(value(4), value(5))),
+                                       asWord(__floats2half2_rn(value(6), value(7))));
+  }
+}
+
+template <class Kv, int kDim>
 __device__ __forceinline__ void stagePage(uint4* to, const ec_attention& a, int page, int kvHead,
                                           int count) {
-  const __half* kv = static_cast<const __half*>(a.kv);
-  stageHalf<kDim>(to, kv + pageAt(a, page, kKeys, kvHead), a.head_dim, count);
-  stageHalf<kDim>(to + Page<kDim>::kOctets, kv + pageAt(a, page, kValues, kvHead), a.head_dim,
+  stageHalf<kDim>(to, pageAt<Kv>(a, page, kKeys, kvHead), a.head_dim, count);
+  stageHalf<kDim>(to + Page<kDim>::kOctets, pageAt<Kv>(a, page, kValues, kvHead), a.head_dim,
                   count);
   commitAsync();
 }
@@ -280,7 +307,7 @@ __device__ __forceinline__ void storeRows(const TileRows<kDim>& r, const ec_atte
 
 constexpr int kTileRows = 16 * kWarps;
 
-template <int kDim>
+template <class Kv, int kDim>
 __global__ void __launch_bounds__(kThreads, 2) attendTiles(ec_step step, ec_attention a) {
   using P = Page<kDim>;
   const int sequence = blockIdx.z, kvHead = blockIdx.y;
@@ -295,7 +322,8 @@ __global__ void __launch_bounds__(kThreads, 2) attendTiles(ec_step step, ec_atte
   const int32_t* table = pagesOf(step, step.slot[sequence]);
   uint4* shared = dynamicShared<uint4>();  // [2][keys, values]
   const auto stage = [&](int i, int page) {
-    stagePage<kDim>(shared + i % 2 * 2 * P::kOctets, a, page, kvHead, context - i * EC_PAGE_TOKENS);
+    stagePage<Kv, kDim>(shared + i % 2 * 2 * P::kOctets, a, page, kvHead,
+                        context - i * EC_PAGE_TOKENS);
   };
   stage(0, table[0]);
   int next = pages > 1 ? table[1] : 0;
@@ -316,10 +344,10 @@ __global__ void __launch_bounds__(kThreads, 2) attendTiles(ec_step step, ec_atte
   storeRows(r, a, m, a.y + int64_t(start) * a.heads * a.head_dim, kvHead, row0, rows);
 }
 
-template <int kDim>
+template <class Kv, int kDim>
 ec_status prefillTiles(ec_stream stream, const ec_step& step, const ec_attention& a) {
   const dim3 grid(ceilDiv(step.n_tok * Layout(a).perKv, kTileRows), a.kv_heads, step.n_seq);
-  return launch("attention_prefill", attendTiles<kDim>, grid, kThreads,
+  return launch("attention_prefill", attendTiles<Kv, kDim>, grid, kThreads,
                 4 * Page<kDim>::kOctets * sizeof(uint4), stream, step, a);
 }
 
@@ -331,9 +359,9 @@ struct Prefill {
   ec_status operator()() const {
     EC_TRY(launch("attention_prefill", appendRows<Kv>, dim3(step.n_tok, a.kv_heads), kThreads, 0,
                   stream, step, a));
-    if (a.kv_type == EC_F16 && kDims == 1) {
-      return a.head_dim <= 64 ? prefillTiles<64>(stream, step, a)
-                              : prefillTiles<128>(stream, step, a);
+    if constexpr (sizeof(Kv) < sizeof(float) && kDims == 1) {
+      return a.head_dim <= 64 ? prefillTiles<Kv, 64>(stream, step, a)
+                              : prefillTiles<Kv, 128>(stream, step, a);
     }
     return launch("attention_prefill", attendRows<Kv, kDims>,
                   dim3(step.n_tok, a.kv_heads * Layout(a).tiles), kThreads, Shared::bytes(a),

@@ -45,7 +45,8 @@ typedef enum ec_type {
   EC_F16 = 1,     // row-major [n][k]
   EC_BF16 = 2,    // source of pack() only
   EC_U4_64 = 16,  // blocks of 32 rows x 64 k, 1088 bytes: docs/bundle-format.md
-  EC_I8_64 = 17   // blocks of 32 rows x 64 k, 2112 bytes
+  EC_I8_64 = 17,  // blocks of 32 rows x 64 k, 2112 bytes
+  EC_I8_ROW = 18  // KV pages only: rows of int8, value = code * scale with an fp16 scale a row
 } ec_type;
 
 typedef enum ec_activation { EC_IDENTITY = 0, EC_RELU2 = 1 } ec_activation;
@@ -135,9 +136,10 @@ typedef struct ec_mamba {
 // pages, then attends.
 typedef struct ec_attention {
   const float* qkv;  // [n_tok][(heads + 2 kv_heads) head_dim]: q | k | v
-  void* kv;          // [pages][2][kv_heads][EC_PAGE_TOKENS][head_dim]
+  void* kv;          // [pages][2][kv_heads] of [EC_PAGE_TOKENS][head_dim], which EC_I8_ROW follows
+                     // with [EC_PAGE_TOKENS] scales
   float* y;          // [n_tok][heads head_dim]
-  int32_t kv_type;   // EC_F32 or EC_F16
+  int32_t kv_type;   // EC_F32, EC_F16 or EC_I8_ROW
   int32_t heads;
   int32_t kv_heads;
   int32_t head_dim;

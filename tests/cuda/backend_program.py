@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The CUDA backend against the CPU's, in a process whose driver is the stand-in.
 
-    python tests/cuda/backend_program.py STAND_INS KERNELS BUNDLE
+    python tests/cuda/backend_program.py STAND_INS KERNELS BUNDLE [KV]
 
 STAND_INS holds libcuda.so.1 (tests/trt/fakecuda.c), KERNELS is the CUDA library for the emulator.
 Prints what was seen as JSON.
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 
-def main(stand_ins: Path, kernels: Path, folder: Path) -> None:
+def main(stand_ins: Path, kernels: Path, folder: Path, kv: str | None = None) -> None:
     driver = ctypes.CDLL(str(stand_ins / "libcuda.so.1"), mode=ctypes.RTLD_GLOBAL)
     driver.fakecuda_late(1)
     os.environ["EDGECASCADE_CUDA_LIBRARY"] = str(kernels)
@@ -31,7 +31,7 @@ def main(stand_ins: Path, kernels: Path, folder: Path) -> None:
 
     slots.PREFILL_CHUNK = 32  # several chunks of a prompt are under way at once
     bundle = Bundle.open(folder)
-    options = Options(slots=3, max_context=512)
+    options = Options(slots=3, max_context=512, kv=kv)
     cuda, cpu = CudaBackend(bundle, options), NativeBackend(bundle, options)
     random = np.random.default_rng(7)
     prompts = [random.integers(0, cpu.vocab, n).astype(np.int32) for n in (1, 37, 70)]
@@ -92,4 +92,4 @@ def flips(got: np.ndarray, want: np.ndarray) -> int:
 
 
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:]))
+    main(*map(Path, sys.argv[1:4]), *sys.argv[4:])

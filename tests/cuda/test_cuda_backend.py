@@ -31,10 +31,11 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(program: str, driver: Path, bundle: Path) -> dict[str, Any]:
+def run(program: str, driver: Path, bundle: Path, *more: str) -> dict[str, Any]:
     """What a program of this folder saw."""
     cuda_emulated()  # builds it
     command = [sys.executable, str(HERE / program), str(driver), str(CUDA_EMULATED), str(bundle)]
+    command += more
     done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     seen: dict[str, Any] = json.loads(done.stdout)
@@ -47,9 +48,11 @@ def sampled(driver: Path, build: Build) -> dict[str, Any]:
     return run("sampling_program.py", driver, build("tiny", "speed"))
 
 
-@pytest.mark.parametrize("precision", ["exact", "speed"])
-def test_it_computes_what_the_cpu_does(driver: Path, build: Build, precision: str) -> None:
-    seen = run("backend_program.py", driver, build("tiny", precision))
+@pytest.mark.parametrize(
+    ("precision", "kv"), [("exact", "f32"), ("speed", "f16"), ("speed", "int8")]
+)
+def test_it_computes_what_the_cpu_does(driver: Path, build: Build, precision: str, kv: str) -> None:
+    seen = run("backend_program.py", driver, build("tiny", precision), kv)
     bound = tolerances.CUDA_EXACT if precision == "exact" else tolerances.INT8_ACTIVATIONS
     for what in ("logits", "prefill", "decode", "held", "moved"):
         assert seen[what] <= bound, seen

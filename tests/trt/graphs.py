@@ -15,7 +15,7 @@ from edgecascade.bundle import Bundle
 from edgecascade.models import family
 from edgecascade.nodes import PAGE_TOKENS, state_name, state_output
 from edgecascade.state import PagePool, StatePool
-from edgecascade.tensors import KvState
+from edgecascade.tensors import KvState, KvType
 from edgecascade.trace import Graph, trace_bundle
 
 Array = NDArray[Any]
@@ -72,7 +72,7 @@ class GraphBackend:
             self._pages,
             slots=slots,
             num_pages=slots * max_pages,
-            kv_dtype="float32" if bundle.kv_type == "f32" else "float16",
+            kv_type=KvType(bundle.kv_type),
         )
         self._states = [(s.layer, "kv" if isinstance(s, KvState) else s.name) for s in states]
         self._held = [0] * slots
