@@ -70,6 +70,8 @@ def _faults(args: argparse.Namespace) -> int:
 
 
 def _show(result: Result, short: bool) -> None:
+    from edgecascade.fleet.faults.runner import WHOLE
+
     outcome = result.outcome
     if outcome.skipped:
         print(f"{result.name:<4} {'skipped':>15}  {result.title}: {outcome.skipped}", flush=True)
@@ -79,7 +81,8 @@ def _show(result: Result, short: bool) -> None:
     for failure in outcome.failures[:SHOWN]:
         print(f"     {failure.message}", file=sys.stderr)
         again = f"--class {result.name} --seed {result.seed}{' --short' if short else ''}"
-        print(f"     again: edgecascade faults {again} --case {failure.case}", file=sys.stderr)
+        case = "" if failure.case == WHOLE else f" --case {failure.case}"
+        print(f"     again: edgecascade faults {again}{case}", file=sys.stderr)
     more = len(outcome.failures) - SHOWN
     if more > 0:
         print(f"     and {more} more", file=sys.stderr)

@@ -15,7 +15,7 @@ from pathlib import Path
 from edgecascade.errors import EdgeCascadeError
 from edgecascade.fleet.faults import Failure, Outcome
 from edgecascade.fleet.faults.crash import Scenario
-from edgecascade.fleet.faults.sim import SimFiles
+from edgecascade.fleet.faults.sim import ENDLESS, SimFiles
 from edgecascade.fleet.faults.watched import Watched, write_out
 from edgecascade.fleet.faults.world import (
     Device,
@@ -123,7 +123,7 @@ def _heal(files: Files) -> None:
     if isinstance(files, Watched):
         files.before = lambda effect: None
     elif isinstance(files, SimFiles):
-        files.capacity_bytes = 1 << 40
+        files.capacity_bytes = ENDLESS
 
 
 def _ends_well(scenario: Scenario, device: Device) -> None:
