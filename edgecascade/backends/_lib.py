@@ -61,7 +61,7 @@ class Step(c.Structure):
         ("n_out", c.c_int32),
         ("max_pages", c.c_int32),
         ("max_context", c.c_int32),
-        ("reserved", c.c_int32),
+        ("flags", c.c_int32),
     ]
 
 

@@ -73,6 +73,12 @@ typedef struct ec_norm {
   int32_t groups;
 } ec_norm;
 
+// EC_OVERLAP: launches of a decode step may begin, with what does not depend on it, before the one
+// before them has ended. The step's arrays were then written, and the states of its slots last
+// changed, by copies or by a call without the flag, or in a graph that has been launched before.
+// Ignored where the device cannot do it.
+typedef enum ec_step_flag { EC_OVERLAP = 1 } ec_step_flag;
+
 // One step: n_tok rows that belong to n_seq sequences, sequence s owning rows start[s] ..
 // start[s+1]-1.
 typedef struct ec_step {
@@ -90,7 +96,7 @@ typedef struct ec_step {
   int32_t n_out;
   int32_t max_pages;
   int32_t max_context;  // upper bound of past + new tokens over the sequences: launch geometry
-  int32_t reserved;
+  int32_t flags;        // of ec_step_flag
 } ec_step;
 
 // x[t] = table[tokens[t]]
