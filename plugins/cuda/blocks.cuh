@@ -51,8 +51,8 @@ struct U4 {
   static __device__ __forceinline__ int piece(int i, int g, int t) {
     return ((t + 4 * i) * 32 + 4 * g) * 4;
   }
-  static __device__ __forceinline__ Codes fromPieces(const uint4* pieces, int lane) {
-    return {{pieces[lane], pieces[kWarp + lane]}};
+  static __device__ __forceinline__ Codes fromPieces(const uint4* first) {
+    return {{first[0], first[kWarp]}};
   }
   static __device__ __forceinline__ void stored(const Codes& codes, int octet, int r,
                                                 uint32_t (&pair)[4]) {
@@ -88,9 +88,8 @@ struct I8 {
   static __device__ __forceinline__ int piece(int i, int g, int t) {
     return ((2 * (t + i / 2 * 4) + i % 2) * 32 + 4 * g) * 4;
   }
-  static __device__ __forceinline__ Codes fromPieces(const uint4* pieces, int lane) {
-    return {
-        {pieces[lane], pieces[kWarp + lane], pieces[2 * kWarp + lane], pieces[3 * kWarp + lane]}};
+  static __device__ __forceinline__ Codes fromPieces(const uint4* first) {
+    return {{first[0], first[kWarp], first[2 * kWarp], first[3 * kWarp]}};
   }
   static __device__ __forceinline__ void stored(const Codes& codes, int octet, int r,
                                                 uint32_t (&pair)[4]) {

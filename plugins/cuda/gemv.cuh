@@ -11,7 +11,7 @@
 //             kernel knows x. Nobody but the warp itself waits for them.
 //   stage()   x becomes halves with a power of two for each 64 columns, in one pass that does not
 //             wait for the norm: a norm over the whole row is a factor of the result.
-//   addBlock  the tensor cores sum the 64 products of a block in float32.
+//   addBlocks the tensor cores sum the 64 products of a block in float32.
 #ifndef EC_CUDA_GEMV_CUH
 #define EC_CUDA_GEMV_CUH
 
@@ -33,6 +33,11 @@ constexpr int kDepth = (kWarps == kFewWarps ? 6 : 4) / (Codec::kBytes > kU4Block
 __host__ __device__ inline int groupsOf(const ec_norm& norm) {
   return norm.gamma ? norm.groups : 1;
 }
+
+// CTAs that a multiprocessor's registers must do for: in INT4, one or two more than run at once, so
+// that those of the next launch can begin beside them.
+template <class Codec, int kWarps>
+constexpr int kCtasAtOnce = 1024 / (kWarps * kWarp) - (Codec::kBytes > kU4BlockBytes ? 1 : 0);
 
 // Geometry and shared memory of a CTA, the host's choice; no bit of a result depends on it.
 struct GemvShape {
@@ -143,14 +148,15 @@ GemvCall gemvCall(Kernel kernel, int rows, int rowsOfBlocks, int k, const ec_nor
 //
 // Segments: int size(); int blocks(i) of segment i; const uint8_t* base(i), int bytes(i) where they
 // are; int start(i, warp) the warp's first block in it, the others are kWarps apart; void copy(i,
-// block, to) copies one with copyBlock<Codec>(). size() may grow until finish().
+// from, to) copies one with copyBlock<Codec>(). base() is the lane's firstPiece(). size() may grow
+// until finish().
 template <int kWarps, int kSlots>
 class Ring {
  public:
   __device__ Ring(unsigned char* slots, int slotBytes)
       : warp_(warpIndex()),
         stride_(kWarps * slotBytes),
-        first_(slots + warp_ * slotBytes),
+        first_(slots + warp_ * slotBytes + threadIdx.x % kWarp * 16),
         front_(first_) {}
 
   // Requests what there is room for.
@@ -203,54 +209,95 @@ class Ring {
   }
 
   int warp_, stride_, pending_ = 0;
-  unsigned char *first_, *front_;  // slots of the warp
-  const uint8_t* at_ = nullptr;    // what is requested next
+  unsigned char *first_, *front_;  // slots of the warp, the lane's first piece in each
+  const uint8_t* at_ = nullptr;    // the lane's first piece of what is requested next
   int next_ = 0, left_ = 0;        // segment; blocks left of the one before
 };
 
-// The lanes with t = 0 and g < 4 copy the scales, from where their other pieces are.
+// The lane's first piece of a block.
 template <class Codec>
-__device__ __forceinline__ void copyBlock(const uint8_t* block, unsigned char* to) {
-  const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
-  uint4* pieces = reinterpret_cast<uint4*>(to) + lane;
-  const uint8_t* from = block + Codec::piece(0, g, t);
+__device__ __forceinline__ const uint8_t* firstPiece(const uint8_t* block) {
+  const int lane = threadIdx.x % kWarp;
+  return block + Codec::piece(0, lane / 4, lane % 4);
+}
+
+// The lane's pieces; those with t = 0 and g < 4 copy the scales, from where their others are.
+template <class Codec>
+__device__ __forceinline__ void copyBlock(const uint8_t* from, unsigned char* to) {
+  const int lane = threadIdx.x % kWarp;
 #pragma unroll
   for (int i = 0; i < Codec::kPieces; ++i) {
-    copyAsync(pieces + i * kWarp, reinterpret_cast<const uint4*>(from + Codec::piece(i, 0, 0)));
+    copyAsync(reinterpret_cast<uint4*>(to) + i * kWarp,
+              reinterpret_cast<const uint4*>(from + Codec::piece(i, 0, 0)));
   }
   if (lane % 4 == 0 && lane < 16) {
-    copyAsync(reinterpret_cast<uint4*>(to + Codec::kScales) + g,
+    copyAsync(reinterpret_cast<uint4*>(to + Codec::kScales - 12 * lane),
               reinterpret_cast<const uint4*>(from + Codec::kScales));
   }
 }
 
-// A block in registers.
+// A block in registers, from the lane's first piece.
 template <class Codec>
 struct Block {
   typename Codec::Codes codes;
   uint2 scales;  // of rows 4g .. 4g+3
-  __device__ __forceinline__ explicit Block(const unsigned char* slot)
-      : codes(Codec::fromPieces(reinterpret_cast<const uint4*>(slot), threadIdx.x % kWarp)),
-        scales(*reinterpret_cast<const uint2*>(slot + Codec::kScales +
-                                               8 * (threadIdx.x % kWarp / 4))) {}
+  __device__ __forceinline__ explicit Block(const unsigned char* piece) {
+    const int lane = threadIdx.x % kWarp;
+    codes = Codec::fromPieces(reinterpret_cast<const uint4*>(piece));
+    scales = *reinterpret_cast<const uint2*>(piece + Codec::kScales + (lane / 4 * 8 - lane * 16));
+  }
 };
 
-// sum += the block times columns 2t and 2t + 1. b: octets t and t + 4 of column g.
-template <class Codec>
-__device__ __forceinline__ void addBlock(const Block<Codec>& block, const uint4 (&b)[2],
-                                         const float4& start, const float2& factor,
-                                         float (&sum)[2][4]) {
-  float c[2][4];
-  multiplyBlock<Codec>(block.codes, b, start, c);
-  const float2 scale[2] = {__half22float2(asHalves(block.scales.x)),
-                           __half22float2(asHalves(block.scales.y))};
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    sum[i][0] = fmaf(c[i][0], scale[i].x * factor.x, sum[i][0]);
-    sum[i][1] = fmaf(c[i][1], scale[i].x * factor.y, sum[i][1]);
-    sum[i][2] = fmaf(c[i][2], scale[i].y * factor.x, sum[i][2]);
-    sum[i][3] = fmaf(c[i][3], scale[i].y * factor.y, sum[i][3]);
+// Where a lane finds what belongs to a block of x: octets t and t + 4 of its column, and its pair
+// of columns. They go on by strides.
+struct Columns {
+  const uint4* octets;
+  const float4* starts;
+  const float2* factors;
+  int octetStride, pairStride;
+
+  // Of column `column`, from block `held` of those that are held on; zeros where it does not count.
+  __device__ __forceinline__ Columns(const GemvShared& shared, int column, int held, int warps,
+                                     bool counts = true)
+      : octetStride(counts ? warps * 8 : 0), pairStride(warps * shared.shape.pairs) {
+    const int t = threadIdx.x % 4, pairs = shared.shape.pairs, pair = t < pairs ? t : pairs - 1;
+    octets = counts ? shared.octets() + column * shared.shape.pitch + held * 8 + t : shared.zero();
+    starts = shared.starts() + held * pairs + pair;
+    factors = shared.factors() + held * pairs + pair;
   }
+  __device__ __forceinline__ void advance() {
+    octets += octetStride;
+    starts += pairStride;
+    factors += pairStride;
+  }
+};
+
+// sum += the warp's blocks kb, kb + kWarps, .. below `end` times columns 2t and 2t + 1, whose part
+// of block kb is at `columns`. Returns the block that comes next.
+template <class Codec, int kWarps, class RingOf, class Segments>
+__device__ __forceinline__ int addBlocks(RingOf& ring, const Segments& segments, int kb, int end,
+                                         Columns columns, float (&sum)[2][4]) {
+#pragma unroll 1
+  for (; kb < end; kb += kWarps) {
+    const Block<Codec> block(ring.front());
+    const uint4 b[2] = {columns.octets[0], columns.octets[columns.octetStride ? 4 : 0]};
+    const float4 start = *columns.starts;
+    const float2 factor = *columns.factors;
+    ring.pop(segments);
+    columns.advance();
+    float c[2][4];
+    multiplyBlock<Codec>(block.codes, b, start, c);
+    const float2 scale[2] = {__half22float2(asHalves(block.scales.x)),
+                             __half22float2(asHalves(block.scales.y))};
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      sum[i][0] = fmaf(c[i][0], scale[i].x * factor.x, sum[i][0]);
+      sum[i][1] = fmaf(c[i][1], scale[i].x * factor.y, sum[i][1]);
+      sum[i][2] = fmaf(c[i][2], scale[i].y * factor.x, sum[i][2]);
+      sum[i][3] = fmaf(c[i][3], scale[i].y * factor.y, sum[i][3]);
+    }
+  }
+  return kb;
 }
 
 // What belongs to one staged block of row i of x.
@@ -462,11 +509,9 @@ template <class Codec, int kWarps, class RingOf, class Segments, class Rows, cla
 __device__ __forceinline__ void multiplySegments(RingOf& ring, const Segments& segments,
                                                  const Rows& rows, const GemvShared& shared,
                                                  const Take& take) {
-  const int lane = threadIdx.x % kWarp, warp = warpIndex(), g = lane / 4, t = lane % 4;
+  const int warp = warpIndex(), g = threadIdx.x % kWarp / 4;
   const int blocks = ceilDiv(rows.k, kGroup), n = rows.n, staged = shared.shape.staged;
   const int column = g < n ? g : n - 1;  // what it adds there is never read
-  const int pair = t < shared.shape.pairs ? t : shared.shape.pairs - 1;
-  const uint4* octets = shared.octets() + column * shared.shape.pitch + t;
   float factor = 1.f;
   if (groupsOf(rows.norm) > 1) {
     rows.findInverses(shared, warp, kWarps);
@@ -483,16 +528,8 @@ __device__ __forceinline__ void multiplySegments(RingOf& ring, const Segments& s
       }
       const int end = min(origin + staged, blocks);
       if (segment == 0 && end == blocks && warp < n) factor = rows.factor(shared, warp);
-#pragma unroll 1
-      for (; kb < end; kb += kWarps) {
-        const Block<Codec> block(ring.front());
-        const int held = kb - origin;
-        const uint4 b[2] = {octets[held * 8], octets[held * 8 + 4]};
-        const float4 start = shared.starts()[held * shared.shape.pairs + pair];
-        const float2 factor = shared.factors()[held * shared.shape.pairs + pair];
-        ring.pop(segments);
-        addBlock(block, b, start, factor, sum);
-      }
+      const Columns columns(shared, column, kb - origin, kWarps);
+      kb = addBlocks<Codec, kWarps>(ring, segments, kb, end, columns, sum);
     }
     if (segment > 0) __syncthreads();  // the sums of the one before have been read
     reduceWarps<kWarps>(sum, shared, n,

@@ -2,7 +2,7 @@
 //
 // Mixture of experts for 1 to 8 tokens in three launches; moe.cu has the equation.
 //
-//   first   4 experts of the router a CTA, and 32 rows of shared_up: the choice of experts is not
+//   first   8 experts of the router a CTA, and 32 rows of shared_up: the choice of experts is not
 //           on the way of the shared expert's memory
 //   up      rows of blocks of the taken experts. Each CTA finds the experts itself from the
 //           router's logits, which costs less than a launch
@@ -20,7 +20,10 @@
 namespace ec::cuda {
 namespace {
 
-constexpr int kRouterWarps = 4, kRouterExperts = kManyWarps / kRouterWarps;  // of one; of a CTA
+constexpr int kRouterWarps = 2, kRouterExperts = kManyWarps / kRouterWarps;  // of one; of a CTA
+// Threads that the registers of `first` and `down` must do for: a quarter more than they have, so
+// that a CTA of the next launch fits beside them.
+constexpr int kBeside = kManyWarps * kWarp * 5 / 4;
 constexpr int kWords = kMaxExperts / 32;
 constexpr int kMostTaken = kColumns * kMaxTopK;
 
@@ -52,16 +55,18 @@ struct RouterParts {
   float dot[kRouterExperts][kRouterWarps][kColumns], squares[kRouterWarps][kColumns];
 };
 
-// One warp: its quarter of the columns of one expert, for kRows rows of which n are there.
+// One warp: its half of the columns of one expert, for kRows rows from `first` on, of which
+// those below n are there.
 template <int kRows>
-__device__ __forceinline__ void routerDots(const ec_moe& args, int expert, int part, int n,
-                                           const GemvShared& shared, float* dots, float* squares) {
+__device__ __forceinline__ void routerDots(const ec_moe& args, int expert, int part, int first,
+                                           int n, const GemvShared& shared, float* dots,
+                                           float* squares) {
   const int lane = threadIdx.x % kWarp, d = args.up.k, groups = groupsOf(args.norm);
   const int columns = ceilDiv(d, 8 * kRouterWarps) * 8, end = min(d, (part + 1) * columns);
   const float* row = args.router + int64_t(expert) * d;
   const bool aligned = isAligned(row, d) && isAligned(args.x, d) && isAligned(args.norm.gamma, d);
   float dot[kRows] = {}, square[kRows] = {};
-#pragma unroll(kRows == 1 ? 2 : 1)
+#pragma unroll 2
   for (int column = part * columns + 8 * lane; column < end; column += 8 * kWarp) {
     EightColumns w, gamma;
     w.load(row, column, end, aligned);
@@ -72,12 +77,13 @@ __device__ __forceinline__ void routerDots(const ec_moe& args, int expert, int p
     }
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      if (i >= n) continue;
+      if (first + i >= n) continue;
       EightColumns x;
-      x.load(args.x + int64_t(i) * d, column, end, aligned);
+      x.load(args.x + int64_t(first + i) * d, column, end, aligned);
       square[i] += x.squares();
+      const float* inverse = shared.inverse() + (first + i) * groups;
       for (int j = 0; groups > 1 && j < 8; ++j) {
-        if (column + j < end) x.v[j] *= shared.inverse()[i * groups + (column + j) / (d / groups)];
+        if (column + j < end) x.v[j] *= inverse[(column + j) / (d / groups)];
       }
 #pragma unroll
       for (int j = 0; j < 8; ++j) dot[i] = fmaf(w.v[j], x.v[j], dot[i]);
@@ -85,9 +91,9 @@ __device__ __forceinline__ void routerDots(const ec_moe& args, int expert, int p
   }
 #pragma unroll
   for (int i = 0; i < kRows; ++i) {
-    if (i >= n) continue;
+    if (first + i >= n) continue;
     const float allDots = warpSum(dot[i]), allSquares = warpSum(square[i]);
-    if (lane == 0) dots[i] = allDots, squares[i] = allSquares;
+    if (lane == 0) dots[first + i] = allDots, squares[first + i] = allSquares;
   }
 }
 
@@ -109,10 +115,11 @@ __device__ __forceinline__ void routeCta(const ec_step& step, const ec_moe& args
     tokensOf(args, n).findInverses(shared, warp, kManyWarps);
     __syncthreads();
   }
+  float *dots = parts.dot[each][part], *squares = parts.squares[part];
   if (expert < experts && n == 1) {
-    routerDots<1>(args, expert, part, n, shared, parts.dot[each][part], parts.squares[part]);
+    routerDots<1>(args, expert, part, 0, n, shared, dots, squares);
   } else if (expert < experts) {
-    routerDots<kColumns>(args, expert, part, n, shared, parts.dot[each][part], parts.squares[part]);
+    for (int i = 0; i < n; i += 2) routerDots<2>(args, expert, part, i, n, shared, dots, squares);
   }
   __syncthreads();
   for (int i = threadIdx.x; i < n * kRouterExperts; i += kManyWarps * kWarp) {
@@ -138,14 +145,14 @@ struct SharedRow {
   __device__ __forceinline__ int blocks(int) const { return perRow; }
   __device__ __forceinline__ int start(int, int warp) const { return warp; }
   __device__ __forceinline__ int bytes(int) const { return Codec::kBytes; }
-  __device__ __forceinline__ const uint8_t* base(int) const { return row; }
-  __device__ __forceinline__ void copy(int, const uint8_t* block, unsigned char* slot) const {
-    copyBlock<Codec>(block, slot);
+  __device__ __forceinline__ const uint8_t* base(int) const { return firstPiece<Codec>(row); }
+  __device__ __forceinline__ void copy(int, const uint8_t* from, unsigned char* slot) const {
+    copyBlock<Codec>(from, slot);
   }
 };
 
 template <class Codec>
-__global__ void __launch_bounds__(kManyWarps* kWarp, 2)
+__global__ void __launch_bounds__(kBeside, 1)
     first(ec_step step, ec_moe args, Scratch scratch, GemvShape shape, int routers) {
   startDependents();
   const int d = args.up.k, cta = blockIdx.x - routers;
@@ -243,10 +250,11 @@ struct TakenRows {
   __device__ __forceinline__ int start(int, int warp) const { return warp; }
   __device__ __forceinline__ int bytes(int) const { return Codec::kBytes; }
   __device__ __forceinline__ const uint8_t* base(int segment) const {
-    return data + stride * expert(segment) + int64_t(row(segment)) * perRow * Codec::kBytes;
+    return firstPiece<Codec>(data + stride * expert(segment) +
+                             int64_t(row(segment)) * perRow * Codec::kBytes);
   }
-  __device__ __forceinline__ void copy(int, const uint8_t* block, unsigned char* slot) const {
-    copyBlock<Codec>(block, slot);
+  __device__ __forceinline__ void copy(int, const uint8_t* from, unsigned char* slot) const {
+    copyBlock<Codec>(from, slot);
   }
 };
 
@@ -256,7 +264,7 @@ __device__ __forceinline__ float* scoresOf(const GemvShared& shared, int token, 
 }
 
 template <class Codec>
-__global__ void __launch_bounds__(kFewWarps* kWarp, 4)
+__global__ void __launch_bounds__(kFewWarps* kWarp, kCtasAtOnce<Codec, kFewWarps>)
     up(ec_step step, ec_moe args, Scratch scratch, GemvShape shape) {
   __shared__ Taken taken;
   startDependents();
@@ -322,11 +330,12 @@ struct DownRow {
     return isShared(i) ? SharedCodec::kBytes : Codec::kBytes;
   }
   __device__ __forceinline__ const uint8_t* base(int i) const {
-    return isShared(i) ? common : routed + stride * expert(i);
+    return isShared(i) ? firstPiece<SharedCodec>(common)
+                       : firstPiece<Codec>(routed + stride * expert(i));
   }
-  __device__ __forceinline__ void copy(int i, const uint8_t* block, unsigned char* slot) const {
-    if (isShared(i)) return copyBlock<SharedCodec>(block, slot);
-    copyBlock<Codec>(block, slot);
+  __device__ __forceinline__ void copy(int i, const uint8_t* from, unsigned char* slot) const {
+    if (isShared(i)) return copyBlock<SharedCodec>(from, slot);
+    copyBlock<Codec>(from, slot);
   }
   // Hidden values are staged in chunks of four blocks, each segment from a chunk of its own on.
   __device__ __forceinline__ int chunksBefore(int i) const {
@@ -350,57 +359,46 @@ struct HiddenRows {
   const float* weights;  // [n][top_k], the choices in ascending order
   int n;
 
-  struct Task {
-    int segment, token, first;  // column of the segment's k that the lane begins at
-    const float* row;           // NULL: the token does not take the expert
-    int k;
+  struct Loaded {
+    EightColumns h;
     float weight;
+    bool taken;
   };
-  __device__ __forceinline__ Task taskOf(int chunk, int token) const {
-    Task task;
-    task.segment = segments.segmentOf(chunk);
-    task.token = token;
-    task.first = (chunk - segments.chunksBefore(task.segment)) * kChunkBlocks * kGroup +
-                 8 * (threadIdx.x % kWarp);
-    if (segments.isShared(task.segment)) {
-      task.k = args.shared_down.k;
-      task.row = scratch.shared + int64_t(token) * task.k;
-      task.weight = 1.f;
-      return task;
+
+  __device__ __forceinline__ Loaded load(int chunk, int token) const {
+    const int segment = segments.segmentOf(chunk), lane = threadIdx.x % kWarp;
+    const int first = (chunk - segments.chunksBefore(segment)) * kChunkBlocks * kGroup + 8 * lane;
+    Loaded loaded = {{}, 1.f, true};
+    const float* row = scratch.shared + int64_t(token) * args.shared_down.k;
+    int k = args.shared_down.k;
+    if (!segments.isShared(segment)) {
+      const int expert = segments.expert(segment);
+      loaded.taken = taken.has(token, expert);
+      if (!loaded.taken) return loaded;
+      const int slot = token * args.top_k + taken.rank(token, expert);
+      loaded.weight = weights[slot];
+      k = args.down.k;
+      row = scratch.routed + int64_t(slot) * k;
     }
-    const int expert = segments.expert(task.segment);
-    task.k = args.down.k;
-    task.row = nullptr;
-    if (taken.has(token, expert)) {
-      const int64_t slot = int64_t(token) * args.top_k + taken.rank(token, expert);
-      task.row = scratch.routed + slot * task.k;
-      task.weight = weights[slot];
-    }
-    return task;
+    loaded.h.load(row, first, k, isAligned(row, k));
+    return loaded;
   }
 
   // The share of a warp in chunks [from, to).
   template <class Codec, class SharedCodec>
   __device__ __forceinline__ void stage(const GemvShared& shared, int from, int to) const {
-    const int lane = threadIdx.x % kWarp;
-    const auto load = [&](int i) {
-      const Task task = taskOf(from + i / n, i % n);
-      EightColumns h = {};
-      if (task.row) h.load(task.row, task.first, task.k, isAligned(task.row, task.k));
-      return h;
-    };
-    const auto pack = [&](int i, EightColumns& h) {
-      const Task task = taskOf(from + i / n, i % n);
-      const int octet = i / n * kChunk + lane;
-      if (!task.row) {
-        if (lane % 8 == 0) storeFactor(shared, octet / 8, task.token, 0.f, 0.f);
-      } else if (segments.isShared(task.segment)) {
-        packBlock<SharedCodec>(shared, h.v, octet, task.token, 1.f);
+    const auto pack = [&](int task, Loaded& loaded) {
+      const int octet = task / n * kChunk + threadIdx.x % kWarp, token = task % n;
+      if (!loaded.taken) {
+        if (threadIdx.x % 8 == 0) storeFactor(shared, octet / 8, token, 0.f, 0.f);
+      } else if (segments.isShared(segments.segmentOf(from + task / n))) {
+        packBlock<SharedCodec>(shared, loaded.h.v, octet, token, 1.f);
       } else {
-        packBlock<Codec>(shared, h.v, octet, task.token, task.weight);
+        packBlock<Codec>(shared, loaded.h.v, octet, token, loaded.weight);
       }
     };
-    stageTasks<4>((to - from) * n, warpIndex(), kManyWarps, load, pack);
+    stageTasks<2>((to - from) * n, warpIndex(), kManyWarps,
+                  [&](int task) { return load(from + task / n, task % n); }, pack);
   }
 };
 
@@ -410,13 +408,13 @@ constexpr int kDownDepth =
                                                                 : kDepth<SharedCodec, kManyWarps>;
 
 template <class Codec, class SharedCodec>
-__global__ void __launch_bounds__(kManyWarps* kWarp, 2)
+__global__ void __launch_bounds__(kBeside, 1)
     down(ec_step step, ec_moe args, Scratch scratch, GemvShape shape) {
   __shared__ Taken taken;
   __shared__ float weights[kMostTaken];  // [n][top_k]
   startDependents();
   const int topK = args.top_k, lane = threadIdx.x % kWarp, warp = warpIndex();
-  const int g = lane / 4, t = lane % 4;
+  const int g = lane / 4;
   const GemvShared shared(shape);
   DownRow<Codec, SharedCodec> segments(args, taken);
   Ring<kManyWarps, kDownDepth<Codec, SharedCodec>> ring(shared.base, shape.slotBytes);
@@ -444,7 +442,7 @@ __global__ void __launch_bounds__(kManyWarps* kWarp, 2)
   ring.finish(segments);
 
   const HiddenRows<DownRow<Codec, SharedCodec>> hidden{args, scratch, segments, taken, weights, n};
-  const int column = g < n ? g : n - 1, pair = t < shared.shape.pairs ? t : shared.shape.pairs - 1;
+  const int column = g < n ? g : n - 1;
   const int chunks = segments.chunksBefore(segments.size()), held = shape.staged / kChunkBlocks;
   float sum[2][4] = {};
   int segment = 0, kb = segments.size() ? segments.start(0, warp) : 0;
@@ -459,27 +457,11 @@ __global__ void __launch_bounds__(kManyWarps* kWarp, 2)
       const int origin = (from - before) * kChunkBlocks;  // the segment's block that is held first
       const bool common = segments.isShared(segment);
       const bool counts = common || taken.has(column, segments.expert(segment));
-      const uint4* octets =
-          counts ? shared.octets() + column * shared.shape.pitch + t : shared.zero();
-      const int stride = counts ? 8 : 0;
-      const auto add = [&](auto codec) {
-        using Of = decltype(codec);
-#pragma unroll 1
-        for (; kb < end; kb += kManyWarps) {
-          const Block<Of> block(ring.front());
-          const uint4* at = octets + (kb - origin) * stride;
-          const uint4 b[2] = {at[0], at[stride / 2]};
-          const int held = (kb - origin) * shared.shape.pairs + pair;
-          const float4 start = shared.starts()[held];
-          const float2 factor = shared.factors()[held];
-          ring.pop(segments);
-          addBlock(block, b, start, factor, sum);
-        }
-      };
+      const Columns columns(shared, column, kb - origin, kManyWarps, counts);
       if (std::is_same_v<Codec, SharedCodec> || !common) {
-        add(Codec{});
+        kb = addBlocks<Codec, kManyWarps>(ring, segments, kb, end, columns, sum);
       } else {
-        add(SharedCodec{});
+        kb = addBlocks<SharedCodec, kManyWarps>(ring, segments, kb, end, columns, sum);
       }
       if (end < blocks) break;  // the rest of it is held next
       if (++segment < segments.size()) kb = segments.start(segment, warp);

@@ -35,10 +35,10 @@ struct RowsOfBlocks {
   __device__ __forceinline__ int start(int, int warp) const { return warp; }
   __device__ __forceinline__ int bytes(int) const { return Codec::kBytes; }
   __device__ __forceinline__ const uint8_t* base(int row) const {
-    return data + int64_t(from + row) * perRow * Codec::kBytes;
+    return firstPiece<Codec>(data + int64_t(from + row) * perRow * Codec::kBytes);
   }
-  __device__ __forceinline__ void copy(int, const uint8_t* block, unsigned char* slot) const {
-    copyBlock<Codec>(block, slot);
+  __device__ __forceinline__ void copy(int, const uint8_t* from, unsigned char* slot) const {
+    copyBlock<Codec>(from, slot);
   }
 };
 
@@ -47,7 +47,7 @@ struct RowsOfBlocks {
 // Store: float* at(i, r) - where a product goes; float value(i, r, product) - what is stored there;
 // operator()(i, r, product) stores it.
 template <class Codec, int kWarps, class RowOf, class Store>
-__global__ void __launch_bounds__(kWarps* kWarp, 1024 / (kWarps * kWarp))
+__global__ void __launch_bounds__(kWarps* kWarp, kCtasAtOnce<Codec, kWarps>)
     fewRows(const float* x, ec_weight w, ec_norm norm, GemvShape shape, RowOf rowOf, Store store) {
   startDependents();
   const GemvShared shared(shape);

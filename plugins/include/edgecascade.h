@@ -73,10 +73,10 @@ typedef struct ec_norm {
   int32_t groups;
 } ec_norm;
 
-// EC_OVERLAP: launches of a decode step may begin, with what does not depend on it, before the one
-// before them has ended. The step's arrays were then written, and the states of its slots last
-// changed, by copies or by a call without the flag, or in a graph that has been launched before.
-// Ignored where the device cannot do it.
+// EC_OVERLAP: on a GPU, a launch of this call may begin, with what does not depend on it, before
+// the launch before it has ended. The caller sees to it that the step's arrays were written, and
+// the states of its slots last changed by a decode step, before the last embed or the last call
+// without the flag: both wait for everything. Ignored where the device cannot do it.
 typedef enum ec_step_flag { EC_OVERLAP = 1 } ec_step_flag;
 
 // One step: n_tok rows that belong to n_seq sequences, sequence s owning rows start[s] ..
