@@ -368,8 +368,21 @@ def decoding(
                 ops.append(time.row() | {"in_l2": in_l2})
                 report.say(f"{'op':10} {told_op(time.row())}{'  (in part from L2)' * in_l2}")
             if batch == 1:
-                boundary = report.values["boundary_us"] = timer.boundary_us()
-                report.say(f"{'boundary':10} {boundary:.2f} us for a launch that does nothing")
+                told_boundary(timer, report)
+
+
+def told_boundary(timer: OpTimer, report: Report) -> None:
+    """What the border between two launches costs, and the whole step, with and without overlap."""
+    rows = report.values["boundary"] = [
+        {"overlap": on, "us": timer.boundary_us(on), "step_us": timer.step_us(on, 1)}
+        for on in (False, True)
+    ]
+    for row in rows:
+        report.say(
+            f"{'boundary':10} {row['us']:.2f} us for a launch that does nothing, "
+            f"{row['step_us']:.1f} us a step of batch 1, with{'' if row['overlap'] else 'out'} "
+            "launches that begin early"
+        )
 
 
 def told_op(row: dict[str, Any]) -> str:

@@ -4,7 +4,7 @@
 The calls of one kind, an input projection of each layer say, are captured as one graph and
 replayed: each replay goes through the weights of all layers, which is more than a GPU's L2 holds;
 where it is not, the weights are copied until it is. Where an op is several launches, they are also
-timed one by one, with the others of the graph switched off. Inputs are random rows that nothing
+timed one by one, with the others taken out of the graph. Inputs are random rows that nothing
 overwrites, so that the router chooses the same experts each time.
 """
 
@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from edgecascade.backends import _cuda
-from edgecascade.backends._lib import ARGS, Call, Step, Weight
+from edgecascade.backends._lib import ARGS, OVERLAP, Call, Step, Weight
 from edgecascade.backends.cuda import CudaBackend
 from edgecascade.ops import OPS, Kind
 from edgecascade.tensors import Codec, matrix_bytes
@@ -73,30 +73,58 @@ def seconds_of(work: Callable[[], None], wait: Callable[[], None], least_s: floa
     return statistics.median(rounds)
 
 
-class SwitchedGraph:
-    """A captured graph of which single launches can be switched off.
+class EdgeData(c.Structure):
+    """CUgraphEdgeData."""
 
-    The driver lists the nodes of a captured stream in their order.
+    _fields_ = [("from_port", c.c_uint8), ("to_port", c.c_uint8), ("type", c.c_uint8),
+                ("reserved", c.c_uint8 * 5)]  # fmt: skip
+
+
+PROGRAMMATIC = EdgeData(from_port=1, type=1)  # the later launch may begin early
+
+
+class LaunchGraph:
+    """A captured chain of launches, or some of them.
+
+    The driver lists the nodes of a captured stream in their order. Those that are not wanted are
+    taken out, and their neighbours tied together as `early` says.
     """
 
-    def __init__(self, device: _cuda.Device, stream: int, work: Callable[[], None]) -> None:
-        driver = _cuda._library()
-        driver.cuGraphNodeSetEnabled.argtypes = [c.c_void_p, c.c_void_p, c.c_uint]
+    def __init__(
+        self,
+        device: _cuda.Device,
+        stream: int,
+        work: Callable[[], None],
+        wanted: Callable[[int], bool] = lambda i: True,
+        early: bool = False,
+    ) -> None:
         with device._capturing(stream) as graph:
             work()
         self._graph, self._run, count = graph, c.c_void_p(), c.c_size_t()
         _cuda._call("cuGraphGetNodes", graph, None, c.byref(count))
-        self._nodes = (c.c_void_p * count.value)()
-        _cuda._call("cuGraphGetNodes", graph, self._nodes, c.byref(count))
+        nodes = (c.c_void_p * count.value)()
+        _cuda._call("cuGraphGetNodes", graph, nodes, c.byref(count))
+        self._count, last = 0, None
+        for i, node in enumerate(nodes):
+            if not wanted(i):
+                _cuda._call("cuGraphDestroyNode", c.c_void_p(node))
+                continue
+            self._count += 1
+            if last is not None and last < i - 1:
+                self._tie(nodes[last], node, early)
+            last = i
         _cuda._call("cuGraphInstantiateWithFlags", c.byref(self._run), graph, 0)
 
-    def __len__(self) -> int:
-        return len(self._nodes)
+    def _tie(self, before: int, after: int, early: bool) -> None:
+        pair = (c.c_void_p * 1)(before), (c.c_void_p * 1)(after)
+        if early:
+            edge = c.byref(PROGRAMMATIC)
+            _cuda._call("cuGraphAddDependencies_v2", self._graph, *pair, edge, c.c_size_t(1))
+        else:
+            _cuda._call("cuGraphAddDependencies_v2", self._graph, *pair, None, c.c_size_t(1))
 
-    def keep(self, wanted: Callable[[int], bool]) -> None:
-        """Switch all other launches off."""
-        for i, node in enumerate(self._nodes):
-            _cuda._call("cuGraphNodeSetEnabled", self._run, node, int(wanted(i)))
+    def __len__(self) -> int:
+        return self._count
 
     def launch(self, stream: int) -> None:
         """Start the work."""
@@ -133,6 +161,8 @@ class OpTimer:
         self._x = self._device.alloc(values.nbytes)
         self._y = self._device.alloc(values.nbytes)
         self._device.upload(self._x, values, self._stream)
+        self._none = self._device.alloc(4)  # sequences that count
+        self._device.zero(self._none, 4, self._stream)
         self._device.synchronize(self._stream)
         self._l2 = backend._library.query().l2_bytes
         self._copies: dict[tuple[int, int], int] = {}
@@ -142,42 +172,75 @@ class OpTimer:
         for label, calls in self._kinds.items():
             yield from self._time(label, calls, batch)
 
-    def boundary_us(self) -> float:
-        """A launch in a graph that does next to nothing: one row of the embedding."""
-        code, args = self._kinds["embed"][0]
-        row = self._own(args)
-        calls = (Call * 256)(*[Call(c.addressof(row), code, 0)] * 256)
-        graph = SwitchedGraph(self._device, self._stream, lambda: self._start(calls, 1))
+    def boundary_us(self, overlap: bool) -> float:
+        """A launch in a graph that has nothing to do: a Mamba step of which no sequence counts."""
+        code, args = self._kinds["mamba"][0]
+        own = self._own(args)
+        calls = (Call * 256)(*[Call(c.addressof(own), code, 0)] * 256)
+        graph = self._graph(calls, 1, overlap, live=self._none)
         seconds = self._seconds(graph)
         graph.close()
         return seconds / len(calls) * 1e6
+
+    def step_us(self, overlap: bool, batch: int) -> float:
+        """The backend's decode step as a graph of its own."""
+        graph = self._graph(self._backend._decode_calls, batch, overlap)
+        seconds = self._seconds(graph)
+        graph.close()
+        return seconds * 1e6
 
     def _time(self, label: str, calls: list[tuple[int, c.Structure]], batch: int) -> list[OpTime]:
         own = [(code, self._own(args)) for code, args in calls]
         own = self._past_l2(own)
         array = (Call * len(own))(*(Call(c.addressof(args), code, 0) for code, args in own))
-        graph = SwitchedGraph(self._device, self._stream, lambda: self._start(array, batch))
+        overlap = bool(self._backend._args_step.flags & OVERLAP)
+        graph = self._graph(array, batch, overlap)
         launches, left = divmod(len(graph), len(own))
         assert left == 0, f"{label}: {len(graph)} launches of {len(own)} calls"
         calls_made = len(own)
 
-        def made(name: str, parts: slice, launches: int) -> OpTime:
+        def made(name: str, parts: slice, launches: int, graph: LaunchGraph) -> OpTime:
             us = self._seconds(graph) / calls_made * 1e6
+            graph.close()
             # After the run, which chose the experts.
             moved = sum(sum(self._bytes(code, args, batch)[parts]) for code, args in own)
             each = moved // calls_made
             return OpTime(name, batch, len(calls), launches, us, each, self._ceiling, moved)
 
-        rows = [made(label, slice(None), launches)]
+        rows = [made(label, slice(None), launches, graph)]
         names = tuple(f"launch {i + 1}" for i in range(launches))
         if not self._prompt:
             names = PARTS.get(label, names)
         for part in range(launches if launches > 1 else 0):
-            graph.keep(lambda i, part=part: i % launches == part)  # type: ignore[misc]
+            some = self._graph(array, batch, overlap,
+                               wanted=lambda i, part=part: i % launches == part)  # fmt: skip
             moves = slice(0, 0) if self._prompt else slice(part, part + 1)
-            rows.append(made(f"  {names[part]}", moves, 1))
-        graph.close()
+            rows.append(made(f"  {names[part]}", moves, 1, some))
         return rows
+
+    def _graph(
+        self,
+        calls: c.Array[Call],
+        batch: int,
+        overlap: bool,
+        live: int | None = None,
+        wanted: Callable[[int], bool] = lambda i: True,
+    ) -> LaunchGraph:
+        early = overlap and not self._prompt and self._backend._library.query().sm >= 90
+        step = Step.from_buffer_copy(self._backend._args_step)
+        if self._prompt:
+            step.n_tok, step.n_seq, step.n_out = self._prompt, 1, 1
+            step.max_context = self._backend.max_context
+        else:
+            step.n_tok = step.n_seq = step.n_out = batch
+            bounds = (bound for count, bound in self._backend.captured if count == batch)
+            step.max_context = max(bounds)
+        step.flags = OVERLAP if overlap else 0
+        step.live = live or step.live
+        library, queue = self._backend._library, self._backend._queue
+        return LaunchGraph(
+            self._device, self._stream, lambda: library.run(queue, step, calls), wanted, early
+        )
 
     def _own(self, args: Any) -> Any:
         """The call with inputs and outputs of its own."""
@@ -211,18 +274,7 @@ class OpTimer:
             self._device.copy(self._copies[key], weight.data, size, self._stream)
         return self._copies[key]
 
-    def _start(self, calls: c.Array[Call], batch: int) -> None:
-        step = Step.from_buffer_copy(self._backend._args_step)
-        if self._prompt:
-            step.n_tok, step.n_seq, step.n_out = self._prompt, 1, 1
-            step.max_context = self._backend.max_context
-        else:
-            step.n_tok = step.n_seq = step.n_out = batch
-            bounds = (bound for count, bound in self._backend.captured if count == batch)
-            step.max_context = max(bounds)
-        self._backend._library.run(self._backend._queue, step, calls)
-
-    def _seconds(self, graph: SwitchedGraph) -> float:
+    def _seconds(self, graph: LaunchGraph) -> float:
         return seconds_of(
             lambda: graph.launch(self._stream),
             lambda: self._device.synchronize(self._stream),

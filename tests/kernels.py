@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from edgecascade.backends._cuda import open_device
 from edgecascade.backends._lib import (
     ARGS,
+    OVERLAP,
     PAGE_TOKENS,
     Call,
     Library,
@@ -162,6 +163,7 @@ class Kernels:
         }
         step = Step(**{name: at(array) for name, array in arrays.items()})
         step.n_tok, step.n_seq, step.n_out = batch.tokens, len(batch.slots), len(batch.out_rows)
+        step.flags = OVERLAP
         step.max_pages = 0 if batch.pages is None else batch.pages.shape[1]
         step.max_context = max(
             (p + n for p, n in zip(batch.past, batch.lengths, strict=True)), default=1

@@ -44,6 +44,9 @@ class NormArgs(c.Structure):
     _fields_ = [("gamma", c.c_void_p), ("eps", c.c_float), ("groups", c.c_int32)]
 
 
+OVERLAP = 1  # EC_OVERLAP of ec_step.flags
+
+
 class Step(c.Structure):
     """ec_step."""
 
@@ -61,7 +64,7 @@ class Step(c.Structure):
         ("n_out", c.c_int32),
         ("max_pages", c.c_int32),
         ("max_context", c.c_int32),
-        ("reserved", c.c_int32),
+        ("flags", c.c_int32),
     ]
 
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import ctypes as c
 import logging
+import os
 
 from edgecascade.backends._device_backend import DeviceBackend
-from edgecascade.backends._lib import Borrowed, Call, Step, cuda_library
+from edgecascade.backends._lib import OVERLAP, Borrowed, Call, Step, cuda_library
 from edgecascade.backends.base import Options
 from edgecascade.backends.binding import Places, bind, calls_of, operand
 from edgecascade.backends.recorder import Handle, Recorder, assign_buffers
@@ -53,6 +54,8 @@ class CudaBackend(DeviceBackend):
         self._prefill_calls = calls_of(recorder.calls, self._args, 1)
         self._args_step = Step(**{n: a for n, a in self._step.addresses.items() if n != "tokens"})
         self._args_step.max_pages = self._pages.table.shape[1]
+        overlap = os.environ.get("EDGECASCADE_CUDA_OVERLAP", "1") != "0"
+        self._args_step.flags = OVERLAP if overlap else 0
         self._open_workspace()
 
     def _open_workspace(self) -> None:

@@ -14,6 +14,7 @@ template <class Args, ec_status (*kRun)(ec_stream, const ec_step&, const Args&)>
 ec_status run1(ec_stream stream, const ec_step* step, const void* args) noexcept {
   EC_TRY(checkPointer("op", "step", step));
   EC_TRY(checkPointer("op", "args", args));
+  const Together together;
   return kRun(stream, *step, *static_cast<const Args*>(args));
 }
 
@@ -59,6 +60,7 @@ ec_status checkCall(const char* what, const ec_call& call, int32_t i) {
 ec_status run(ec_stream stream, const ec_step* step, const ec_call* calls, int32_t n,
               int32_t* failed) noexcept {
   EC_TRY(checkPointer("run", "calls", calls));
+  const Together together;
   for (int32_t i = 0; i < n; ++i) {
     ec_status status = checkCall("run", calls[i], i);
     if (status == EC_OK) status = kOps[calls[i].op](stream, step, calls[i].args);

@@ -16,6 +16,8 @@ using namespace attention;
 template <class Kv, int kDims>
 __global__ void __launch_bounds__(kThreads, 3)
     attendSplits(ec_step step, ec_attention a, float* partial) {
+  startDependents();
+  awaitEarlier();
   const int sequence = blockIdx.z, splits = gridDim.x;
   if (sequence >= liveSequences(step)) return;
   const Layout m(a);
@@ -49,6 +51,8 @@ __global__ void __launch_bounds__(kThreads, 3)
 
 __global__ void __launch_bounds__(kThreads)
     joinSplits(ec_step step, ec_attention a, const float* partial, int splits) {
+  startDependents();
+  awaitEarlier();
   const int head = blockIdx.x, sequence = blockIdx.y;
   if (sequence >= liveSequences(step)) return;
   const int used = ceilDiv(step.past[sequence] + 1, kSplit);
@@ -78,10 +82,10 @@ template <class Kv, int kDims>
 ec_status decode(ec_stream stream, const ec_step& step, const ec_attention& a,
                  const Scratch& scratch) {
   const dim3 grid(scratch.splits, a.kv_heads * Layout(a).tiles, step.n_seq);
-  EC_TRY(launch("attention_decode", attendSplits<Kv, kDims>, grid, kThreads, Shared::bytes(a),
-                stream, step, a, scratch.partial));
-  return launch("attention_decode", joinSplits, dim3(a.heads, step.n_seq), kThreads, 0, stream,
-                step, a, scratch.partial, scratch.splits);
+  EC_TRY(launchEarly("attention_decode", attendSplits<Kv, kDims>, grid, kThreads,
+                     Shared::bytes(a), stream, step, step, a, scratch.partial));
+  return launchEarly("attention_decode", joinSplits, dim3(a.heads, step.n_seq), kThreads, 0, stream,
+                     step, step, a, scratch.partial, scratch.splits);
 }
 
 struct Decode {

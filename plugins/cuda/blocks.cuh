@@ -7,8 +7,13 @@
 // 4g+2 and 4g+3 of a second. Inside an octet the columns come as (0,2) (1,3) (4,6) (5,7), the order
 // in which two nibbles of a word turn into two halves; activations are stored in the same order.
 //
-// Codes are exact as halves. Activations are halves times a power of two for each row, so that no
-// size of an activation overflows: relu2 of a wild row may reach 1e10.
+// Codes are exact as halves. Activations are halves times a power of two for each row, or for each
+// 64 columns, so that no size of an activation overflows: relu2 of a wild row may reach 1e10.
+//
+// For a few rows a code goes into the mma as it lies: its bits alone are a half, subnormal, worth
+// code 2^-24, or 16 times that for the upper nibbles, whose activations are a 16th. That is half
+// the instructions. What the offset of the codes adds, the sum of the activations times it, is
+// where the sum of a block starts.
 #ifndef EC_CUDA_BLOCKS_CUH
 #define EC_CUDA_BLOCKS_CUH
 
@@ -35,11 +40,28 @@ struct Octet {
   __half2 pair[4];
 };
 
+// Codes of a block as a few rows take them: kPieces of 16 bytes for each lane. A stored code is
+// kOffset more than its value; the upper half of an octet's activations is multiplied by kUpper.
 struct U4 {
-  static constexpr int kBytes = kU4BlockBytes, kScales = 1024;
+  static constexpr int kBytes = kU4BlockBytes, kScales = 1024, kPieces = 2;
+  static constexpr float kOffset = 8.f, kUpper = 1.f / 16;
   struct Codes {
     uint4 octet[2];
   };
+  static __device__ __forceinline__ int piece(int i, int g, int t) {
+    return ((t + 4 * i) * 32 + 4 * g) * 4;
+  }
+  static __device__ __forceinline__ Codes fromPieces(const uint4* first) {
+    return {{first[0], first[kWarp]}};
+  }
+  static __device__ __forceinline__ void stored(const Codes& codes, int octet, int r,
+                                                uint32_t (&pair)[4]) {
+    const uint32_t word = (&codes.octet[octet].x)[r], next = word >> 8;
+    pair[0] = word & 0x000f000fu;
+    pair[1] = next & 0x000f000fu;
+    pair[2] = word & 0x00f000f0u;
+    pair[3] = next & 0x00f000f0u;
+  }
   static __device__ __forceinline__ Codes load(const uint8_t* block, int g, int t) {
     return {{loadStreaming(block + (t * 32 + 4 * g) * 4),
              loadStreaming(block + ((t + 4) * 32 + 4 * g) * 4)}};
@@ -58,10 +80,26 @@ struct U4 {
 };
 
 struct I8 {
-  static constexpr int kBytes = kI8BlockBytes, kScales = 2048;
+  static constexpr int kBytes = kI8BlockBytes, kScales = 2048, kPieces = 4;
+  static constexpr float kOffset = 128.f, kUpper = 1.f;
   struct Codes {
     uint4 quad[4];  // columns 0-3 and 4-7 of octet t, then of octet t + 4
   };
+  static __device__ __forceinline__ int piece(int i, int g, int t) {
+    return ((2 * (t + i / 2 * 4) + i % 2) * 32 + 4 * g) * 4;
+  }
+  static __device__ __forceinline__ Codes fromPieces(const uint4* first) {
+    return {{first[0], first[kWarp], first[2 * kWarp], first[3 * kWarp]}};
+  }
+  static __device__ __forceinline__ void stored(const Codes& codes, int octet, int r,
+                                                uint32_t (&pair)[4]) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const uint32_t word = (&codes.quad[2 * octet + i].x)[r] ^ 0x80808080u;  // code + 128
+      pair[2 * i] = word & 0x00ff00ffu;
+      pair[2 * i + 1] = word >> 8 & 0x00ff00ffu;
+    }
+  }
   static __device__ __forceinline__ Codes load(const uint8_t* block, int g, int t) {
     Codes codes;
     for (int i = 0; i < 4; ++i) {
@@ -87,21 +125,25 @@ __device__ __forceinline__ uint2 loadScales(const uint8_t* block, int g) {
   return __ldg(reinterpret_cast<const uint2*>(block + Codec::kScales + 8 * g));
 }
 
-// Two tiles of 16 rows by 8 columns of activations, summed over a block's 64 columns. b holds
-// octets t and t + 4 of the activations of column g.
+// Two tiles of 16 rows by 8 columns of activations, summed over a block's 64 columns: stored codes
+// times 2^-24, from `start` on. b holds octets t and t + 4 of the activations of column g.
 template <class Codec>
 __device__ __forceinline__ void multiplyBlock(const typename Codec::Codes& codes,
-                                              const uint4 (&b)[2], float (&c)[2][4]) {
+                                              const uint4 (&b)[2], const float4& start,
+                                              float (&c)[2][4]) {
 #pragma unroll
   for (int octet = 0; octet < 2; ++octet) {
 #pragma unroll
     for (int tile = 0; tile < 2; ++tile) {
-      const Octet first = Codec::row(codes, octet, 2 * tile),
-                  second = Codec::row(codes, octet, 2 * tile + 1);
-      mma16816(c[tile], asWord(first.pair[0]), asWord(second.pair[0]), asWord(first.pair[1]),
-               asWord(second.pair[1]), b[octet].x, b[octet].y);
-      mma16816(c[tile], asWord(first.pair[2]), asWord(second.pair[2]), asWord(first.pair[3]),
-               asWord(second.pair[3]), b[octet].z, b[octet].w);
+      uint32_t first[4], second[4];
+      Codec::stored(codes, octet, 2 * tile, first);
+      Codec::stored(codes, octet, 2 * tile + 1, second);
+      if (octet == 0) {
+        mma16816(c[tile], first[0], second[0], first[1], second[1], b[octet].x, b[octet].y, start);
+      } else {
+        mma16816(c[tile], first[0], second[0], first[1], second[1], b[octet].x, b[octet].y);
+      }
+      mma16816(c[tile], first[2], second[2], first[3], second[3], b[octet].z, b[octet].w);
     }
   }
 }
@@ -118,6 +160,11 @@ __device__ __forceinline__ float rowScale(float largest) {
   const int exponent = static_cast<int>(__float_as_uint(largest) >> 23) - 126;
   const int bounded = exponent < -100 ? -100 : exponent > 126 ? 126 : exponent;
   return __uint_as_float(static_cast<unsigned>(bounded + 127) << 23);
+}
+
+// 1 / p of a power of two between 2^-100 and 2^126.
+__device__ __forceinline__ float powerInverse(float p) {
+  return __uint_as_float((254u << 23) - __float_as_uint(p));
 }
 
 // One weight of any type, for what is not worth a kernel of its own.

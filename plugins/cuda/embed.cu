@@ -16,6 +16,7 @@ namespace {
 constexpr int kThreads = 256;
 
 __global__ void embedRows(ec_step step, ec_embed args) {
+  startDependents();
   const int row = blockIdx.x;
   if (row >= liveRows(step)) return;
   const int64_t token = args.tokens[row], d = args.table.k;
@@ -35,6 +36,7 @@ ec_status embedWorkspace(const ec_step& step, const ec_embed& args, size_t* byte
 ec_status embed(ec_stream stream, const ec_step& step, const ec_embed& args) {
   EC_TRY(checkEmbedShape(step, args));
   EC_TRY(checkEmbedPointers(args));
+  // Not early, whatever the flags say: a step begins when the one before it has ended.
   return launch("embed", embedRows, dim3(step.n_tok), kThreads, 0, stream, step, args);
 }
 

@@ -59,8 +59,9 @@ __device__ __forceinline__ int channelOf(const ec_mamba& args, const Layout& m, 
 // kColumns: columns of the state that a lane keeps.
 template <int kColumns>
 __global__ void __launch_bounds__(kThreads, 2) scan(ec_step step, ec_mamba args) {
+  startDependents();
   const int sequence = blockIdx.z, head = blockIdx.x, row0 = blockIdx.y * kRows;
-  if (sequence >= liveSequences(step)) return;
+  if (sequence >= liveSequences(step)) return awaitEarlier();
   const Layout m(args);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int first = step.start[sequence], tokens = step.start[sequence + 1] - first;
@@ -82,6 +83,15 @@ __global__ void __launch_bounds__(kThreads, 2) scan(ec_step step, ec_mamba args)
     }
   }
 
+  // All that the launches before this one have no part in is on its way when they have ended.
+  for (int i = threadIdx.x; i < width; i += kThreads) {
+    const int channel = channelOf(args, m, head, row0, i);
+    for (int j = 0; channel >= 0 && j < args.kernel; ++j) {
+      prefetchL2(args.conv_weight + j * m.channels + channel);
+      if (j > 0) prefetchL2(args.conv + ringRow(args, m, slot, past - j) + channel);
+    }
+  }
+  awaitEarlier();
   for (int from = 0; from < tokens; from += kTokens) {
     const int count = min(kTokens, tokens - from);
     __syncthreads();
@@ -179,7 +189,7 @@ ec_status mambaStep(ec_stream stream, const ec_step& step, const ec_mamba& args)
   const dim3 grid(args.heads, ceilDiv(args.head_dim, kRows), step.n_seq);
   const size_t shared = Tile::bytes(args);
   const auto run = [&](auto* kernel) {
-    return launch(op, kernel, grid, kThreads, shared, stream, step, args);
+    return launchEarly(op, kernel, grid, kThreads, shared, stream, step, step, args);
   };
   if (args.state <= 32) return run(scan<1>);
   if (args.state <= 64) return run(scan<2>);

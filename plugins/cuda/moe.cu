@@ -87,8 +87,9 @@ __global__ void __launch_bounds__(kRouteThreads) routeRows(ec_step step, ec_moe 
   __syncthreads();
   if (warp >= n) return;
   const int64_t at = int64_t(first + warp) * args.top_k;
-  chooseExperts(args, logits + warp * experts, scores + warp * experts, choices + warp * experts,
-                args.ids + at, args.weights + at);
+  const uint32_t word = chooseExperts(args, logits + warp * experts, scores + warp * experts,
+                                      choices + warp * experts);
+  weighExperts(args, word, scores + warp * experts, args.ids + at, args.weights + at);
 }
 
 struct PlainScratch {

@@ -2,16 +2,16 @@
 //
 // Mixture of experts for 1 to 8 tokens in three launches; moe.cu has the equation.
 //
-//   first   32 rows of shared_up a CTA, and 8 rows of the router: the choice of experts is not on
-//   the
-//           way of the shared expert's memory
-//   up      32 rows of one expert a CTA. Each CTA finds the experts itself from the router's
-//   logits,
-//           which costs less than a launch, and multiplies the tokens that take its expert together
-//   down    32 rows of y a CTA: all taken experts in ascending order, the shared one, the residual
+//   first   8 experts of the router a CTA, and 32 rows of shared_up: the choice of experts is not
+//           on the way of the shared expert's memory
+//   up      rows of blocks of the taken experts. Each CTA finds the experts itself from the
+//           router's logits, which costs less than a launch
+//   down    32 rows of y a CTA: the shared expert, whose weights can be requested before anything
+//           is known, then all taken ones in ascending order, the residual last
 //
-// A row of x has the same bits in any batch: which warp adds a block depends on the expert and the
-// block only. Bound: memory, one read of what is taken.
+// Every product takes all tokens, and what a token has nothing to do with does not count: a matrix
+// is read once for them all, and a token has the same bits in any batch. Which warp adds a block
+// depends on the expert and the block only. Bound: memory, one read of what is taken.
 // Reference: edgecascade/backends/reference.py  Test: tests/test_moe_kernels.py
 #include "gemv.cuh"
 #include "moe.h"
@@ -20,241 +20,503 @@
 namespace ec::cuda {
 namespace {
 
-constexpr int kDownColumns = 512;  // blocks of 64 hidden values x tokens, staged at once: 64 KB
+constexpr int kRouterWarps = 2, kRouterExperts = kManyWarps / kRouterWarps;  // of one; of a CTA
+// Threads that the registers of `first` and `down` must do for: a quarter more than they have, so
+// that a CTA of the next launch fits beside them.
+constexpr int kBeside = kManyWarps * kWarp * 5 / 4;
+constexpr int kWords = kMaxExperts / 32;
+constexpr int kMostTaken = kColumns * kMaxTopK;
 
 struct Scratch {
-  float* logits;     // [n_tok][experts]
-  float* routed;     // [n_tok][top_k][ff] relu2(up h)
-  float* shared;     // [n_tok][shared ff]
-  float* routedTop;  // [n_tok][top_k][ff / 32] largest of 32 hidden values
-  float* sharedTop;  // [n_tok][shared ff / 32]
+  float* logits;  // [n_tok][experts]
+  float* routed;  // [n_tok][top_k][ff] relu2(up h), the choices in ascending order
+  float* shared;  // [n_tok][shared ff]
 
   Scratch(Arena& arena, const ec_step& step, const ec_moe& args)
       : logits(arena.take<float>(int64_t(step.n_tok) * args.up.experts)),
         routed(arena.take<float>(int64_t(step.n_tok) * args.top_k * args.up.n)),
-        shared(arena.take<float>(args.shared_up.data ? int64_t(step.n_tok) * args.shared_up.n : 0)),
-        routedTop(
-            arena.take<float>(int64_t(step.n_tok) * args.top_k * ceilDiv(args.up.n, kBlockRows))),
-        sharedTop(arena.take<float>(args.shared_up.data ? int64_t(step.n_tok) *
-                                                              ceilDiv(args.shared_up.n, kBlockRows)
-                                                        : 0)) {}
+        shared(
+            arena.take<float>(args.shared_up.data ? int64_t(step.n_tok) * args.shared_up.n : 0)) {}
 };
 
-// A warp stores 32 hidden values of one token, and the largest of them.
-__device__ __forceinline__ void storeHidden(float value, int row, int rows, float* hidden,
-                                            float* top) {
-  const float h = row < rows ? relu2(value) : 0.f;
-  const float largest = warpMax(h);
-  if (row < rows) hidden[row] = h;
-  if (row % kBlockRows == 0) *top = largest;
-}
-
-template <class Codec>
-__global__ void __launch_bounds__(kThreads) first(ec_step step, ec_moe args, Scratch scratch) {
-  const int n = liveRows(step), d = args.up.k;
-  if (n == 0) return;
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const int blocks = args.shared_up.data ? ceilDiv(args.shared_up.n, kBlockRows) : 0;
-  const int block = blockIdx.x;
-  if (block < blocks) {
-    const uint8_t* w = static_cast<const uint8_t*>(args.shared_up.data) +
-                       int64_t(block) * ceilDiv(d, kGroup) * Codec::kBytes;
-    multiplyRows<Codec>(
-        w, d, args.norm, n, [&](int i) { return args.x + int64_t(i) * d; },
-        [&](int i, int r, float value) {
-          storeHidden(value, block * kBlockRows + r, args.shared_up.n,
-                      scratch.shared + int64_t(i) * args.shared_up.n,
-                      scratch.sharedTop + i * blocks + block);
-        });
-    return;
-  }
-  const int groups = args.norm.gamma ? args.norm.groups : 1, experts = args.up.experts;
-  float* inverse = dynamicShared<float>();  // [8][groups]
-  if (warp < n) normRow(args.x + int64_t(warp) * d, d, args.norm, inverse + warp * groups, lane);
-  __syncthreads();
-  const int expert = (block - blocks) * kWarps + warp;
-  if (expert >= experts) return;
-  routerLogits(args, expert, n, args.x, inverse, groups,
-               [&](int i, float logit) { scratch.logits[int64_t(i) * experts + expert] = logit; });
-}
-
-// The choices of the step's tokens, in shared memory.
-struct Choices {
-  int32_t ids[kColumns * kMaxTopK];
-  float weights[kColumns * kMaxTopK];
+// Row of x of a token.
+struct TokenOf {
+  const float* x;
+  int64_t d;
+  __device__ const float* operator()(int i) const { return x + i * d; }
 };
 
-// The choice of a token that is `expert`; -1 if it is none.
-__device__ __forceinline__ int choiceOf(const Choices& choices, int topK, int token, int expert) {
-  for (int k = 0; k < topK; ++k) {
-    if (choices.ids[token * topK + k] == expert) return k;
-  }
-  return -1;
+__device__ __forceinline__ auto tokensOf(const ec_moe& args, int n) {
+  return normedRows(TokenOf{args.x, args.up.k}, args.norm, n, args.up.k);
 }
 
-template <class Codec>
-__global__ void __launch_bounds__(kThreads) up(ec_step step, ec_moe args, Scratch scratch) {
-  __shared__ Choices choices;
-  __shared__ int found, tokens[kColumns], count;
-  const int n = liveRows(step), experts = args.up.experts, topK = args.top_k, d = args.up.k;
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  if (n == 0) return;
-  if (args.force) {
-    for (int i = threadIdx.x; i < n * topK; i += kThreads) choices.ids[i] = args.ids[i];
-  } else if (warp < n) {
-    float* scores = dynamicShared<float>() + 2 * warp * experts;
-    chooseExperts(args, scratch.logits + int64_t(warp) * experts, scores, scores + experts,
-                  choices.ids + warp * topK, choices.weights + warp * topK);
-  }
-  __syncthreads();
-  if (!args.force && blockIdx.x == 0 && blockIdx.y == 0) {
-    for (int i = threadIdx.x; i < n * topK; i += kThreads) {
-      args.ids[i] = choices.ids[i];
-      args.weights[i] = choices.weights[i];
+// Parts of the router's dots, and of the norm's squares, of one CTA.
+struct RouterParts {
+  float dot[kRouterExperts][kRouterWarps][kColumns], squares[kRouterWarps][kColumns];
+};
+
+// One warp: its half of the columns of one expert, for kRows rows from `first` on, of which
+// those below n are there.
+template <int kRows>
+__device__ __forceinline__ void routerDots(const ec_moe& args, int expert, int part, int first,
+                                           int n, const GemvShared& shared, float* dots,
+                                           float* squares) {
+  const int lane = threadIdx.x % kWarp, d = args.up.k, groups = groupsOf(args.norm);
+  const int columns = ceilDiv(d, 8 * kRouterWarps) * 8, end = min(d, (part + 1) * columns);
+  const float* row = args.router + int64_t(expert) * d;
+  const bool aligned = isAligned(row, d) && isAligned(args.x, d) && isAligned(args.norm.gamma, d);
+  float dot[kRows] = {}, square[kRows] = {};
+#pragma unroll 2
+  for (int column = part * columns + 8 * lane; column < end; column += 8 * kWarp) {
+    EightColumns w, gamma;
+    w.load(row, column, end, aligned);
+    if (args.norm.gamma) {
+      gamma.load(args.norm.gamma, column, end, aligned);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) w.v[j] *= gamma.v[j];
     }
-  }
-  if (warp == 0) {  // this CTA's expert is the blockIdx.y-th of those that are taken
-    int before = 0, mine = -1;
-    for (int e0 = 0; e0 < experts && mine < 0; e0 += kWarp) {
-      bool taken = false;
-      for (int i = 0; i < n * topK; ++i) taken |= choices.ids[i] == e0 + lane;
-      const unsigned bits = __ballot_sync(kAll, taken);
-      const int rank = before + __popc(bits & ((1u << lane) - 1));
-      const unsigned here = __ballot_sync(kAll, taken && rank == int(blockIdx.y));
-      if (here) mine = e0 + __popc((here & (0u - here)) - 1);
-      before += __popc(bits);
-    }
-    if (lane == 0) {
-      found = mine;
-      count = 0;
-      for (int i = 0; mine >= 0 && i < n; ++i) {
-        if (choiceOf(choices, topK, i, mine) >= 0) tokens[count++] = i;
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      if (first + i >= n) continue;
+      EightColumns x;
+      x.load(args.x + int64_t(first + i) * d, column, end, aligned);
+      square[i] += x.squares();
+      const float* inverse = shared.inverse() + (first + i) * groups;
+      for (int j = 0; groups > 1 && j < 8; ++j) {
+        if (column + j < end) x.v[j] *= inverse[(column + j) / (d / groups)];
       }
+#pragma unroll
+      for (int j = 0; j < 8; ++j) dot[i] = fmaf(w.v[j], x.v[j], dot[i]);
     }
   }
+#pragma unroll
+  for (int i = 0; i < kRows; ++i) {
+    if (first + i >= n) continue;
+    const float allDots = warpSum(dot[i]), allSquares = warpSum(square[i]);
+    if (lane == 0) dots[first + i] = allDots, squares[first + i] = allSquares;
+  }
+}
+
+// The whole CTA: the logits of kRouterExperts experts from `from` on.
+__device__ __forceinline__ void routeCta(const ec_step& step, const ec_moe& args, int from,
+                                         const GemvShared& shared, float* logits) {
+  __shared__ RouterParts parts;
+  const int warp = warpIndex(), lane = threadIdx.x % kWarp, experts = args.up.experts;
+  const int each = warp / kRouterWarps, part = warp % kRouterWarps, expert = from + each;
+  if (expert < experts && part == 0) {  // to the L2, while the launch before this one ends
+    const auto* row =
+        reinterpret_cast<const unsigned char*>(args.router + int64_t(expert) * args.up.k);
+    for (int64_t at = 128 * lane; at < args.up.k * int64_t{4}; at += 128 * kWarp)
+      prefetchL2(row + at);
+  }
+  awaitEarlier();
+  const int n = liveRows(step);
+  if (groupsOf(args.norm) > 1) {
+    tokensOf(args, n).findInverses(shared, warp, kManyWarps);
+    __syncthreads();
+  }
+  float *dots = parts.dot[each][part], *squares = parts.squares[part];
+  if (expert < experts && n == 1) {
+    routerDots<1>(args, expert, part, 0, n, shared, dots, squares);
+  } else if (expert < experts) {
+    for (int i = 0; i < n; i += 2) routerDots<2>(args, expert, part, i, n, shared, dots, squares);
+  }
   __syncthreads();
-  if (found < 0) return;
-  const int blocks = ceilDiv(args.up.n, kBlockRows), block = blockIdx.x;
-  const uint8_t* w = static_cast<const uint8_t*>(args.up.data) + args.up.expert_stride * found +
-                     int64_t(block) * ceilDiv(d, kGroup) * Codec::kBytes;
-  multiplyRows<Codec>(
-      w, d, args.norm, count, [&](int i) { return args.x + int64_t(tokens[i]) * d; },
-      [&](int i, int r, float value) {
-        const int64_t slot = tokens[i] * topK + choiceOf(choices, topK, tokens[i], found);
-        storeHidden(value, block * kBlockRows + r, args.up.n, scratch.routed + slot * args.up.n,
-                    scratch.routedTop + slot * blocks + block);
+  for (int i = threadIdx.x; i < n * kRouterExperts; i += kManyWarps * kWarp) {
+    const int e = i % kRouterExperts, token = i / kRouterExperts;
+    if (from + e >= experts) continue;
+    float dot = 0.f, squares = 0.f;
+    for (int p = 0; p < kRouterWarps; ++p) {
+      dot += parts.dot[e][p][token];
+      squares += parts.squares[p][token];
+    }
+    const bool wholeRow = args.norm.gamma && args.norm.groups == 1;
+    const float factor = wholeRow ? 1.f / sqrtf(squares / args.up.k + args.norm.eps) : 1.f;
+    logits[int64_t(token) * experts + from + e] = dot * factor;
+  }
+}
+
+// Rows of blocks of the shared expert, a CTA each.
+template <class Codec>
+struct SharedRow {
+  const uint8_t* row;
+  int perRow;
+  __device__ __forceinline__ int size() const { return 1; }
+  __device__ __forceinline__ int blocks(int) const { return perRow; }
+  __device__ __forceinline__ int start(int, int warp) const { return warp; }
+  __device__ __forceinline__ int bytes(int) const { return Codec::kBytes; }
+  __device__ __forceinline__ const uint8_t* base(int) const { return firstPiece<Codec>(row); }
+  __device__ __forceinline__ void copy(int, const uint8_t* from, unsigned char* slot) const {
+    copyBlock<Codec>(from, slot);
+  }
+};
+
+template <class Codec>
+__global__ void __launch_bounds__(kBeside, 1)
+    first(ec_step step, ec_moe args, Scratch scratch, GemvShape shape, int routers) {
+  startDependents();
+  const int d = args.up.k, cta = blockIdx.x - routers;
+  const GemvShared shared(shape);
+  if (cta < 0) {
+    return routeCta(step, args, blockIdx.x * kRouterExperts, shared, scratch.logits);
+  }
+  const int perRow = ceilDiv(d, kGroup);
+  const SharedRow<Codec> segments{
+      static_cast<const uint8_t*>(args.shared_up.data) + int64_t(cta) * perRow * Codec::kBytes,
+      perRow};
+  Ring<kManyWarps, kDepth<Codec, kManyWarps>> ring(shared.base, shape.slotBytes);
+  ring.finish(segments);
+  const int n = liveRows(step);
+  const auto rows = tokensOf(args, n);
+  rows.holdGamma(shared, shape);
+  __syncthreads();
+  awaitEarlier();
+  if (n == 0) return ring.drain();
+  multiplySegments<Codec, kManyWarps>(ring, segments, rows, shared,
+                                      [&](int, int i, int r, float value) {
+                                        const int row = cta * kBlockRows + r, ff = args.shared_up.n;
+                                        if (row < ff)
+                                          scratch.shared[int64_t(i) * ff + row] = relu2(value);
+                                      });
+}
+
+// The experts of the step's tokens, in shared memory.
+struct Taken {
+  uint32_t set[kColumns][kWords];  // of a token: bit e % 32 of word e / 32
+  int active[kMostTaken];          // all of them, ascending
+  int count;
+
+  __device__ __forceinline__ bool has(int token, int expert) const {
+    return set[token][expert / 32] >> expert % 32 & 1;
+  }
+  // Which of its experts, ascending, it is to a token.
+  __device__ __forceinline__ int rank(int token, int expert) const {
+    int before = __popc(set[token][expert / 32] & ((1u << expert % 32) - 1));
+    for (int j = 0; j < expert / 32; ++j) before += __popc(set[token][j]);
+    return before;
+  }
+  // Warp t < n, of token t: lane j has word j of its set. One barrier or two, the last at the end.
+  __device__ __forceinline__ void gather(uint32_t word, int n, int experts) {
+    const int warp = warpIndex(), lane = threadIdx.x % kWarp;
+    if (warp < n && lane < kWords) set[warp][lane] = word;
+    if (n > 1) __syncthreads();
+    if (warp == 0) {
+      __syncwarp();
+      uint32_t all = 0;
+      for (int i = 0; lane < kWords && i < n; ++i) all |= set[i][lane];
+      listSet(all, experts, active);
+      int sum = __popc(all);
+      for (int bits = 16; bits > 0; bits >>= 1) sum += __shfl_xor_sync(kAll, sum, bits);
+      if (lane == 0) count = sum;
+    }
+    __syncthreads();
+  }
+};
+
+// One warp: the set that a token's ids are, lane k having the k-th; its word of lane j.
+__device__ __forceinline__ uint32_t setOf(int id, int topK) {
+  uint32_t word = 0;
+  for (int k = 0; k < topK; ++k) {
+    const int other = __shfl_sync(kAll, id, k);
+    if (other / 32 == int(threadIdx.x % kWarp)) word |= 1u << other % 32;
+  }
+  return word;
+}
+
+// Rows of blocks of the taken experts, expert by expert: a CTA's share of them.
+template <class Codec>
+struct TakenRows {
+  const uint8_t* data;
+  int64_t stride;
+  const Taken& taken;
+  int from, to, perRow, perExpert;
+
+  __device__ TakenRows(const ec_weight& w, const Taken& of)
+      : data(static_cast<const uint8_t*>(w.data)),
+        stride(w.expert_stride),
+        taken(of),
+        perRow(ceilDiv(w.k, kGroup)),
+        perExpert(ceilDiv(w.n, kBlockRows)) {
+    const int64_t rows = int64_t(of.count) * perExpert;
+    from = static_cast<int>(rows * blockIdx.x / gridDim.x);
+    to = static_cast<int>(rows * (blockIdx.x + 1) / gridDim.x);
+  }
+  __device__ __forceinline__ int expert(int segment) const {
+    return taken.active[(from + segment) / perExpert];
+  }
+  __device__ __forceinline__ int row(int segment) const { return (from + segment) % perExpert; }
+  __device__ __forceinline__ int size() const { return to - from; }
+  __device__ __forceinline__ int blocks(int) const { return perRow; }
+  __device__ __forceinline__ int start(int, int warp) const { return warp; }
+  __device__ __forceinline__ int bytes(int) const { return Codec::kBytes; }
+  __device__ __forceinline__ const uint8_t* base(int segment) const {
+    return firstPiece<Codec>(data + stride * expert(segment) +
+                             int64_t(row(segment)) * perRow * Codec::kBytes);
+  }
+  __device__ __forceinline__ void copy(int, const uint8_t* from, unsigned char* slot) const {
+    copyBlock<Codec>(from, slot);
+  }
+};
+
+// Scores of a token's experts and their scratch: [rows][2][experts] behind the GEMV's memory.
+__device__ __forceinline__ float* scoresOf(const GemvShared& shared, int token, int experts) {
+  return shared.at<float>(shared.shape.bytes) + 2 * token * experts;
+}
+
+template <class Codec>
+__global__ void __launch_bounds__(kFewWarps* kWarp, kCtasAtOnce<Codec, kFewWarps>)
+    up(ec_step step, ec_moe args, Scratch scratch, GemvShape shape) {
+  __shared__ Taken taken;
+  startDependents();
+  const int experts = args.up.experts, topK = args.top_k, ff = args.up.n;
+  const int lane = threadIdx.x % kWarp, warp = warpIndex();
+  const GemvShared shared(shape);
+  const int n = liveRows(step);
+  const auto rows = tokensOf(args, n);
+  rows.holdGamma(shared, shape);
+  awaitEarlier();
+  if (n == 0) return;
+  float* scores = scoresOf(shared, warp, experts);
+  uint32_t word = 0;
+  if (warp < n) {
+    word = args.force ? setOf(lane < topK ? args.ids[warp * topK + lane] : 0, topK)
+                      : chooseExperts(args, scratch.logits + int64_t(warp) * experts, scores,
+                                      scores + experts);
+  }
+  taken.gather(word, n, experts);
+  const TakenRows<Codec> segments(args.up, taken);
+  Ring<kFewWarps, kDepth<Codec, kFewWarps>> ring(shared.base, shape.slotBytes);
+  ring.finish(segments);
+  if (!args.force && blockIdx.x == 0 && warp < n)
+    weighExperts(args, word, scores, args.ids + warp * topK, args.weights + warp * topK);
+  multiplySegments<Codec, kFewWarps>(
+      ring, segments, rows, shared, [&](int segment, int i, int r, float value) {
+        const int expert = segments.expert(segment);
+        const int row = segments.row(segment) * kBlockRows + r;
+        if (!taken.has(i, expert) || row >= ff) return;
+        scratch.routed[(int64_t(i) * topK + taken.rank(i, expert)) * ff + row] = relu2(value);
       });
 }
 
+// The blocks behind 32 rows of y: the shared expert's, then those of each taken one.
 template <class Codec, class SharedCodec>
-__global__ void __launch_bounds__(kThreads) down(ec_step step, ec_moe args, Scratch scratch) {
-  __shared__ Choices choices;
-  __shared__ float
-      scale[kColumns * (kMaxTopK + 1)];  // of each hidden row; the shared expert's last
-  __shared__ int active[kColumns * kMaxTopK], activeCount;
-  const int n = liveRows(step), topK = args.top_k, rows = topK + 1;
-  if (n == 0) return;
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, t = lane % 4;
-  for (int i = threadIdx.x; i < n * topK; i += kThreads) {
-    choices.ids[i] = args.ids[i];
-    choices.weights[i] = args.weights[i];
-  }
-  const int routedBlocks = ceilDiv(args.up.n, kBlockRows);
-  const int sharedBlocks = args.shared_up.data ? ceilDiv(args.shared_up.n, kBlockRows) : 0;
-  for (int i = warp; i < n * rows; i += kWarps) {
-    const int token = i / rows, choice = i % rows;
-    const bool shared = choice == topK;
-    const float* tops = shared ? scratch.sharedTop + token * sharedBlocks
-                               : scratch.routedTop + (token * topK + choice) * routedBlocks;
-    float largest = 0.f;
-    for (int j = lane; j < (shared ? sharedBlocks : routedBlocks); j += kWarp)
-      largest = fmaxf(largest, tops[j]);
-    largest = warpMax(largest);
-    if (lane == 0) scale[i] = rowScale(largest);
-  }
-  __syncthreads();
-  if (warp == 0) {
-    int before = 0;
-    for (int e0 = 0; e0 < args.up.experts; e0 += kWarp) {
-      bool taken = false;
-      for (int i = 0; i < n * topK; ++i) taken |= choices.ids[i] == e0 + lane;
-      const unsigned bits = __ballot_sync(kAll, taken);
-      if (taken) active[before + __popc(bits & ((1u << lane) - 1))] = e0 + lane;
-      before += __popc(bits);
-    }
-    if (lane == 0) activeCount = before;
-  }
-  __syncthreads();
+struct DownRow {
+  const uint8_t *routed, *common;
+  int64_t stride;
+  const Taken& taken;
+  int perExpert, perShared;
+  int known = 0;  // experts
 
-  // All blocks in a row: those of each taken expert, then the shared expert's.
-  const int perExpert = ceilDiv(args.down.k, kGroup), routed = activeCount * perExpert;
-  const int total = routed + (args.shared_down.data ? ceilDiv(args.shared_down.k, kGroup) : 0);
-  const int phase = kDownColumns / n;
-  uint4* octets = dynamicShared<uint4>();  // [phase][8][n]
-  const auto hiddenOctet = [&](int v, int octet, int token) {
-    if (v >= routed) {
-      const float* h = scratch.shared + int64_t(token) * args.shared_up.n;
-      return octetOf([&](int k) { return h[k]; }, (v - routed) * 8 + octet, args.shared_up.n,
-                     1.f / scale[token * rows + topK]);
-    }
-    const int choice = choiceOf(choices, topK, token, active[v / perExpert]);
-    if (choice < 0) return make_uint4(0, 0, 0, 0);
-    const float* h = scratch.routed + (int64_t(token) * topK + choice) * args.up.n;
-    return octetOf([&](int k) { return h[k]; }, v % perExpert * 8 + octet, args.up.n,
-                   1.f / scale[token * rows + choice]);
+  __device__ DownRow(const ec_moe& args, const Taken& of)
+      : routed(static_cast<const uint8_t*>(args.down.data)),
+        common(static_cast<const uint8_t*>(args.shared_down.data)),
+        stride(args.down.expert_stride),
+        taken(of),
+        perExpert(ceilDiv(args.down.k, kGroup)),
+        perShared(common ? ceilDiv(args.shared_down.k, kGroup) : 0) {
+    routed += int64_t(blockIdx.x) * perExpert * Codec::kBytes;
+    common += int64_t(blockIdx.x) * perShared * SharedCodec::kBytes;
+  }
+  __device__ __forceinline__ bool isShared(int i) const { return perShared && i == 0; }
+  __device__ __forceinline__ int expert(int i) const { return taken.active[i - !!perShared]; }
+  __device__ __forceinline__ int size() const { return !!perShared + known; }
+  __device__ __forceinline__ int blocks(int i) const { return isShared(i) ? perShared : perExpert; }
+  // Where one ends with a part of the warps, another begins with the others, for most.
+  __device__ __forceinline__ int start(int i, int warp) const {
+    return isShared(i) ? warp
+                       : (warp + expert(i) * (kManyWarps - perExpert % kManyWarps)) % kManyWarps;
+  }
+  __device__ __forceinline__ int bytes(int i) const {
+    return isShared(i) ? SharedCodec::kBytes : Codec::kBytes;
+  }
+  __device__ __forceinline__ const uint8_t* base(int i) const {
+    return isShared(i) ? firstPiece<SharedCodec>(common)
+                       : firstPiece<Codec>(routed + stride * expert(i));
+  }
+  __device__ __forceinline__ void copy(int i, const uint8_t* from, unsigned char* slot) const {
+    if (isShared(i)) return copyBlock<SharedCodec>(from, slot);
+    copyBlock<Codec>(from, slot);
+  }
+  // Hidden values are staged in chunks of four blocks, each segment from a chunk of its own on.
+  __device__ __forceinline__ int chunksBefore(int i) const {
+    const int common = ceilDiv(perShared, kChunkBlocks);
+    return isShared(i) ? 0 : common + (i - !!perShared) * ceilDiv(perExpert, kChunkBlocks);
+  }
+  __device__ __forceinline__ int segmentOf(int chunk) const {
+    const int common = ceilDiv(perShared, kChunkBlocks);
+    if (chunk < common) return 0;
+    return !!perShared + (chunk - common) / ceilDiv(perExpert, kChunkBlocks);
+  }
+};
+
+// Hidden values of the tokens before `down`.
+template <class Segments>
+struct HiddenRows {
+  const ec_moe& args;
+  const Scratch& scratch;
+  const Segments& segments;
+  const Taken& taken;
+  const float* weights;  // [n][top_k], the choices in ascending order
+  int n;
+
+  struct Loaded {
+    EightColumns h;
+    float weight;
+    bool taken;
   };
-  const auto weightOf = [&](int token, int expert) {  // -1: the shared expert
-    if (token >= n) return 0.f;
-    if (expert < 0) return scale[token * rows + topK];
-    const int choice = choiceOf(choices, topK, token, expert);
-    return choice < 0 ? 0.f : scale[token * rows + choice] * choices.weights[token * topK + choice];
-  };
-  float sum[2][4] = {};
-  for (int v0 = 0; v0 < total; v0 += phase) {
-    const int v1 = min(v0 + phase, total);
-    __syncthreads();
-    for (int i = threadIdx.x; i < (v1 - v0) * 8 * n; i += kThreads) {
-      octets[i] = hiddenOctet(v0 + i / n / 8, i / n % 8, i % n);
+
+  __device__ __forceinline__ Loaded load(int chunk, int token) const {
+    const int segment = segments.segmentOf(chunk), lane = threadIdx.x % kWarp;
+    const int first = (chunk - segments.chunksBefore(segment)) * kChunkBlocks * kGroup + 8 * lane;
+    Loaded loaded = {{}, 1.f, true};
+    const float* row = scratch.shared + int64_t(token) * args.shared_down.k;
+    int k = args.shared_down.k;
+    if (!segments.isShared(segment)) {
+      const int expert = segments.expert(segment);
+      loaded.taken = taken.has(token, expert);
+      if (!loaded.taken) return loaded;
+      const int slot = token * args.top_k + taken.rank(token, expert);
+      loaded.weight = weights[slot];
+      k = args.down.k;
+      row = scratch.routed + int64_t(slot) * k;
     }
-    __syncthreads();
-    for (int v = v0; v < v1;) {
-      const bool shared = v >= routed;
-      const int segment = shared ? routed : v / perExpert * perExpert;
-      const int expert = shared ? -1 : active[v / perExpert];
-      const int from = v - segment, to = min(v1, shared ? total : segment + perExpert) - segment;
-      const int mine = from + ((warp - from - max(expert, 0)) % kWarps + kWarps) % kWarps;
-      const float2 weight = make_float2(weightOf(2 * t, expert), weightOf(2 * t + 1, expert));
-      if (shared) {
-        const uint8_t* w = static_cast<const uint8_t*>(args.shared_down.data) +
-                           int64_t(blockIdx.x) * (total - routed) * SharedCodec::kBytes;
-        addBlocks<SharedCodec>(w, mine, to, v0 - segment, octets, n, weight, sum);
+    loaded.h.load(row, first, k, isAligned(row, k));
+    return loaded;
+  }
+
+  // The share of a warp in chunks [from, to).
+  template <class Codec, class SharedCodec>
+  __device__ __forceinline__ void stage(const GemvShared& shared, int from, int to) const {
+    const auto pack = [&](int task, Loaded& loaded) {
+      const int octet = task / n * kChunk + threadIdx.x % kWarp, token = task % n;
+      if (!loaded.taken) {
+        if (threadIdx.x % 8 == 0) storeFactor(shared, octet / 8, token, 0.f, 0.f);
+      } else if (segments.isShared(segments.segmentOf(from + task / n))) {
+        packBlock<SharedCodec>(shared, loaded.h.v, octet, token, 1.f);
       } else {
-        const uint8_t* w = static_cast<const uint8_t*>(args.down.data) +
-                           args.down.expert_stride * expert +
-                           int64_t(blockIdx.x) * perExpert * Codec::kBytes;
-        addBlocks<Codec>(w, mine, to, v0 - segment, octets, n, weight, sum);
+        packBlock<Codec>(shared, loaded.h.v, octet, token, loaded.weight);
       }
-      v = segment + to;
+    };
+    stageTasks<2>((to - from) * n, warpIndex(), kManyWarps,
+                  [&](int task) { return load(from + task / n, task % n); }, pack);
+  }
+};
+
+template <class Codec, class SharedCodec>
+constexpr int kDownDepth =
+    kDepth<Codec, kManyWarps> < kDepth<SharedCodec, kManyWarps> ? kDepth<Codec, kManyWarps>
+                                                                : kDepth<SharedCodec, kManyWarps>;
+
+template <class Codec, class SharedCodec>
+__global__ void __launch_bounds__(kBeside, 1)
+    down(ec_step step, ec_moe args, Scratch scratch, GemvShape shape) {
+  __shared__ Taken taken;
+  __shared__ float weights[kMostTaken];  // [n][top_k]
+  startDependents();
+  const int topK = args.top_k, lane = threadIdx.x % kWarp, warp = warpIndex();
+  const int g = lane / 4;
+  const GemvShared shared(shape);
+  DownRow<Codec, SharedCodec> segments(args, taken);
+  Ring<kManyWarps, kDownDepth<Codec, SharedCodec>> ring(shared.base, shape.slotBytes);
+  ring.fill(segments);
+  const int n = liveRows(step);
+  if (threadIdx.x == 0) *shared.zero() = make_uint4(0, 0, 0, 0);
+  awaitEarlier();
+  if (n == 0) return ring.drain();
+  uint32_t word = 0;
+  if (warp < n) {
+    const int id = lane < topK ? args.ids[warp * topK + lane] : 0;
+    const float weight = lane < topK ? args.weights[warp * topK + lane] : 0.f;
+    word = setOf(id, topK);
+    int rank = 0;
+    for (int j = 0; j <= (args.up.experts - 1) / 32; ++j) {
+      const uint32_t bits = __shfl_sync(kAll, word, j);
+      if (j <= id / 32) rank += __popc(j < id / 32 ? bits : bits & ((1u << id % 32) - 1));
+    }
+    bool again = false;  // an id that is forced twice counts once
+    for (int k = 0; k < topK; ++k) again |= __shfl_sync(kAll, id, k) == id && k < lane;
+    if (lane < topK && !again) weights[warp * topK + rank] = weight;
+  }
+  taken.gather(word, n, args.up.experts);
+  segments.known = taken.count;
+  ring.finish(segments);
+
+  const HiddenRows<DownRow<Codec, SharedCodec>> hidden{args, scratch, segments, taken, weights, n};
+  const int column = g < n ? g : n - 1;
+  const int chunks = segments.chunksBefore(segments.size()), held = shape.staged / kChunkBlocks;
+  float sum[2][4] = {};
+  int segment = 0, kb = segments.size() ? segments.start(0, warp) : 0;
+  for (int from = 0; from < chunks; from += held) {
+    const int to = min(from + held, chunks);
+    if (from > 0) __syncthreads();
+    hidden.template stage<Codec, SharedCodec>(shared, from, to);
+    __syncthreads();
+    while (segment < segments.size()) {
+      const int before = segments.chunksBefore(segment), blocks = segments.blocks(segment);
+      const int end = min(blocks, (to - before) * kChunkBlocks);
+      const int origin = (from - before) * kChunkBlocks;  // the segment's block that is held first
+      const bool common = segments.isShared(segment);
+      const bool counts = common || taken.has(column, segments.expert(segment));
+      const Columns columns(shared, column, kb - origin, kManyWarps, counts);
+      if (std::is_same_v<Codec, SharedCodec> || !common) {
+        kb = addBlocks<Codec, kManyWarps>(ring, segments, kb, end, columns, sum);
+      } else {
+        kb = addBlocks<SharedCodec, kManyWarps>(ring, segments, kb, end, columns, sum);
+      }
+      if (end < blocks) break;  // the rest of it is held next
+      if (++segment < segments.size()) kb = segments.start(segment, warp);
     }
   }
-  reduceWarps(sum, dynamicShared<float>(), n, [&](int token, int r, float value) {
+  reduceWarps<kManyWarps>(sum, shared, n, [&](int token, int r, float value) {
     const int row = blockIdx.x * kBlockRows + r;
     const int64_t at = int64_t(token) * args.down.n + row;
     if (row < args.down.n) args.y[at] = args.x[at] + value;
   });
 }
 
+template <class Codec>
+ec_status launchFirst(ec_stream stream, const ec_step& step, const ec_moe& args,
+                      const Scratch& scratch) {
+  const int d = args.up.k, perRow = ceilDiv(d, kGroup);
+  const int most = kManyWarps * kDepth<Codec, kManyWarps>;
+  const int rows = args.shared_up.data ? ceilDiv(args.shared_up.n, kBlockRows) : 0;
+  const int routers = args.force ? 0 : ceilDiv(args.up.experts, kRouterExperts);
+  if (rows + routers == 0) return EC_OK;
+  const GemvShape shape(step.n_tok, kManyWarps, perRow < most ? perRow : most, Codec::kBytes, d,
+                        args.norm);
+  return launchEarly("moe", first<Codec>, dim3(routers + rows), kManyWarps * kWarp, shape.bytes,
+                     stream, step, step, args, scratch, shape, routers);
+}
+
+int mostTaken(const ec_step& step, const ec_moe& args) {
+  const int choices = step.n_tok * args.top_k;
+  return choices < args.up.experts ? choices : args.up.experts;
+}
+
+template <class Codec>
+ec_status launchUp(ec_stream stream, const ec_step& step, const ec_moe& args,
+                   const Scratch& scratch) {
+  const int rows = mostTaken(step, args) * ceilDiv(args.up.n, kBlockRows);
+  GemvCall call = gemvCall<Codec, kFewWarps>(up<Codec>, step.n_tok, rows, args.up.k, args.norm);
+  call.shared += size_t(2) * step.n_tok * args.up.experts * sizeof(float);
+  return launchEarly("moe", up<Codec>, dim3(call.ctas), kFewWarps * kWarp, call.shared, stream,
+                     step, step, args, scratch, call.shape);
+}
+
 template <class Codec, class SharedCodec>
 ec_status launchDown(ec_stream stream, const ec_step& step, const ec_moe& args,
                      const Scratch& scratch) {
-  const int64_t shared = args.shared_down.data ? ceilDiv(args.shared_down.k, kGroup) : 0;
-  const int64_t routed = int64_t(step.n_tok) * args.top_k * ceilDiv(args.down.k, kGroup);
-  const int64_t columns = (routed + shared) * step.n_tok;  // if no two tokens share an expert
-  const size_t octets = size_t(columns < kDownColumns ? columns : kDownColumns) * 8 * sizeof(uint4);
-  const size_t sums = size_t(kWarps) * kColumns * 33 * sizeof(float);
-  return launch("moe", down<Codec, SharedCodec>, dim3(ceilDiv(args.down.n, kBlockRows)), kThreads,
-                octets > sums ? octets : sums, stream, step, args, scratch);
+  const auto chunksOf = [](int k) { return ceilDiv(ceilDiv(k, kGroup), kChunkBlocks); };
+  const int chunks = mostTaken(step, args) * chunksOf(args.down.k) +
+                     (args.shared_down.data ? chunksOf(args.shared_down.k) : 0);
+  const int slotBytes = Codec::kBytes > SharedCodec::kBytes ? Codec::kBytes : SharedCodec::kBytes;
+  const GemvShape shape(step.n_tok, kManyWarps, kManyWarps * kDownDepth<Codec, SharedCodec>,
+                        slotBytes, chunks * kChunkBlocks * kGroup, ec_norm{});
+  return launchEarly("moe", down<Codec, SharedCodec>, dim3(ceilDiv(args.down.n, kBlockRows)),
+                     kManyWarps * kWarp, shape.bytes, stream, step, step, args, scratch, shape);
 }
+
+bool isU4(const ec_weight& w) { return w.type == EC_U4_64 || !w.data; }
 
 }  // namespace
 
@@ -265,28 +527,16 @@ void moeDecodeScratch(Arena& arena, const ec_step& step, const ec_moe& args) {
 ec_status moeDecode(ec_stream stream, const ec_step& step, const ec_moe& args, Arena& arena) {
   const Scratch scratch(arena, step, args);
   EC_TRY(arena.status("moe"));
-  const int groups = args.norm.gamma ? args.norm.groups : 1, n = step.n_tok;
-  const size_t gemv = GemvShared::bytes(n, groups, args.up.k);
-  const int sharedBlocks = args.shared_up.data ? ceilDiv(args.shared_up.n, kBlockRows) : 0;
-  const int ctas = sharedBlocks + (args.force ? 0 : ceilDiv(args.up.experts, kWarps));
-  const bool sharedU4 = args.shared_up.type == EC_U4_64 || !args.shared_up.data;
-  if (ctas > 0) {
-    EC_TRY(launch("moe", sharedU4 ? first<U4> : first<I8>, dim3(ctas), kThreads, gemv, stream, step,
-                  args, scratch));
+  EC_TRY(isU4(args.shared_up) ? launchFirst<U4>(stream, step, args, scratch)
+                              : launchFirst<I8>(stream, step, args, scratch));
+  EC_TRY(isU4(args.up) ? launchUp<U4>(stream, step, args, scratch)
+                       : launchUp<I8>(stream, step, args, scratch));
+  if (isU4(args.down)) {
+    return isU4(args.shared_down) ? launchDown<U4, U4>(stream, step, args, scratch)
+                                  : launchDown<U4, I8>(stream, step, args, scratch);
   }
-  const int taken = n * args.top_k < args.up.experts ? n * args.top_k : args.up.experts;
-  const size_t choosing = size_t(2) * n * args.up.experts * sizeof(float);
-  EC_TRY(launch("moe", args.up.type == EC_U4_64 ? up<U4> : up<I8>,
-                dim3(ceilDiv(args.up.n, kBlockRows), taken), kThreads,
-                gemv > choosing ? gemv : choosing, stream, step, args, scratch));
-  const bool u4 = args.down.type == EC_U4_64;
-  const bool sharedDownU4 = args.shared_down.type == EC_U4_64 || !args.shared_down.data;
-  if (u4) {
-    return sharedDownU4 ? launchDown<U4, U4>(stream, step, args, scratch)
-                        : launchDown<U4, I8>(stream, step, args, scratch);
-  }
-  return sharedDownU4 ? launchDown<I8, U4>(stream, step, args, scratch)
-                      : launchDown<I8, I8>(stream, step, args, scratch);
+  return isU4(args.shared_down) ? launchDown<I8, U4>(stream, step, args, scratch)
+                                : launchDown<I8, I8>(stream, step, args, scratch);
 }
 
 }  // namespace ec::cuda

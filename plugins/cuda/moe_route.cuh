@@ -69,9 +69,52 @@ __device__ inline void dropGroups(const ec_moe& args, float* choices, int lane) 
   __syncwarp();
 }
 
-// One warp: ids, ascending, and weights of a token. scores and choices are scratch for its experts.
-__device__ inline void chooseExperts(const ec_moe& args, const float* logits, float* scores,
-                                     float* choices, int32_t* ids, float* weights) {
+// An unsigned number that grows with a float; 0 for NaN.
+__device__ __forceinline__ uint32_t sortKey(float v) {
+  const uint32_t bits = __float_as_uint(v + 0.f);  // -0 and 0 tie
+  if (isNan(v)) return 0;
+  return bits >> 31 ? ~bits : bits | 0x80000000u;
+}
+
+// One warp: the topK best of `choices`, a bit for each in word expert / 32, which that lane
+// returns.
+template <int kPerLane>
+__device__ __forceinline__ uint32_t bestOf(const float* choices, int experts, int topK) {
+  const int lane = threadIdx.x % kWarp;
+  uint32_t keys[kPerLane], taken = 0, word = 0;
+#pragma unroll
+  for (int j = 0; j < kPerLane; ++j) {
+    const int e = lane + kWarp * j;
+    keys[j] = e < experts ? sortKey(choices[e]) : 0;
+  }
+  for (int k = 0; k < topK; ++k) {
+    uint32_t best = 0;
+#pragma unroll
+    for (int j = 0; j < kPerLane; ++j) best = max(best, keys[j]);
+    best = __reduce_max_sync(kAll, best);
+    unsigned mine = ~0u;
+#pragma unroll
+    for (int j = kPerLane - 1; j >= 0; --j) mine = keys[j] == best ? lane + kWarp * j : mine;
+    const unsigned id = __reduce_min_sync(kAll, mine);
+#pragma unroll
+    for (int j = 0; j < kPerLane; ++j) {
+      if (id != unsigned(lane + kWarp * j)) continue;
+      keys[j] = 0;
+      taken |= 1u << j;
+    }
+  }
+#pragma unroll
+  for (int j = 0; j < kPerLane; ++j) {
+    const uint32_t bits = __ballot_sync(kAll, taken >> j & 1);
+    word = lane == j ? bits : word;
+  }
+  return word;
+}
+
+// One warp: the set of a token's experts, as bestOf() returns it, and the scores of all. choices is
+// scratch for as many.
+__device__ __forceinline__ uint32_t chooseExperts(const ec_moe& args, const float* logits,
+                                                  float* scores, float* choices) {
   const int lane = threadIdx.x % kWarp, experts = args.up.experts;
   for (int e = lane; e < experts; e += kWarp) {
     scores[e] = 1.f / (1.f + expf(-logits[e]));
@@ -80,39 +123,31 @@ __device__ inline void chooseExperts(const ec_moe& args, const float* logits, fl
   }
   __syncwarp();
   if (args.topk_group < args.n_group) dropGroups(args, choices, lane);
-  for (int k = 0; k < args.top_k; ++k) {
-    float best = -INFINITY;
-    int id = experts;
-    for (int e = lane; e < experts; e += kWarp) {
-      if (choices[e] > best || (choices[e] == best && e < id)) {
-        best = choices[e];
-        id = e;
-      }
-    }
-    for (int bits = 16; bits > 0; bits >>= 1) {
-      const float other = __shfl_xor_sync(kAll, best, bits);
-      const int otherId = __shfl_xor_sync(kAll, id, bits);
-      if (other > best || (other == best && otherId < id)) {
-        best = other;
-        id = otherId;
-      }
-    }
-    if (lane == 0) choices[id] = NAN;
-    // Insertion keeps the ids ascending.
-    if (lane == 0) {
-      int at = k;
-      for (; at > 0 && ids[at - 1] > id; --at) ids[at] = ids[at - 1];
-      ids[at] = id;
-    }
-    __syncwarp();
-  }
-  if (lane == 0) {
-    float total = 0.f;
-    for (int k = 0; k < args.top_k; ++k) total += scores[ids[k]];
-    const float divisor = args.normalize ? total + 1e-20f : 1.f;
-    for (int k = 0; k < args.top_k; ++k) weights[k] = scores[ids[k]] / divisor * args.scale;
+  return experts <= 4 * kWarp ? bestOf<4>(choices, experts, args.top_k)
+                              : bestOf<kMaxExperts / kWarp>(choices, experts, args.top_k);
+}
+
+// One warp: the members of a set, ascending.
+template <class Id>
+__device__ __forceinline__ void listSet(uint32_t word, int experts, Id* ids) {
+  const int lane = threadIdx.x % kWarp;
+  for (int j = 0, before = 0; j < ceilDiv(experts, kWarp); ++j) {
+    const uint32_t bits = __shfl_sync(kAll, word, j);
+    if (bits >> lane & 1) ids[before + __popc(bits & ((1u << lane) - 1))] = kWarp * j + lane;
+    before += __popc(bits);
   }
   __syncwarp();
+}
+
+// One warp: ids and weights of the set of a token.
+__device__ __forceinline__ void weighExperts(const ec_moe& args, uint32_t word, const float* scores,
+                                             int32_t* ids, float* weights) {
+  listSet(word, args.up.experts, ids);
+  float total = 0.f;
+  for (int k = 0; k < args.top_k; ++k) total += scores[ids[k]];
+  const float divisor = args.normalize ? total + 1e-20f : 1.f;
+  for (int k = threadIdx.x % kWarp; k < args.top_k; k += kWarp)
+    weights[k] = scores[ids[k]] / divisor * args.scale;
 }
 
 }  // namespace ec::cuda

@@ -19,6 +19,26 @@ namespace ec::cuda {
 constexpr int kWarp = 32;
 constexpr unsigned kAll = ~0u;
 
+struct Limits {
+  int multiprocessors;
+  int shared;  // bytes that a CTA may have
+};
+
+// Copies of 16 bytes from global to shared memory that waitAsync() completes: copyAsync() starts
+// one, commitAsync() closes a group, waitAsync<n>() waits for all groups of this thread but its
+// last n.
+//
+// A launch that may begin early (EC_OVERLAP) begins when every CTA of the one before it has called
+// startDependents() or has ended, and waits in awaitEarlier() until all of that one has ended and
+// can be seen. So
+//   - before awaitEarlier() a kernel neither reads what a launch of its step has written nor writes
+//     what one may still read. Free to read are weights, the step's arrays, and the pools of states
+//     and pages as the steps before have left them; free to write is shared memory;
+//   - every CTA comes through awaitEarlier(): the launch after next may have begun, too, and relies
+//     on this one not ending before the one it waited for. That makes the order transitive;
+//   - a launch that is no such one waits for everything before it, as always.
+// Without EC_OVERLAP, and before sm_90, both calls do nothing.
+
 #ifdef EC_EMULATED
 
 template <class T>
@@ -34,11 +54,23 @@ inline uint4 loadStreaming(const void* at) {
 
 inline void prefetchL2(const void*) {}
 
-// A copy that waitAsync() completes. Here at once: the emulator shows where it goes, not when.
-inline void copyAsync(uint4* to, const uint4* from) { *to = *from; }
-inline void commitAsync() {}
+inline void copyAsync(uint4* to, const uint4* from) { emulator::copyAsync(to, from); }
+inline void commitAsync() { emulator::commitAsync(); }
 template <int kPending>
-void waitAsync() {}
+void waitAsync() {
+  emulator::waitAsync(kPending);
+}
+
+inline void startDependents() {}
+inline void awaitEarlier() { emulator::awaitEarlier(); }
+using emulator::Together;
+
+// Tensor cores cut a sum off where a float ends.
+inline float cutOff(double sum) {
+  const float nearest = static_cast<float>(sum);
+  return std::fabs(nearest) > std::fabs(sum) && !std::isinf(nearest) ? std::nextafter(nearest, 0.f)
+                                                                     : nearest;
+}
 
 // c += a b: a [16][16] and b [16][8] of halves, c [16][8] of floats, spread over the warp's lanes
 // as the PTX manual says for mma.m16n8k16. With g = lane / 4 and t = lane % 4, a0 holds row g,
@@ -64,7 +96,7 @@ inline void mma16816(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint3
       sum += double{element(row % 8 * 4 + inner / 2, 2 * high + row / 8, inner)} *
              element(column * 4 + inner / 2, 4 + high, inner);
     }
-    c[i] = static_cast<float>(sum);
+    c[i] = cutOff(sum);
   }
   emulator::warpBarrier(kAll);
 }
@@ -112,11 +144,25 @@ inline void loadMatrices(uint32_t (&r)[4], const uint4* row) {
   emulator::warpBarrier(kAll);
 }
 
+// d = start + a b
+inline void mma16816(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+                     uint32_t b1, const float4& start) {
+  d[0] = start.x, d[1] = start.y, d[2] = start.z, d[3] = start.w;
+  mma16816(d, a0, a1, a2, a3, b0, b1);
+}
+
+// Small, so that few columns are a CTA's fair share and many rows take several rounds.
+inline Limits limits() { return {2, 24 << 10}; }
+template <class... Parameters>
+int residentBlocks(void (*)(Parameters...), int, size_t) {
+  return limits().multiprocessors;
+}
+
 template <class... Parameters, class... Arguments>
-ec_status launch(const char*, void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared,
-                 ec_stream stream, const Arguments&... arguments) {
+ec_status start(const char*, void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared,
+                ec_stream stream, bool early, const Arguments&... arguments) {
   emulator::launch(
-      grid, dim3(threads), shared, stream,
+      grid, dim3(threads), shared, stream, early,
       [kernel, values = std::make_tuple(Parameters(arguments)...)] { std::apply(kernel, values); });
   return EC_OK;
 }
@@ -156,6 +202,17 @@ __device__ __forceinline__ void waitAsync() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
+__device__ __forceinline__ void startDependents() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void awaitEarlier() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 __device__ __forceinline__ void mma16816(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2,
                                          uint32_t a3, uint32_t b0, uint32_t b1) {
   asm volatile(
@@ -163,6 +220,60 @@ __device__ __forceinline__ void mma16816(float (&c)[4], uint32_t a0, uint32_t a1
       "{%0,%1,%2,%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+// d = start + a b
+__device__ __forceinline__ void mma16816(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2,
+                                         uint32_t a3, uint32_t b0, uint32_t b1,
+                                         const float4& start) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},"
+      "{%10,%11,%12,%13};"
+      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "f"(start.x), "f"(start.y),
+        "f"(start.z), "f"(start.w));
+}
+
+// Around a call of the library, whose launches may overlap: for the emulator.
+struct Together {
+  Together() {}  // not trivial: it is there without being used
+};
+
+// Of the current device, asked once.
+inline const Limits& limits() {
+  static const Limits found = [] {
+    int device = 0;
+    Limits here = {1, 48 << 10};
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&here.multiprocessors, cudaDevAttrMultiProcessorCount, device);
+    cudaDeviceGetAttribute(&here.shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    return here;
+  }();
+  return found;
+}
+inline bool beginsEarly() {
+  static const bool able = [] {
+    int device = 0, major = 0;
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    return major >= 9;
+  }();
+  return able;
+}
+
+template <class... Parameters>
+cudaError_t allowShared(void (*kernel)(Parameters...), size_t shared) {
+  if (shared <= 48 << 10) return cudaSuccess;
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                              static_cast<int>(shared));
+}
+
+// CTAs of a kernel that the whole device runs at once.
+template <class... Parameters>
+int residentBlocks(void (*kernel)(Parameters...), int threads, size_t shared) {
+  int each = 0;
+  allowShared(kernel, shared);
+  cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, threads, shared);
+  return (each > 0 ? each : 1) * limits().multiprocessors;
 }
 
 __device__ __forceinline__ void mmaTf32(float (&c)[4], const uint32_t (&a)[4],
@@ -191,26 +302,49 @@ __device__ __forceinline__ void loadMatrices(uint32_t (&r)[4], const uint4* row)
 }
 
 template <class... Parameters, class... Arguments>
-ec_status launch(const char* op, void (*kernel)(Parameters...), dim3 grid, int threads,
-                 size_t shared, ec_stream stream, const Arguments&... arguments) {
-  cudaError_t error = cudaSuccess;
-  if (shared > 48 << 10) {
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 static_cast<int>(shared));
+ec_status start(const char* op, void (*kernel)(Parameters...), dim3 grid, int threads,
+                size_t shared, ec_stream stream, bool early, const Arguments&... arguments) {
+  cudaError_t error = allowShared(kernel, shared);
+  if (error == cudaSuccess && early) {
+    // CTAs of two kernels share a multiprocessor only if it splits its memory alike for both.
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                 cudaSharedmemCarveoutMaxShared);
   }
   if (error == cudaSuccess) {
-    const auto start = [&](Parameters... values) {
+    cudaLaunchAttribute attribute = {};
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = grid;
+    config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = shared;
+    config.stream = reinterpret_cast<cudaStream_t>(stream);
+    config.attrs = &attribute;
+    config.numAttrs = early && beginsEarly() ? 1 : 0;
+    const auto begin = [&](Parameters... values) {
       void* addresses[] = {&values...};
-      return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, dim3(threads), addresses,
-                              shared, reinterpret_cast<cudaStream_t>(stream));
+      return cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), addresses);
     };
-    error = start(arguments...);
+    error = begin(arguments...);
   }
   if (error == cudaSuccess) return EC_OK;
   return fail(EC_DEVICE, "%s: %s", op, cudaGetErrorString(error));
 }
 
 #endif
+
+template <class... Parameters, class... Arguments>
+ec_status launch(const char* op, void (*kernel)(Parameters...), dim3 grid, int threads,
+                 size_t shared, ec_stream stream, const Arguments&... arguments) {
+  return start(op, kernel, grid, threads, shared, stream, false, arguments...);
+}
+// A kernel that keeps the rules of awaitEarlier().
+template <class... Parameters, class... Arguments>
+ec_status launchEarly(const char* op, void (*kernel)(Parameters...), dim3 grid, int threads,
+                      size_t shared, ec_stream stream, const ec_step& step,
+                      const Arguments&... arguments) {
+  return start(op, kernel, grid, threads, shared, stream, step.flags & EC_OVERLAP, arguments...);
+}
 
 template <class T>
 __host__ __device__ constexpr T ceilDiv(T value, T by) {
@@ -230,6 +364,11 @@ __device__ __forceinline__ int sequenceOf(const ec_step& step, int row) {
   int sequence = 0;
   while (step.start[sequence + 1] <= row) ++sequence;
   return sequence;
+}
+
+// The same number in all lanes, which the compiler knows in this form.
+__device__ __forceinline__ int warpIndex() {
+  return __shfl_sync(kAll, static_cast<int>(threadIdx.x) / kWarp, 0);
 }
 
 template <class T>

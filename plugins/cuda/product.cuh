@@ -17,21 +17,56 @@
 
 namespace ec::cuda {
 
-// RowOf: __device__ int count() - rows that matter; int operator()(int i) - row of x, or -1.
+// Rows [from, to) of a matrix's blocks, 32 rows of it each.
+template <class Codec>
+struct RowsOfBlocks {
+  const uint8_t* data;
+  int from, to, perRow;
+
+  // This CTA's share of them.
+  __device__ RowsOfBlocks(const ec_weight& w, int cta, int ctas)
+      : data(static_cast<const uint8_t*>(w.data)), perRow(ceilDiv(w.k, kGroup)) {
+    const int64_t rows = ceilDiv(w.n, kBlockRows);
+    from = static_cast<int>(rows * cta / ctas);
+    to = static_cast<int>(rows * (cta + 1) / ctas);
+  }
+  __device__ __forceinline__ int size() const { return to - from; }
+  __device__ __forceinline__ int blocks(int) const { return perRow; }
+  __device__ __forceinline__ int start(int, int warp) const { return warp; }
+  __device__ __forceinline__ int bytes(int) const { return Codec::kBytes; }
+  __device__ __forceinline__ const uint8_t* base(int row) const {
+    return firstPiece<Codec>(data + int64_t(from + row) * perRow * Codec::kBytes);
+  }
+  __device__ __forceinline__ void copy(int, const uint8_t* from, unsigned char* slot) const {
+    copyBlock<Codec>(from, slot);
+  }
+};
+
+// RowOf: ec_step step; __device__ int count() - rows that matter; int operator()(int i) - row of x,
+// or -1. It reads the step's arrays only.
 // Store: float* at(i, r) - where a product goes; float value(i, r, product) - what is stored there;
 // operator()(i, r, product) stores it.
-template <class Codec, class RowOf, class Store>
-__global__ void __launch_bounds__(kThreads)
-    fewRows(const float* x, ec_weight w, ec_norm norm, RowOf rowOf, Store store) {
-  const int n = rowOf.count(), first = blockIdx.x * kBlockRows;
-  if (n == 0) return;
-  const uint8_t* blocks = static_cast<const uint8_t*>(w.data) +
-                          int64_t(blockIdx.x) * ceilDiv(w.k, kGroup) * Codec::kBytes;
-  multiplyRows<Codec>(
-      blocks, w.k, norm, n, [&](int i) { return x + int64_t(rowOf(i) < 0 ? 0 : rowOf(i)) * w.k; },
-      [&](int i, int r, float value) {
-        if (first + r < w.n && rowOf(i) >= 0) store(i, first + r, value);
-      });
+template <class Codec, int kWarps, class RowOf, class Store>
+__global__ void __launch_bounds__(kWarps* kWarp, kCtasAtOnce<Codec, kWarps>)
+    fewRows(const float* x, ec_weight w, ec_norm norm, GemvShape shape, RowOf rowOf, Store store) {
+  startDependents();
+  const GemvShared shared(shape);
+  const RowsOfBlocks<Codec> segments(w, blockIdx.x, gridDim.x);
+  Ring<kWarps, kDepth<Codec, kWarps>> ring(shared.base, shape.slotBytes);
+  ring.finish(segments);
+  const int n = rowOf.count();
+  const auto rows = normedRows([&](int i) { return x + int64_t(max(shared.source()[i], 0)) * w.k; },
+                               norm, n, w.k);
+  rows.holdGamma(shared, shape);
+  if (int(threadIdx.x) < n) shared.source()[threadIdx.x] = rowOf(threadIdx.x);
+  __syncthreads();
+  awaitEarlier();
+  if (n == 0) return ring.drain();
+  multiplySegments<Codec, kWarps>(ring, segments, rows, shared,
+                                  [&](int segment, int i, int r, float value) {
+                                    const int at = (segments.from + segment) * kBlockRows + r;
+                                    if (at < w.n && shared.source()[i] >= 0) store(i, at, value);
+                                  });
 }
 
 template <class Codec, class RowOf, class Store>
@@ -100,14 +135,24 @@ ec_status tiledProduct(const char* op, ec_stream stream, const ec_weight& w, con
                 grid, kGemmThreads, gemmShared(w), stream, w, acts, rowOf, store);
 }
 
+// As many CTAs as the device runs at once, and no more than there are rows of blocks.
+template <class Codec, int kWarps, class RowOf, class Store>
+ec_status launchFewRows(const char* op, ec_stream stream, const float* x, const ec_weight& w,
+                        const ec_norm& norm, int rows, const RowOf& rowOf, const Store& store) {
+  const auto kernel = fewRows<Codec, kWarps, RowOf, Store>;
+  const GemvCall call = gemvCall<Codec, kWarps>(kernel, rows, ceilDiv(w.n, kBlockRows), w.k, norm);
+  return launchEarly(op, kernel, dim3(call.ctas), kWarps * kWarp, call.shared, stream, rowOf.step,
+                     x, w, norm, call.shape, rowOf, store);
+}
+
 template <class Codec, class RowOf, class Store>
 ec_status blockProduct(const char* op, ec_stream stream, const float* x, const ec_weight& w,
                        const ec_norm& norm, int rows, const ProductScratch& scratch,
                        const RowOf& rowOf, const Store& store) {
   if (!scratch.tiled) {
-    const size_t shared = GemvShared::bytes(rows, norm.gamma ? norm.groups : 1, w.k);
-    return launch(op, fewRows<Codec, RowOf, Store>, dim3(ceilDiv(w.n, kBlockRows)), kThreads,
-                  shared, stream, x, w, norm, rowOf, store);
+    return warpsFor(ceilDiv(w.n, kBlockRows)) == kFewWarps
+               ? launchFewRows<Codec, kFewWarps>(op, stream, x, w, norm, rows, rowOf, store)
+               : launchFewRows<Codec, kManyWarps>(op, stream, x, w, norm, rows, rowOf, store);
   }
   EC_TRY(prepare(op, stream, x, w.k, norm, rows, scratch.acts, rowOf));
   return tiledProduct(op, stream, w, scratch.acts, rows, rowOf, store);

@@ -74,6 +74,12 @@ typedef struct ec_norm {
   int32_t groups;
 } ec_norm;
 
+// EC_OVERLAP: on a GPU, a launch of this call may begin, with what does not depend on it, before
+// the launch before it has ended. The caller sees to it that the step's arrays were written, and
+// the states of its slots last changed by a decode step, before the last embed or the last call
+// without the flag: both wait for everything. Ignored where the device cannot do it.
+typedef enum ec_step_flag { EC_OVERLAP = 1 } ec_step_flag;
+
 // One step: n_tok rows that belong to n_seq sequences, sequence s owning rows start[s] ..
 // start[s+1]-1.
 typedef struct ec_step {
@@ -91,7 +97,7 @@ typedef struct ec_step {
   int32_t n_out;
   int32_t max_pages;
   int32_t max_context;  // upper bound of past + new tokens over the sequences: launch geometry
-  int32_t reserved;
+  int32_t flags;        // of ec_step_flag
 } ec_step;
 
 // x[t] = table[tokens[t]]

@@ -98,7 +98,8 @@ def test_weights_that_fit_into_the_l2_are_rotated(seen: dict[str, Any]) -> None:
 
 def test_every_figure_is_there(seen: dict[str, Any]) -> None:
     assert min(seen["ceiling"]["copy"], seen["ceiling"]["read"], seen["load"]["seconds"]) > 0
-    assert seen["boundary_us"] > 0
+    assert [row["overlap"] for row in seen["boundary"]] == [False, True]
+    assert min(min(row["us"], row["step_us"]) for row in seen["boundary"]) > 0
     assert [(row["batch"], row["context"]) for row in seen["decode"]] == [
         (1, 0), (1, 3), (2, 0), (2, 3),
     ]  # fmt: skip
@@ -106,7 +107,7 @@ def test_every_figure_is_there(seen: dict[str, Any]) -> None:
     assert [row["tokens"] for row in seen["first_token"]] == [9]
     assert [row["batch"] for row in seen["generate"]] == [1, 2]
     ops = len(seen["ops"]) + len(seen["prompt_ops"])
-    assert len(seen["said"]) == 2 + 2 + 4 + ops + 1 + 2 + 1 + 1 + 2 + 1
+    assert len(seen["said"]) == 2 + 2 + 4 + ops + 2 + 2 + 1 + 1 + 2 + 1
     assert seen["gpu"]["cuda_driver"] == "12.6"
     assert {"commit", "date", "device", "version"} <= seen.keys()
 

@@ -359,8 +359,11 @@ Result cuGraphGetNodes(Graph* graph, Node** nodes, size_t* count) {
   if (!nodes || found < *count) *count = found;
   return kOk;
 }
-Result cuGraphNodeSetEnabled(Graph* graph, Node* node, unsigned on) {
-  return node->off = !on, kOk;
+Result cuGraphDestroyNode(Node* node) { return node->off = 1, kOk; }
+// Nodes run in the order of their capture whatever ties them.
+Result cuGraphAddDependencies_v2(Graph* graph, Node** from, Node** to, const void* edges,
+                                 size_t count) {
+  return count == 1 && from[0] && to[0] ? kOk : kInvalid;
 }
 Result cuGraphLaunch(Graph* graph, Stream* stream) {
   NEEDS_CONTEXT;

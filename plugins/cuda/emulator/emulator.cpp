@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Fibers, their order, and barriers. One launch at a time: the lock is held from its first block to
-// its last.
+// Fibers, their order, barriers, asynchronous copies, and launches that begin early. One launch at
+// a time: the lock is held from its first block to its last.
 #include "emulator.h"
 
 #include <dlfcn.h>
@@ -10,6 +10,7 @@
 #include <csetjmp>
 #include <cstdio>
 #include <cstdlib>
+#include <deque>
 #include <memory>
 #include <mutex>
 #include <random>
@@ -24,12 +25,20 @@ namespace {
 constexpr size_t kStackBytes = 256 << 10;
 constexpr int kMaxThreads = 1024;
 
-enum class State { kReady, kAtWarpBarrier, kAtBlockBarrier, kDone };
+enum class State { kReady, kAtWarpBarrier, kAtBlockBarrier, kAtEarlier, kDone };
+
+struct Copy {
+  unsigned char* to;
+  const unsigned char* from;
+  bool read;
+  unsigned char bytes[16];
+};
 
 struct Fiber {
   Thread thread;
   State state = State::kDone;
-  bool started = false;
+  bool started = false, cameThrough = false;
+  std::deque<std::vector<Copy>> groups;  // of copies under way; the last one is open
   jmp_buf at;
   ucontext_t context;
   std::unique_ptr<unsigned char[]> stack;
@@ -40,14 +49,37 @@ struct Warp {
   int arrived = 0;
 };
 
+struct Work;
+
+// One block on its way.
+struct Block {
+  std::vector<Fiber> fibers = std::vector<Fiber>(kMaxThreads);
+  std::vector<Warp> warps = std::vector<Warp>(kMaxThreads / 32);
+  std::vector<unsigned char> shared;
+  std::vector<int> order;
+  const Work* work;
+  uint64_t number, openedAt;
+  int count, atBlockBarrier;
+  bool earlierEnded;
+};
+
+struct Work {
+  dim3 grid, size;
+  size_t sharedBytes;
+  bool early;
+  std::function<void()> kernel;
+  Work* next = nullptr;  // in the same call of the library
+  std::unique_ptr<Block> begun;
+
+  uint64_t total() const { return uint64_t{grid.x} * grid.y * grid.z; }
+};
+
 std::mutex launching;
-std::vector<Fiber> fibers(kMaxThreads);
-std::vector<Warp> warps(kMaxThreads / 32);
-std::vector<unsigned char> shared;
-const std::function<void()>* body;
+std::vector<std::unique_ptr<Block>> spare;
 jmp_buf scheduler;
+Block* running;
 Fiber* current;
-int count, atBlockBarrier;
+uint64_t performed;  // launches
 std::minstd_rand random(1);
 
 [[noreturn]] void die(const char* what) {
@@ -62,7 +94,10 @@ void leave() {
 
 void fiberMain() {
   for (;;) {
-    (*body)();
+    running->work->kernel();
+    if (running->work->early && !current->cameThrough) {
+      die("a thread of a launch that may begin early has ended without awaitEarlier()");
+    }
     current->state = State::kDone;
     leave();
   }
@@ -73,7 +108,7 @@ void enter(Fiber& fiber) {
   if (_setjmp(scheduler)) return;
   if (fiber.started) _longjmp(fiber.at, 1);
   fiber.started = true;
-  fiber.stack = std::make_unique<unsigned char[]>(kStackBytes);
+  if (!fiber.stack) fiber.stack.reset(new unsigned char[kStackBytes]);
   getcontext(&fiber.context);
   fiber.context.uc_stack.ss_sp = fiber.stack.get();
   fiber.context.uc_stack.ss_size = kStackBytes;
@@ -83,46 +118,75 @@ void enter(Fiber& fiber) {
 }
 
 // All threads that have not ended are there: a thread that ended does not count.
-void releaseBlock() {
-  int running = 0;
-  for (int i = 0; i < count; ++i) running += fibers[i].state != State::kDone;
-  if (atBlockBarrier == 0 || atBlockBarrier < running) return;
-  atBlockBarrier = 0;
-  for (int i = 0; i < count; ++i) {
-    if (fibers[i].state == State::kAtBlockBarrier) fibers[i].state = State::kReady;
+void releaseBlock(Block& b) {
+  int left = 0;
+  for (int i = 0; i < b.count; ++i) left += b.fibers[i].state != State::kDone;
+  if (b.atBlockBarrier == 0 || b.atBlockBarrier < left) return;
+  b.atBlockBarrier = 0;
+  for (int i = 0; i < b.count; ++i) {
+    if (b.fibers[i].state == State::kAtBlockBarrier) b.fibers[i].state = State::kReady;
   }
 }
 
-void runBlock(size_t sharedBytes) {
-  shared.assign(sharedBytes + 1024, 0xff);
-  std::vector<int> order(count);
-  for (int i = 0; i < count; ++i) {
-    Fiber& fiber = fibers[i];
+std::unique_ptr<Block> open(const Work& work, uint64_t number) {
+  if (spare.empty()) spare.push_back(std::make_unique<Block>());
+  std::unique_ptr<Block> b = std::move(spare.back());
+  spare.pop_back();
+  b->work = &work;
+  b->number = number;
+  b->openedAt = performed;
+  b->count = static_cast<int>(work.size.x * work.size.y * work.size.z);
+  if (b->count < 1 || b->count > kMaxThreads) die("a block has 1 to 1024 threads");
+  b->shared.assign(work.sharedBytes + 1024, 0xff);
+  b->order.resize(b->count);
+  for (int i = 0; i < b->count; ++i) {
+    Fiber& fiber = b->fibers[i];
     const unsigned n = static_cast<unsigned>(i);
-    fiber.thread.index =
-        dim3(n % threads.x, n / threads.x % threads.y, n / (threads.x * threads.y));
+    const dim3 size = work.size;
+    fiber.thread.index = dim3(n % size.x, n / size.x % size.y, n / (size.x * size.y));
     fiber.thread.lane = i % 32;
     fiber.thread.warp = i / 32;
+    fiber.started = fiber.started && fiber.state == State::kDone;  // else it was given up
     fiber.state = State::kReady;
-    order[i] = i;
+    fiber.cameThrough = false;
+    fiber.groups.clear();
+    fiber.groups.emplace_back();
+    b->order[i] = i;
   }
-  for (Warp& warp : warps) warp.arrived = 0;
-  atBlockBarrier = 0;
+  for (Warp& warp : b->warps) warp.arrived = 0;
+  b->atBlockBarrier = 0;
+  b->earlierEnded = false;
+  return b;
+}
+
+// Runs it to its end, or before the launch before it has ended, as far as it comes.
+void run(Block& b) {
+  running = &b;
+  const dim3 grid = blocks = b.work->grid;
+  threads = b.work->size;
+  block = dim3(static_cast<unsigned>(b.number % grid.x),
+               static_cast<unsigned>(b.number / grid.x % grid.y),
+               static_cast<unsigned>(b.number / (uint64_t{grid.x} * grid.y)));
+  for (int i = 0; b.earlierEnded && i < b.count; ++i) {
+    if (b.fibers[i].state == State::kAtEarlier) b.fibers[i].state = State::kReady;
+  }
   for (;;) {
-    std::shuffle(order.begin(), order.end(), random);
+    std::shuffle(b.order.begin(), b.order.end(), random);
     bool ran = false, over = true;
-    for (const int i : order) {
-      if (fibers[i].state == State::kReady) {
-        enter(fibers[i]);
+    for (const int i : b.order) {
+      if (b.fibers[i].state == State::kReady) {
+        enter(b.fibers[i]);
         ran = true;
       }
-      over &= fibers[i].state == State::kDone;
+      over &= b.fibers[i].state == State::kDone;
     }
     if (over) return;
-    releaseBlock();
+    releaseBlock(b);
     if (ran) continue;
-    for (int i = 0; i < count; ++i) ran |= fibers[i].state == State::kReady;
-    if (!ran) die("threads wait at a barrier that others never reach");
+    for (int i = 0; i < b.count; ++i) ran |= b.fibers[i].state == State::kReady;
+    if (ran) continue;
+    if (!b.earlierEnded) return;
+    die("threads wait at a barrier that others never reach");
   }
 }
 
@@ -130,27 +194,57 @@ void runBlock(size_t sharedBytes) {
 
 const Thread& thread() { return current->thread; }
 unsigned char* sharedMemory() {
-  const uintptr_t at = reinterpret_cast<uintptr_t>(shared.data());
-  return shared.data() + (1024 - at % 1024) % 1024;
+  const uintptr_t at = reinterpret_cast<uintptr_t>(running->shared.data());
+  return running->shared.data() + (1024 - at % 1024) % 1024;
 }
-uint32_t (*warpSlots())[8] { return warps[current->thread.warp].slots; }
+uint32_t (*warpSlots())[8] { return running->warps[current->thread.warp].slots; }
 
 void blockBarrier() {
   current->state = State::kAtBlockBarrier;
-  ++atBlockBarrier;
+  ++running->atBlockBarrier;
   leave();
+}
+
+void awaitEarlier() {
+  current->cameThrough = true;
+  if (running->earlierEnded) return;
+  current->state = State::kAtEarlier;
+  leave();
+}
+
+void copyAsync(void* to, const void* from) {
+  if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % 16) {
+    die("an asynchronous copy is not aligned to 16 bytes");
+  }
+  Copy copy = {static_cast<unsigned char*>(to),
+               static_cast<const unsigned char*>(from),
+               random() % 2 == 0,
+               {}};
+  if (copy.read) std::memcpy(copy.bytes, from, sizeof copy.bytes);
+  std::memset(to, 0xff, sizeof copy.bytes);
+  current->groups.back().push_back(copy);
+}
+void commitAsync() { current->groups.emplace_back(); }
+void waitAsync(int pending) {
+  std::deque<std::vector<Copy>>& groups = current->groups;
+  for (; static_cast<int>(groups.size()) - 1 > pending; groups.pop_front()) {
+    for (const Copy& copy : groups.front()) {
+      std::memcpy(copy.to, copy.read ? copy.bytes : copy.from, sizeof copy.bytes);
+    }
+  }
 }
 
 void warpBarrier(unsigned mask) {
   const int first = current->thread.warp * 32;
+  Fiber* lanes = running->fibers.data() + first;
   if (!(mask >> current->thread.lane & 1)) die("a lane outside the mask of its warp operation");
   for (int lane = 0; lane < 32; ++lane) {
     if (!(mask >> lane & 1)) continue;
-    if (first + lane >= count || fibers[first + lane].state == State::kDone) {
+    if (first + lane >= running->count || lanes[lane].state == State::kDone) {
       die("a lane of a warp operation's mask has ended");
     }
   }
-  Warp& warp = warps[current->thread.warp];
+  Warp& warp = running->warps[current->thread.warp];
   if (++warp.arrived < __builtin_popcount(mask)) {
     current->state = State::kAtWarpBarrier;
     leave();
@@ -158,35 +252,44 @@ void warpBarrier(unsigned mask) {
   }
   warp.arrived = 0;
   for (int lane = 0; lane < 32; ++lane) {
-    if (mask >> lane & 1 && fibers[first + lane].state == State::kAtWarpBarrier) {
-      fibers[first + lane].state = State::kReady;
+    if (mask >> lane & 1 && lanes[lane].state == State::kAtWarpBarrier) {
+      lanes[lane].state = State::kReady;
     }
   }
 }
 
 namespace {
 
-struct Work {
-  dim3 grid, size;
-  size_t sharedBytes;
-  std::function<void()> kernel;
-};
+// A graph of which launches are switched off may have left a block that it began.
+void forgetOld(Work& work) {
+  if (work.begun && performed - work.begun->openedAt > 2) spare.push_back(std::move(work.begun));
+}
+
+// One block of it runs as far as it comes without what is launched before it.
+void begin(Work& work) {
+  forgetOld(work);
+  if (work.begun || work.total() == 0) return;
+  work.begun = open(work, random() % work.total());
+  run(*work.begun);
+}
 
 void perform(void* data) {
-  const Work& work = *static_cast<Work*>(data);
+  Work& work = *static_cast<Work*>(data);
   const std::lock_guard<std::mutex> lock(launching);
-  count = static_cast<int>(work.size.x * work.size.y * work.size.z);
-  if (count < 1 || count > kMaxThreads) die("a block has 1 to 1024 threads");
-  const dim3 grid = blocks = work.grid;
-  threads = work.size;
-  body = &work.kernel;
-  const uint64_t total = uint64_t{grid.x} * grid.y * grid.z;
-  const uint64_t first = total ? random() % total : 0;
+  ++performed;
+  forgetOld(work);
+  for (Work* later = work.next; later && later->early; later = later->next) {
+    begin(*later);
+    if (later != work.next) break;  // the one after next
+  }
+  const uint64_t total = work.total(), first = total ? random() % total : 0;
   for (uint64_t n = 0; n < total; ++n) {
     const uint64_t at = (first + n) % total;
-    block = dim3(static_cast<unsigned>(at % grid.x), static_cast<unsigned>(at / grid.x % grid.y),
-                 static_cast<unsigned>(at / (uint64_t{grid.x} * grid.y)));
-    runBlock(work.sharedBytes);
+    const bool begun = work.begun && work.begun->number == at;
+    std::unique_ptr<Block> b = begun ? std::move(work.begun) : open(work, at);
+    b->earlierEnded = true;
+    run(*b);
+    spare.push_back(std::move(b));
   }
 }
 
@@ -201,6 +304,16 @@ HostFunction driver() {
   return found;
 }
 
+thread_local Work* last;
+thread_local std::vector<std::unique_ptr<Work>> launched;  // on ownStream()
+thread_local int calls;
+
+void finish() {
+  for (const std::unique_ptr<Work>& work : launched) perform(work.get());
+  launched.clear();
+  last = nullptr;
+}
+
 }  // namespace
 
 void* ownStream() {
@@ -208,11 +321,28 @@ void* ownStream() {
   return &only;
 }
 
-void launch(dim3 grid, dim3 size, size_t sharedBytes, void* stream, std::function<void()> kernel) {
-  auto work = std::make_unique<Work>(Work{grid, size, sharedBytes, std::move(kernel)});
-  if (stream == ownStream() || !driver()) return perform(work.get());
+void launch(dim3 grid, dim3 size, size_t sharedBytes, void* stream, bool early,
+            std::function<void()> kernel) {
+  auto work = std::make_unique<Work>();
+  work->grid = grid;
+  work->size = size;
+  work->sharedBytes = sharedBytes;
+  work->early = early;
+  work->kernel = std::move(kernel);
+  if (last) last->next = work.get();
+  last = calls ? work.get() : nullptr;
+  if (stream == ownStream() || !driver()) {
+    launched.push_back(std::move(work));
+    if (!calls) finish();
+    return;
+  }
   // A graph may launch it again, so it is kept for good.
   if (driver()(stream, perform, work.release())) die("the driver's stand-in refused a launch");
+}
+
+Together::Together() { ++calls; }
+Together::~Together() {
+  if (--calls == 0) finish();
 }
 
 }  // namespace ec::emulator

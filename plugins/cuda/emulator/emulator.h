@@ -5,9 +5,14 @@
 // barrier and fragment of the kernels where no GPU is.
 //
 // Between two barriers the threads of a block run in a random order, and so do the blocks: what
-// works only in one order fails. Dynamic shared memory starts as NaN. A barrier that some threads
-// never reach, or a warp operation that a lane of its mask misses, ends the process with a
-// sentence. What it cannot show: speed, the memory model between barriers, alignment faults.
+// works only in one order fails. Dynamic shared memory starts as NaN. An asynchronous copy leaves
+// NaN where it goes until its thread waits for it, and has read its source at the time it was
+// started or at the time it is waited for. A launch that may begin early has one of its blocks run
+// up to awaitEarlier() before the launch before it does anything, and often before the one before
+// that. A barrier that some threads never reach, a warp operation that a lane of its mask misses, a
+// copy that is not aligned, or a thread that should come through awaitEarlier() and does not, end
+// the process with a sentence. What it cannot show: speed, the memory model between barriers,
+// alignment faults of plain loads.
 #ifndef EC_CUDA_EMULATOR_H
 #define EC_CUDA_EMULATOR_H
 
@@ -39,6 +44,9 @@ struct alignas(16) uint4 {
 struct alignas(8) float2 {
   float x, y;
 };
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
 inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 inline float2 make_float2(float x, float y) { return {x, y}; }
@@ -53,9 +61,19 @@ const Thread& thread();
 extern dim3 block, blocks, threads;  // blockIdx, gridDim, blockDim
 
 // On a stream of a stand-in for the driver, as that does with what is put on its streams: at once,
-// or when a captured graph is launched. On ownStream() at once.
-void launch(dim3 grid, dim3 size, size_t sharedBytes, void* stream, std::function<void()> body);
+// or when a captured graph is launched. On ownStream() when the call of the library ends.
+void launch(dim3 grid, dim3 size, size_t sharedBytes, void* stream, bool early,
+            std::function<void()> body);
 void* ownStream();
+// Lives as long as a call of the library, whose launches may overlap. May be nested.
+struct Together {
+  Together();
+  ~Together();
+};
+void awaitEarlier();
+void copyAsync(void* to, const void* from);  // 16 bytes
+void commitAsync();
+void waitAsync(int pending);
 unsigned char* sharedMemory();
 void blockBarrier();
 void warpBarrier(unsigned mask);
@@ -89,6 +107,19 @@ T __shfl_sync(unsigned mask, T value, int lane) {
 template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int bits) {
   return ec::emulator::exchange(mask, value, ec::emulator::thread().lane ^ bits);
+}
+template <class T>
+T reduceWarp(unsigned mask, T value, T (*join)(T, T)) {
+  for (int lane = 0; lane < 32; ++lane) {
+    if (mask >> lane & 1) value = join(value, ec::emulator::exchange(mask, value, lane));
+  }
+  return value;
+}
+inline unsigned __reduce_max_sync(unsigned mask, unsigned value) {
+  return reduceWarp<unsigned>(mask, value, [](unsigned a, unsigned b) { return a > b ? a : b; });
+}
+inline unsigned __reduce_min_sync(unsigned mask, unsigned value) {
+  return reduceWarp<unsigned>(mask, value, [](unsigned a, unsigned b) { return a < b ? a : b; });
 }
 inline unsigned __ballot_sync(unsigned mask, bool set) {
   std::memset(ec::emulator::warpSlots()[ec::emulator::thread().lane], 0, 32);
@@ -124,6 +155,7 @@ inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline long long __mul64hi(long long a, long long b) {
   return static_cast<long long>(static_cast<__int128>(a) * b >> 64);
 }
+inline int __ffs(unsigned bits) { return __builtin_ffs(static_cast<int>(bits)); }
 inline unsigned __float_as_uint(float value) {
   unsigned bits;
   std::memcpy(&bits, &value, 4);
