@@ -196,6 +196,7 @@ class SlotBackend(ABC):
     def restore(self, slot: int, snapshot: Snapshot) -> None:
         """See Backend."""
         row = self._row(slot)
+        snapshot.check(self.kv_type)
         self._clear(row)
         self._admit(row, snapshot.tokens)
         self._states.load(row, snapshot.tokens, snapshot.parts)
