@@ -108,6 +108,19 @@ def test_norm_activation_and_residual(kernels: Kernels, codec: Codec) -> None:
 
 
 @pytest.mark.parametrize("codec", BLOCKS)
+@pytest.mark.parametrize(("n", "k", "groups"), [(70, 5200, 1), (40, 5200, 8), (8200, 600, 1)])
+def test_long_rows_and_many_rows(
+    kernels: Kernels, codec: Codec, n: int, k: int, groups: int
+) -> None:
+    """More blocks than are in flight, more columns than are held, more rows than CTAs."""
+    w, x = matrices(kernels, codec, n, k), rows(3, k)
+    norm = Norm(rows(1, k, seed=2)[0], 1e-5, groups)
+    together = linear(kernels, x, w, norm=norm)
+    assert relative(together, w.product(rms_norm(x, norm))) <= tolerances.ROUNDED_ACTIVATIONS
+    assert same_bits(together[1:2], linear(kernels, x[1:2], w, norm=norm))
+
+
+@pytest.mark.parametrize("codec", BLOCKS)
 def test_squared_activations_stay_finite_and_accurate(kernels: Kernels, codec: Codec) -> None:
     w = matrices(kernels, codec, 40, 192)
     x = np.square(rows(6, 192)) * np.float32(1e9)

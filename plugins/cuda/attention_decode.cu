@@ -82,8 +82,8 @@ template <class Kv, int kDims>
 ec_status decode(ec_stream stream, const ec_step& step, const ec_attention& a,
                  const Scratch& scratch) {
   const dim3 grid(scratch.splits, a.kv_heads * Layout(a).tiles, step.n_seq);
-  EC_TRY(launchEarly("attention_decode", attendSplits<Kv, kDims>, grid, kThreads,
-                     Shared::bytes(a), stream, step, step, a, scratch.partial));
+  EC_TRY(launchEarly("attention_decode", attendSplits<Kv, kDims>, grid, kThreads, Shared::bytes(a),
+                     stream, step, step, a, scratch.partial));
   return launchEarly("attention_decode", joinSplits, dim3(a.heads, step.n_seq), kThreads, 0, stream,
                      step, step, a, scratch.partial, scratch.splits);
 }

@@ -52,10 +52,11 @@ struct GemvShape {
   // Bytes from the start of the shared memory, which begins with the slots, and all of it.
   int octetsAt, zeroAt, startsAt, factorsAt, sumsAt, squaresAt, gammaAt, inverseAt, sourceAt, bytes;
 
-  // `rows` rows of k columns: as many columns at once as a CTA has room for, 64 KB of them at most,
-  // and gamma.
+  // `rows` rows of k columns: as many columns at once as a CTA has room for beside `others` bytes,
+  // 64 KB of them at most, and gamma.
   GemvShape() = default;
-  GemvShape(int rowsOfX, int warps, int slotsOfRing, int bytesOfSlot, int k, const ec_norm& norm)
+  GemvShape(int rowsOfX, int warps, int slotsOfRing, int bytesOfSlot, int k, const ec_norm& norm,
+            int others = 0)
       : rows(rowsOfX),
         slots(slotsOfRing),
         slotBytes(bytesOfSlot),
@@ -64,10 +65,10 @@ struct GemvShape {
     const int most = 512 / rows / kChunkBlocks;
     staged = (chunks < most ? chunks : most) * kChunkBlocks;
     gamma = norm.gamma ? chunks * kChunkBlocks * kGroup : 0;
+    const int room = limits().shared - others;
     place(warps, norm);
-    for (; bytes > limits().shared && staged > kChunkBlocks; place(warps, norm))
-      staged -= kChunkBlocks;
-    if (bytes > limits().shared) gamma = 0;
+    for (; bytes > room && staged > kChunkBlocks; place(warps, norm)) staged -= kChunkBlocks;
+    if (bytes > room) gamma = 0;
     place(warps, norm);
   }
 
@@ -86,7 +87,7 @@ struct GemvShape {
     take(sumsAt, warps * rows * 33 * 4);
     take(squaresAt, rows * chunks * 4);
     take(gammaAt, gamma * 4);
-    take(inverseAt, groupsOf(norm) > 1 ? rows * norm.groups * 4 : 0);
+    take(inverseAt, rows * groupsOf(norm) * 4);
     take(sourceAt, rows * 4);
   }
 };
@@ -116,25 +117,27 @@ struct GemvShared {
   __device__ __forceinline__ float* squares() const { return at<float>(shape.squaresAt); }
   // [columns] of the norm
   __device__ __forceinline__ float* gamma() const { return at<float>(shape.gammaAt); }
-  // [rows][groups] of a norm of several groups
+  // [rows][groups] 1 / sqrt(mean + eps) of the norm
   __device__ __forceinline__ float* inverse() const { return at<float>(shape.inverseAt); }
   // [rows] which row of x a row is, or -1
   __device__ __forceinline__ int* source() const { return at<int>(shape.sourceAt); }
 };
 
-// One launch: a CTA for each row of blocks, but no more than the device runs at once.
+// One launch: a CTA for each row of blocks, but no more than the device runs at once. `behind`:
+// bytes of shared memory that follow the shape's; `others`: those and static ones.
 struct GemvCall {
   GemvShape shape;
   int ctas;
   size_t shared;
 };
 template <class Codec, int kWarps, class Kernel>
-GemvCall gemvCall(Kernel kernel, int rows, int rowsOfBlocks, int k, const ec_norm& norm) {
+GemvCall gemvCall(Kernel kernel, int rows, int rowsOfBlocks, int k, const ec_norm& norm,
+                  int behind = 0, int others = 0) {
   const int perRow = ceilDiv(k, kGroup), most = kWarps * kDepth<Codec, kWarps>;
   const auto callWith = [&](int slots) {
     GemvCall call;
-    call.shape = GemvShape(rows, kWarps, slots, Codec::kBytes, k, norm);
-    call.shared = call.shape.bytes;
+    call.shape = GemvShape(rows, kWarps, slots, Codec::kBytes, k, norm, others);
+    call.shared = call.shape.bytes + behind;
     const int resident = residentBlocks(kernel, kWarps * kWarp, call.shared);
     call.ctas = rowsOfBlocks < resident ? rowsOfBlocks : resident;
     return call;
@@ -156,8 +159,7 @@ class Ring {
   __device__ Ring(unsigned char* slots, int slotBytes)
       : warp_(warpIndex()),
         stride_(kWarps * slotBytes),
-        first_(slots + warp_ * slotBytes + threadIdx.x % kWarp * 16),
-        front_(first_) {}
+        first_(slots + warp_ * slotBytes + threadIdx.x % kWarp * 16) {}
 
   // Requests what there is room for.
   template <class Segments>
@@ -177,14 +179,14 @@ class Ring {
   __device__ __forceinline__ const unsigned char* front() const {
     waitAsync<kSlots - 1>();
     __syncwarp();
-    return front_;
+    return first_ + head_;
   }
   template <class Segments>
   __device__ __forceinline__ void pop(const Segments& segments) {
     __syncwarp();
-    if (seek(segments)) request(segments, front_);
+    if (seek(segments)) request(segments, first_ + head_);
     commitAsync();
-    front_ = front_ == first_ + (kSlots - 1) * stride_ ? first_ : front_ + stride_;
+    head_ = head_ == (kSlots - 1) * stride_ ? 0 : head_ + stride_;
   }
   __device__ __forceinline__ void drain() const { waitAsync<0>(); }
 
@@ -208,10 +210,10 @@ class Ring {
     --left_;
   }
 
-  int warp_, stride_, pending_ = 0;
-  unsigned char *first_, *front_;  // slots of the warp, the lane's first piece in each
-  const uint8_t* at_ = nullptr;    // the lane's first piece of what is requested next
-  int next_ = 0, left_ = 0;        // segment; blocks left of the one before
+  int warp_, stride_, pending_ = 0, head_ = 0;  // head_: bytes from the first slot to the next
+  unsigned char* first_;                        // the lane's first piece in the warp's first slot
+  const uint8_t* at_ = nullptr;                 // the lane's first piece of what is requested next
+  int next_ = 0, left_ = 0;                     // segment; blocks left of the one before
 };
 
 // The lane's first piece of a block.
@@ -369,6 +371,7 @@ __device__ __forceinline__ bool isAligned(const float* rows, int k) {
 template <int kAhead, class Load, class Pack>
 __device__ __forceinline__ void stageTasks(int tasks, int warp, int warps, const Load& load,
                                            const Pack& pack) {
+#pragma unroll 1
   for (int task = warp; task < tasks; task += kAhead * warps) {
     decltype(load(0)) loaded[kAhead];
 #pragma unroll
@@ -438,13 +441,18 @@ struct NormedRows {
     });
   }
 
-  // What a norm over the whole row multiplies the result by; each warp for itself.
-  __device__ __forceinline__ float factor(const GemvShared& shared, int i) const {
-    if (!norm.gamma || norm.groups > 1) return 1.f;
+  // Warp i < n, after all columns have been staged: what a norm over the whole of row i multiplies
+  // its results by.
+  __device__ __forceinline__ void findFactor(const GemvShared& shared, int i) const {
+    if (!norm.gamma || norm.groups > 1 || i >= n) return;
     float sum = 0.f;
     for (int c = threadIdx.x % kWarp; c < shared.shape.chunks; c += kWarp)
       sum += shared.squares()[i * shared.shape.chunks + c];
-    return 1.f / sqrtf(warpSum(sum) / k + norm.eps);
+    sum = warpSum(sum);
+    if (threadIdx.x % kWarp == 0) shared.inverse()[i] = 1.f / sqrtf(sum / k + norm.eps);
+  }
+  __device__ __forceinline__ float factor(const GemvShared& shared, int i) const {
+    return norm.gamma && norm.groups == 1 ? shared.inverse()[i] : 1.f;
   }
 
  private:
@@ -512,14 +520,15 @@ __device__ __forceinline__ void multiplySegments(RingOf& ring, const Segments& s
   const int warp = warpIndex(), g = threadIdx.x % kWarp / 4;
   const int blocks = ceilDiv(rows.k, kGroup), n = rows.n, staged = shared.shape.staged;
   const int column = g < n ? g : n - 1;  // what it adds there is never read
-  float factor = 1.f;
   if (groupsOf(rows.norm) > 1) {
     rows.findInverses(shared, warp, kWarps);
     __syncthreads();
   }
+#pragma unroll 1
   for (int segment = 0; segment < segments.size(); ++segment) {
     float sum[2][4] = {};
     int kb = warp;
+#pragma unroll 1
     for (int origin = 0; origin < blocks; origin += staged) {
       if (staged < blocks || segment == 0) {
         if (segment > 0 || origin > 0) __syncthreads();
@@ -527,13 +536,14 @@ __device__ __forceinline__ void multiplySegments(RingOf& ring, const Segments& s
         __syncthreads();
       }
       const int end = min(origin + staged, blocks);
-      if (segment == 0 && end == blocks && warp < n) factor = rows.factor(shared, warp);
+      if (segment == 0 && end == blocks) rows.findFactor(shared, warp);
       const Columns columns(shared, column, kb - origin, kWarps);
       kb = addBlocks<Codec, kWarps>(ring, segments, kb, end, columns, sum);
     }
     if (segment > 0) __syncthreads();  // the sums of the one before have been read
-    reduceWarps<kWarps>(sum, shared, n,
-                        [&](int i, int r, float total) { take(segment, i, r, total * factor); });
+    reduceWarps<kWarps>(sum, shared, n, [&](int i, int r, float total) {
+      take(segment, i, r, total * rows.factor(shared, i));
+    });
   }
 }
 

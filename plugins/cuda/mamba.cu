@@ -58,7 +58,8 @@ __device__ __forceinline__ int channelOf(const ec_mamba& args, const Layout& m, 
 
 // kColumns: columns of the state that a lane keeps.
 template <int kColumns>
-__global__ void __launch_bounds__(kThreads, 2) scan(ec_step step, ec_mamba args) {
+__global__ void __launch_bounds__(kThreads, kColumns > 4 ? 3 : 4)
+    scan(ec_step step, ec_mamba args) {
   startDependents();
   const int sequence = blockIdx.z, head = blockIdx.x, row0 = blockIdx.y * kRows;
   if (sequence >= liveSequences(step)) return awaitEarlier();

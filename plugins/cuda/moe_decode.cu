@@ -192,6 +192,7 @@ struct Taken {
   // Which of its experts, ascending, it is to a token.
   __device__ __forceinline__ int rank(int token, int expert) const {
     int before = __popc(set[token][expert / 32] & ((1u << expert % 32) - 1));
+#pragma unroll 1
     for (int j = 0; j < expert / 32; ++j) before += __popc(set[token][j]);
     return before;
   }
@@ -301,37 +302,35 @@ __global__ void __launch_bounds__(kFewWarps* kWarp, kCtasAtOnce<Codec, kFewWarps
 // The blocks behind 32 rows of y: the shared expert's, then those of each taken one.
 template <class Codec, class SharedCodec>
 struct DownRow {
-  const uint8_t *routed, *common;
-  int64_t stride;
+  const ec_moe& args;
   const Taken& taken;
-  int perExpert, perShared;
   int known = 0;  // experts
 
-  __device__ DownRow(const ec_moe& args, const Taken& of)
-      : routed(static_cast<const uint8_t*>(args.down.data)),
-        common(static_cast<const uint8_t*>(args.shared_down.data)),
-        stride(args.down.expert_stride),
-        taken(of),
-        perExpert(ceilDiv(args.down.k, kGroup)),
-        perShared(common ? ceilDiv(args.shared_down.k, kGroup) : 0) {
-    routed += int64_t(blockIdx.x) * perExpert * Codec::kBytes;
-    common += int64_t(blockIdx.x) * perShared * SharedCodec::kBytes;
+  __device__ __forceinline__ int perExpert() const { return ceilDiv(args.down.k, kGroup); }
+  __device__ __forceinline__ int perShared() const {
+    return args.shared_down.data ? ceilDiv(args.shared_down.k, kGroup) : 0;
   }
-  __device__ __forceinline__ bool isShared(int i) const { return perShared && i == 0; }
-  __device__ __forceinline__ int expert(int i) const { return taken.active[i - !!perShared]; }
-  __device__ __forceinline__ int size() const { return !!perShared + known; }
-  __device__ __forceinline__ int blocks(int i) const { return isShared(i) ? perShared : perExpert; }
+  __device__ __forceinline__ int common() const { return args.shared_down.data ? 1 : 0; }
+  __device__ __forceinline__ bool isShared(int i) const { return i < common(); }
+  __device__ __forceinline__ int expert(int i) const { return taken.active[i - common()]; }
+  __device__ __forceinline__ int size() const { return common() + known; }
+  __device__ __forceinline__ int blocks(int i) const {
+    return isShared(i) ? perShared() : perExpert();
+  }
   // Where one ends with a part of the warps, another begins with the others, for most.
   __device__ __forceinline__ int start(int i, int warp) const {
-    return isShared(i) ? warp
-                       : (warp + expert(i) * (kManyWarps - perExpert % kManyWarps)) % kManyWarps;
+    const int rest = kManyWarps - perExpert() % kManyWarps;
+    return isShared(i) ? warp : (warp + expert(i) * rest) % kManyWarps;
   }
   __device__ __forceinline__ int bytes(int i) const {
     return isShared(i) ? SharedCodec::kBytes : Codec::kBytes;
   }
   __device__ __forceinline__ const uint8_t* base(int i) const {
-    return isShared(i) ? firstPiece<SharedCodec>(common)
-                       : firstPiece<Codec>(routed + stride * expert(i));
+    const ec_weight& w = isShared(i) ? args.shared_down : args.down;
+    const uint8_t* row =
+        static_cast<const uint8_t*>(w.data) + int64_t(blockIdx.x) * blocks(i) * bytes(i);
+    return isShared(i) ? firstPiece<SharedCodec>(row)
+                       : firstPiece<Codec>(row + w.expert_stride * expert(i));
   }
   __device__ __forceinline__ void copy(int i, const uint8_t* from, unsigned char* slot) const {
     if (isShared(i)) return copyBlock<SharedCodec>(from, slot);
@@ -339,13 +338,12 @@ struct DownRow {
   }
   // Hidden values are staged in chunks of four blocks, each segment from a chunk of its own on.
   __device__ __forceinline__ int chunksBefore(int i) const {
-    const int common = ceilDiv(perShared, kChunkBlocks);
-    return isShared(i) ? 0 : common + (i - !!perShared) * ceilDiv(perExpert, kChunkBlocks);
+    const int all = ceilDiv(perShared(), kChunkBlocks);
+    return isShared(i) ? 0 : all + (i - common()) * ceilDiv(perExpert(), kChunkBlocks);
   }
   __device__ __forceinline__ int segmentOf(int chunk) const {
-    const int common = ceilDiv(perShared, kChunkBlocks);
-    if (chunk < common) return 0;
-    return !!perShared + (chunk - common) / ceilDiv(perExpert, kChunkBlocks);
+    const int all = ceilDiv(perShared(), kChunkBlocks);
+    return chunk < all ? 0 : common() + (chunk - all) / ceilDiv(perExpert(), kChunkBlocks);
   }
 };
 
@@ -407,8 +405,12 @@ constexpr int kDownDepth =
     kDepth<Codec, kManyWarps> < kDepth<SharedCodec, kManyWarps> ? kDepth<Codec, kManyWarps>
                                                                 : kDepth<SharedCodec, kManyWarps>;
 
+// Two codecs are two loops, which take all the registers there are.
 template <class Codec, class SharedCodec>
-__global__ void __launch_bounds__(kBeside, 1)
+constexpr int kBesideDown = std::is_same_v<Codec, SharedCodec> ? kBeside : kManyWarps* kWarp;
+
+template <class Codec, class SharedCodec>
+__global__ void __launch_bounds__(kBesideDown<Codec, SharedCodec>, 1)
     down(ec_step step, ec_moe args, Scratch scratch, GemvShape shape) {
   __shared__ Taken taken;
   __shared__ float weights[kMostTaken];  // [n][top_k]
@@ -416,7 +418,7 @@ __global__ void __launch_bounds__(kBeside, 1)
   const int topK = args.top_k, lane = threadIdx.x % kWarp, warp = warpIndex();
   const int g = lane / 4;
   const GemvShared shared(shape);
-  DownRow<Codec, SharedCodec> segments(args, taken);
+  DownRow<Codec, SharedCodec> segments{args, taken};
   Ring<kManyWarps, kDownDepth<Codec, SharedCodec>> ring(shared.base, shape.slotBytes);
   ring.fill(segments);
   const int n = liveRows(step);
@@ -446,11 +448,13 @@ __global__ void __launch_bounds__(kBeside, 1)
   const int chunks = segments.chunksBefore(segments.size()), held = shape.staged / kChunkBlocks;
   float sum[2][4] = {};
   int segment = 0, kb = segments.size() ? segments.start(0, warp) : 0;
+#pragma unroll 1
   for (int from = 0; from < chunks; from += held) {
     const int to = min(from + held, chunks);
     if (from > 0) __syncthreads();
     hidden.template stage<Codec, SharedCodec>(shared, from, to);
     __syncthreads();
+#pragma unroll 1
     while (segment < segments.size()) {
       const int before = segments.chunksBefore(segment), blocks = segments.blocks(segment);
       const int end = min(blocks, (to - before) * kChunkBlocks);
@@ -483,7 +487,7 @@ ec_status launchFirst(ec_stream stream, const ec_step& step, const ec_moe& args,
   const int routers = args.force ? 0 : ceilDiv(args.up.experts, kRouterExperts);
   if (rows + routers == 0) return EC_OK;
   const GemvShape shape(step.n_tok, kManyWarps, perRow < most ? perRow : most, Codec::kBytes, d,
-                        args.norm);
+                        args.norm, static_cast<int>(sizeof(RouterParts)));
   return launchEarly("moe", first<Codec>, dim3(routers + rows), kManyWarps * kWarp, shape.bytes,
                      stream, step, step, args, scratch, shape, routers);
 }
@@ -497,8 +501,10 @@ template <class Codec>
 ec_status launchUp(ec_stream stream, const ec_step& step, const ec_moe& args,
                    const Scratch& scratch) {
   const int rows = mostTaken(step, args) * ceilDiv(args.up.n, kBlockRows);
-  GemvCall call = gemvCall<Codec, kFewWarps>(up<Codec>, step.n_tok, rows, args.up.k, args.norm);
-  call.shared += size_t(2) * step.n_tok * args.up.experts * sizeof(float);
+  const int scores = 2 * step.n_tok * args.up.experts * static_cast<int>(sizeof(float));
+  const GemvCall call =
+      gemvCall<Codec, kFewWarps>(up<Codec>, step.n_tok, rows, args.up.k, args.norm, scores,
+                                 scores + static_cast<int>(sizeof(Taken)));
   return launchEarly("moe", up<Codec>, dim3(call.ctas), kFewWarps * kWarp, call.shared, stream,
                      step, step, args, scratch, call.shape);
 }
@@ -511,7 +517,8 @@ ec_status launchDown(ec_stream stream, const ec_step& step, const ec_moe& args,
                      (args.shared_down.data ? chunksOf(args.shared_down.k) : 0);
   const int slotBytes = Codec::kBytes > SharedCodec::kBytes ? Codec::kBytes : SharedCodec::kBytes;
   const GemvShape shape(step.n_tok, kManyWarps, kManyWarps * kDownDepth<Codec, SharedCodec>,
-                        slotBytes, chunks * kChunkBlocks * kGroup, ec_norm{});
+                        slotBytes, chunks * kChunkBlocks * kGroup, ec_norm{},
+                        static_cast<int>(sizeof(Taken) + kMostTaken * sizeof(float)));
   return launchEarly("moe", down<Codec, SharedCodec>, dim3(ceilDiv(args.down.n, kBlockRows)),
                      kManyWarps * kWarp, shape.bytes, stream, step, step, args, scratch, shape);
 }

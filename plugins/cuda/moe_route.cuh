@@ -131,6 +131,7 @@ __device__ __forceinline__ uint32_t chooseExperts(const ec_moe& args, const floa
 template <class Id>
 __device__ __forceinline__ void listSet(uint32_t word, int experts, Id* ids) {
   const int lane = threadIdx.x % kWarp;
+#pragma unroll 1
   for (int j = 0, before = 0; j < ceilDiv(experts, kWarp); ++j) {
     const uint32_t bits = __shfl_sync(kAll, word, j);
     if (bits >> lane & 1) ids[before + __popc(bits & ((1u << lane) - 1))] = kWarp * j + lane;

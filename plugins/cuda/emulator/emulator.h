@@ -108,18 +108,21 @@ template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int bits) {
   return ec::emulator::exchange(mask, value, ec::emulator::thread().lane ^ bits);
 }
-template <class T>
-T reduceWarp(unsigned mask, T value, T (*join)(T, T)) {
+template <class Join>
+unsigned reduceWarp(unsigned mask, unsigned value, const Join& join) {
+  ec::emulator::warpSlots()[ec::emulator::thread().lane][0] = value;
+  ec::emulator::warpBarrier(mask);
   for (int lane = 0; lane < 32; ++lane) {
-    if (mask >> lane & 1) value = join(value, ec::emulator::exchange(mask, value, lane));
+    if (mask >> lane & 1) value = join(value, ec::emulator::warpSlots()[lane][0]);
   }
+  ec::emulator::warpBarrier(mask);
   return value;
 }
 inline unsigned __reduce_max_sync(unsigned mask, unsigned value) {
-  return reduceWarp<unsigned>(mask, value, [](unsigned a, unsigned b) { return a > b ? a : b; });
+  return reduceWarp(mask, value, [](unsigned a, unsigned b) { return a > b ? a : b; });
 }
 inline unsigned __reduce_min_sync(unsigned mask, unsigned value) {
-  return reduceWarp<unsigned>(mask, value, [](unsigned a, unsigned b) { return a < b ? a : b; });
+  return reduceWarp(mask, value, [](unsigned a, unsigned b) { return a < b ? a : b; });
 }
 inline unsigned __ballot_sync(unsigned mask, bool set) {
   std::memset(ec::emulator::warpSlots()[ec::emulator::thread().lane], 0, 32);
