@@ -62,10 +62,6 @@ struct U4 {
     pair[2] = word & 0x00f000f0u;
     pair[3] = next & 0x00f000f0u;
   }
-  static __device__ __forceinline__ Codes load(const uint8_t* block, int g, int t) {
-    return {{loadStreaming(block + (t * 32 + 4 * g) * 4),
-             loadStreaming(block + ((t + 4) * 32 + 4 * g) * 4)}};
-  }
   // 0x6400 is 1024 as a half, whose last bit is worth 1: a code in the low bits adds itself.
   static __device__ __forceinline__ Octet row(const Codes& codes, int octet, int r) {
     const uint32_t word = (&codes.octet[octet].x)[r], next = word >> 8;
@@ -100,14 +96,6 @@ struct I8 {
       pair[2 * i + 1] = word >> 8 & 0x00ff00ffu;
     }
   }
-  static __device__ __forceinline__ Codes load(const uint8_t* block, int g, int t) {
-    Codes codes;
-    for (int i = 0; i < 4; ++i) {
-      const int quad = 2 * (t + i / 2 * 4) + i % 2;
-      codes.quad[i] = loadStreaming(block + (quad * 32 + 4 * g) * 4);
-    }
-    return codes;
-  }
   static __device__ __forceinline__ Octet row(const Codes& codes, int octet, int r) {
     const uint32_t low = (&codes.quad[2 * octet].x)[r] ^ 0x80808080u;  // code + 128, unsigned
     const uint32_t high = (&codes.quad[2 * octet + 1].x)[r] ^ 0x80808080u;
@@ -118,12 +106,6 @@ struct I8 {
              __hsub2(asHalves(__byte_perm(high, 0x64646464u, 0x4341)), offset)}};
   }
 };
-
-// The scales of rows 4g .. 4g+3.
-template <class Codec>
-__device__ __forceinline__ uint2 loadScales(const uint8_t* block, int g) {
-  return __ldg(reinterpret_cast<const uint2*>(block + Codec::kScales + 8 * g));
-}
 
 // Two tiles of 16 rows by 8 columns of activations, summed over a block's 64 columns: stored codes
 // times 2^-24, from `start` on. b holds octets t and t + 4 of the activations of column g.
