@@ -56,9 +56,10 @@ __device__ __forceinline__ int channelOf(const ec_mamba& args, const Layout& m, 
                         : m.inner + args.groups * args.state + group * args.state + n - args.state;
 }
 
-// kColumns: columns of the state that a lane keeps.
+// kColumns: columns of the state that a lane keeps. Four CTAs a multiprocessor for the 30B's 128
+// columns; other widths spill on sm_110 then.
 template <int kColumns>
-__global__ void __launch_bounds__(kThreads, kColumns > 4 ? 3 : 4)
+__global__ void __launch_bounds__(kThreads, kColumns == 4 ? 4 : 3)
     scan(ec_step step, ec_mamba args) {
   startDependents();
   const int sequence = blockIdx.z, head = blockIdx.x, row0 = blockIdx.y * kRows;
