@@ -294,7 +294,7 @@ def penalised(logits: Floats, row: SampleRow) -> Floats:
 def logprob(logits: Logits, token: int) -> float:
     """Log softmax of a row at one token."""
     logits = np.asarray(logits)
-    return float(logits[token] - _logsumexp(logits))
+    return float(logits[token]) - _logsumexp(logits)
 
 
 def top_logprobs(logits: Logits, n: int) -> tuple[tuple[int, float], ...]:
@@ -303,7 +303,7 @@ def top_logprobs(logits: Logits, n: int) -> tuple[tuple[int, float], ...]:
     norm = _logsumexp(logits)
     scores = np.where(np.isnan(logits), -np.inf, logits)
     order = np.argsort(-scores, kind="stable")[:n]
-    return tuple((int(token), float(scores[token] - norm)) for token in order)
+    return tuple((int(token), float(scores[token]) - norm) for token in order)
 
 
 def _logsumexp(logits: Floats) -> float:

@@ -143,6 +143,12 @@ def test_draws_follow_the_probabilities(isa: str, top_p: float) -> None:
 
 
 @pytest.mark.parametrize("isa", ISAS)
+def test_large_logits_cost_the_log_probability_no_digits(isa: str) -> None:
+    logits = (2000 + np.random.default_rng(4).standard_normal((1, 5000))).astype(np.float32)
+    assert_as_defined(Kernels(isa), logits, [SampleRow(Sampling(), 0.3, NONE, NONE)])
+
+
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("temperature", [1e-38, 1e-9, 1e-3])
 def test_a_tiny_temperature_is_greedy(isa: str, temperature: float) -> None:
     logits = np.random.default_rng(2).standard_normal((1, 1000)).astype(np.float32)

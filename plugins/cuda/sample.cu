@@ -394,15 +394,19 @@ struct Lists {
   }
 };
 
-// log of the sum of exp over the raw logits.
-__device__ float logSum(Exchange& x, const Part* parts, int blocks) {
+// log of the sum of exp over the raw logits is top + log: kept apart, as a large top would cost the
+// other its last digits.
+struct LogSum {
+  float top, log;
+};
+__device__ LogSum logSum(Exchange& x, const Part* parts, int blocks) {
   float raw = -INFINITY, sum = 0.f;
   for (int b = threadIdx.x; b < blocks; b += blockDim.x) raw = fmaxf(raw, parts[b].rawTop);
   raw = blockReduce(x.values, raw, Largest());
   for (int b = threadIdx.x; b < blocks; b += blockDim.x) {
     if (parts[b].rawTop > -INFINITY) sum += parts[b].rawSum * expf(parts[b].rawTop - raw);
   }
-  return raw + logf(blockReduce(x.values, sum, Sum()));
+  return {raw, logf(blockReduce(x.values, sum, Sum()))};
 }
 
 __device__ int drawToken(const ec_sampling& p, float uniform, int unitBits, Lists lists) {
@@ -423,7 +427,8 @@ __global__ void __launch_bounds__(kPivots* kMostLanes)
   const int row = blockIdx.x, blocks = scratch.blocks;
   const ec_sampling p = args.params[row];
   const Part* parts = scratch.parts + int64_t(row) * blocks;
-  const float top = rowTop(x.values, parts, blocks), norm = logSum(x, parts, blocks);
+  const float top = rowTop(x.values, parts, blocks);
+  const LogSum norm = logSum(x, parts, blocks);
   int token = -1;
   if (isGreedy(p, top)) {
     int id = args.vocab;
@@ -449,7 +454,9 @@ __global__ void __launch_bounds__(kPivots* kMostLanes)
   }
   if (threadIdx.x == 0) {
     args.token[row] = token;
-    if (token >= 0) args.logprob[row] = args.logits[int64_t(row) * args.vocab + token] - norm;
+    if (token >= 0) {
+      args.logprob[row] = args.logits[int64_t(row) * args.vocab + token] - norm.top - norm.log;
+    }
   }
 }
 
