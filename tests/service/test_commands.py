@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -69,9 +69,31 @@ def test_ask_prints_the_answer(start: Start, mosquitto: LocalBroker) -> None:
     assert message.get("reasoning_content", "") in done.stderr
 
 
+@contextmanager
+def hangup(handler: signal.Handlers) -> Iterator[None]:
+    """Processes that are started meanwhile inherit how SIGHUP is taken."""
+    before = signal.signal(signal.SIGHUP, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_hangup_is_nothing_to_a_service_that_nohup_started(
+    start: Start, connect: Connect
+) -> None:
+    with hangup(signal.SIG_IGN):
+        process = start()
+    process.send_signal(signal.SIGHUP)
+    answer = connect("robot").chat("dev-1", ASK, max_completion_tokens=4, temperature=0)
+    assert answer.usage["completion_tokens"] == 4
+    assert process.poll() is None
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_drains_and_ends(start: Start, connect: Connect, number: signal.Signals) -> None:
-    process = start()
+    with hangup(signal.SIG_DFL):
+        process = start()
     client = connect("robot")
     stream = client.stream("dev-1", ASK, max_completion_tokens=400, flush_ms=0, temperature=0)
     pieces = iter(stream)
