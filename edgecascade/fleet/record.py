@@ -48,6 +48,11 @@ class Record:
     progress: Progress
     believed: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def begun(self) -> float:
+        """When the rollout was asked for, by the operator's clock."""
+        return self.order.expires - self.plan.valid_s
+
     def to_order(self) -> Order:
         """The order that is to be retained now: a function of this record alone."""
         plan, progress = self.plan, self.progress
@@ -119,19 +124,21 @@ class Records:
         return _parse(data, str(self._path(order)))
 
     def all(self) -> list[Record]:
-        """All records, the oldest first."""
+        """All records, those of a group from its oldest to its newest."""
         return sorted(map(self.read, self._names()), key=lambda record: record.progress.seq)
 
     def latest(self, group: str | None = None) -> Record:
-        """The newest rollout, of a group or of all.
+        """The newest rollout of a group, or of all: the one that was begun last.
 
         Raises:
             InvalidRequest: when there is none.
         """
-        mine = [record for record in self.all() if group in (None, record.order.group)]
+        # Numbers count within a group only: those of another may be ahead.
+        newest = {record.order.group: record for record in self.all()}
+        mine = [record for name, record in newest.items() if group in (None, name)]
         if not mine:
             raise InvalidRequest(f"no rollout in {self.folder}; start one with fleet rollout")
-        return mine[-1]
+        return max(mine, key=lambda record: record.begun)
 
     def check_newest(self, record: Record) -> None:
         """Only the newest order of a group is obeyed by its devices.

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,7 @@ class Shell:
 
     def __init__(self, home: Home, broker: LocalBroker, group: str, out: Any) -> None:
         self.home, self.broker, self.group, self._out = home, broker, group, out
+        self._begun: list[subprocess.Popen[str]] = []
 
     def run(self, *words: str) -> int:
         self._out.readouterr()
@@ -72,8 +73,15 @@ class Shell:
         process = subprocess.Popen(
             [*command, "--mqtt", self.broker.url, *words], stdout=subprocess.PIPE, text=True
         )
+        self._begun.append(process)
         assert process.stdout is not None
         return process, json.loads(list(islice(process.stdout, lines))[-1])
+
+    def close(self) -> None:
+        """A test that failed half-way leaves no controller behind."""
+        for process in self._begun:
+            with process:
+                process.kill()
 
     def lines(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in self._out.readouterr().out.splitlines()]
@@ -96,8 +104,9 @@ def shell(
     broker: LocalBroker,
     request: pytest.FixtureRequest,
     capsys: pytest.CaptureFixture[str],
-) -> Shell:
-    return Shell(Home(prepared), broker, request.node.name[5:60], capsys)
+) -> Iterator[Shell]:
+    with closing(Shell(Home(prepared), broker, request.node.name[5:60], capsys)) as opened:
+        yield opened
 
 
 def test_a_rollout_and_its_rollback(shell: Shell) -> None:

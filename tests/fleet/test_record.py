@@ -114,6 +114,20 @@ def test_numbers_grow_whatever_was_lost(tmp_path: Path) -> None:
     assert records.next_seq("site-7", 1 << 32, 1000.0) == (1 << 32) + 1000, "another epoch"
 
 
+def test_the_newest_of_all_is_the_one_begun_last(tmp_path: Path) -> None:
+    records = Records(tmp_path)
+    for name, group, seq, begun in (
+        ("o-1", "site-7", 1009, 1000.0),  # ahead, because it was signed again many times
+        ("o-2", "site-8", 1002, 1002.0),
+        ("o-3", "site-7", 1010, 900.0),  # after the operator's clock went back
+    ):
+        order = replace(ORDER, order=name, group=group, seq=seq, expires=begun + 1000.0)
+        records.write(replace(RECORD, order=order, progress=Progress(seq)))
+    assert records.latest().order.order == "o-2"
+    assert records.latest("site-7").order.order == "o-3", "within a group the numbers decide"
+    assert records.latest("site-8").order.order == "o-2"
+
+
 def test_damaged_and_unknown_records_are_named(tmp_path: Path) -> None:
     records = Records(tmp_path)
     with pytest.raises(InvalidRequest, match="start one"):
