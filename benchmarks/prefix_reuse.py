@@ -4,9 +4,9 @@
     python benchmarks/prefix_reuse.py BUNDLE [--turns 10] [--history 2000] [--repeats 6]
                                       [--json FILE]
 
-"reuse" starts where the last prompt ended and reads the last answer again; "prepared" has read that
-answer, too, while nothing else was to be done, as sessions do. Each turn is asked cold right after,
-so that both see the same machine; the tokens must be the same.
+"at once" asks the next turn before the last answer was read ahead, "ahead" after that. Each turn is
+asked cold right after, so that both see the same machine; the tokens must be the same. What is said
+are messages, rendered and tokenized each time; token ids where the bundle has no tokenizer.
 """
 
 from __future__ import annotations
@@ -26,13 +26,65 @@ from edgecascade.bench import circumstances
 from edgecascade.completion import Completion
 
 SEED = 20
-MODES = ("reuse", "prepared")
+MODES = ("at once", "ahead")
+WORDS = ("go", "to", "the", "dock", "bring", "red", "box", "from", "shelf", "seven", "stop", "turn")
 
 
-def ask(llm: LLM, prompt: list[int], answer: int, *, reuse: bool) -> tuple[float, Completion]:
+class Messages:
+    """A conversation in words."""
+
+    def __init__(self, llm: LLM, seed: int, history: int) -> None:
+        self._llm, self._draw = llm, np.random.default_rng(seed)
+        self.messages = [{"role": "system", "content": self._text(history)}]
+
+    def say(self, tokens: int) -> None:
+        """The user's turn."""
+        self.messages.append({"role": "user", "content": self._text(tokens)})
+
+    def asked(self) -> dict[str, Any]:
+        """What the model is asked."""
+        return {"messages": self.messages}
+
+    def heard(self, answer: Completion, *, ahead: bool) -> None:
+        """The model's turn, which was read ahead if it was to be."""
+        self.messages.append(answer.message)
+
+    def _text(self, tokens: int) -> str:
+        """Words of about so many tokens; with its marks a message has some more."""
+        words = self._draw.choice(WORDS, tokens).tolist()
+        ids = self._llm.tokenize(" ".join(words))
+        return self._llm.detokenize(ids[:tokens]).strip()
+
+
+class Tokens:
+    """A conversation in token ids."""
+
+    def __init__(self, llm: LLM, seed: int, history: int) -> None:
+        self._llm, self._draw = llm, np.random.default_rng(seed)
+        self._ends = sorted(llm.rule.boundary_ids)
+        self._ids: list[int] = []
+        self.say(history)
+
+    def say(self, tokens: int) -> None:
+        """The user's turn."""
+        ids = self._draw.integers(self._llm.vocab, size=max(tokens - 1, 0)).tolist()
+        self._ids += [token for token in ids if token not in self._ends] + self._ends[-1:]
+
+    def asked(self) -> dict[str, Any]:
+        """What the model is asked."""
+        return {"prompt": list(self._ids)}
+
+    def heard(self, answer: Completion, *, ahead: bool) -> None:
+        """The model's turn, which is read ahead if it is to be."""
+        self._ids += [*answer.token_ids, *self._ends[-1:]]
+        if ahead:
+            self._llm.prepare([*self._ids, 0])
+
+
+def ask(llm: LLM, asked: dict[str, Any], answer: int, **how: bool) -> tuple[float, Completion]:
     """Seconds from the call to the first token, and the whole answer."""
     began = time.perf_counter()
-    pieces = llm.stream(prompt, max_tokens=answer, ignore_eos=True, temperature=0, reuse=reuse)
+    pieces = llm.stream(**asked, max_tokens=answer, ignore_eos=True, temperature=0, **how)
     first = next(pieces)
     first_s = time.perf_counter() - began
     last = [first, *pieces][-1]
@@ -41,22 +93,17 @@ def ask(llm: LLM, prompt: list[int], answer: int, *, reuse: bool) -> tuple[float
 
 
 def conversation(
-    llm: LLM, args: argparse.Namespace, seed: int, *, prepared: bool
+    llm: LLM, args: argparse.Namespace, seed: int, *, ahead: bool
 ) -> list[dict[str, Any]]:
     """One row a turn."""
-    draw = np.random.default_rng(seed)
-    ends = sorted(llm.rule.boundary_ids)
-
-    def message(tokens: int) -> list[int]:
-        ids: list[int] = draw.integers(llm.vocab, size=max(tokens - 1, 0)).tolist()
-        return [token for token in ids if token not in ends] + ends[-1:]
-
-    prompt = message(args.history)
+    kind = Messages if llm.prompter.tokenizer else Tokens
+    talk = kind(llm, seed, args.history)
     rows = []
     for turn in range(1, args.turns + 1):
-        prompt = [*prompt, *message(args.said)]
-        first_s, warm = ask(llm, prompt, args.answer, reuse=True)
-        cold_s, cold = ask(llm, prompt, args.answer, reuse=False)
+        talk.say(args.said)
+        first_s, warm = ask(llm, talk.asked(), args.answer, read_ahead=ahead)
+        settle(llm)
+        cold_s, cold = ask(llm, talk.asked(), args.answer, reuse=False)
         rows.append(
             {
                 "turn": turn,
@@ -68,12 +115,15 @@ def conversation(
                 "same": warm.token_ids == cold.token_ids,
             }
         )
-        prompt = [*prompt, *warm.token_ids, *ends[-1:]]
-        if prepared:
-            llm.prepare([*prompt, 0])
-            while llm.stats().running or llm.stats().waiting:
-                time.sleep(0.005)
+        talk.heard(warm, ahead=ahead)
+        settle(llm)
     return rows
+
+
+def settle(llm: LLM) -> None:
+    """Wait until nothing is read ahead any more."""
+    while not llm.stats().idle:
+        time.sleep(0.005)
 
 
 def main() -> int:
@@ -93,7 +143,7 @@ def main() -> int:
         with LLM.load(args.bundle, args.backend, threads=args.threads) as llm:
             llm.generate([5], max_tokens=1, reuse=False)  # maps the weights
             runs[mode] = [
-                conversation(llm, args, SEED + number, prepared=mode == "prepared")
+                conversation(llm, args, SEED + number, ahead=mode == "ahead")
                 for number in range(args.repeats)
             ]
     same = all(row["same"] for mode in MODES for rows in runs[mode] for row in rows)

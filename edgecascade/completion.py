@@ -62,6 +62,24 @@ class Completion:
     seed: int
     bundle_id: str
 
+    @property
+    def finished(self) -> bool:
+        """Whether the model ended it, or its bound did, and not the caller or the clock."""
+        return self.finish_reason in ("stop", "length", "tool_calls")
+
+    @property
+    def message(self) -> dict[str, Any]:
+        """The answer as a message, with which the conversation goes on."""
+        message: dict[str, Any] = {"role": "assistant", "content": self.text}
+        if self.reasoning:
+            message["reasoning_content"] = self.reasoning
+        if self.tool_calls:
+            message["tool_calls"] = [
+                {"type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+                for call in self.tool_calls
+            ]
+        return message
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as for JSON."""
         return asdict(self)

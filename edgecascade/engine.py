@@ -2,7 +2,7 @@
 """The one thread that touches a backend: it does what the scheduler decides (docs/scheduler.md).
 
 A step: some requests leave, are parked or placed; one piece of one prompt; one token for each
-running answer.
+running answer. While there is nothing to do, what later prompts will begin with is read ahead.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ import logging
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -44,6 +46,7 @@ from edgecascade.snapshots import CacheStats, Entry, Path, PrefixCache
 log = logging.getLogger(__name__)
 
 CLOSED = "the LLM is closed; load the bundle again"
+MAX_AHEAD = 16  # conversations whose next turn waits to be read ahead
 
 
 class Job(Protocol):
@@ -145,12 +148,18 @@ class EngineStats:
     running: int
     waiting: int
     parked: int
+    ahead: int  # prompts to be read ahead
     steps: int
     decoded_tokens: int
     prefilled_tokens: int
     snapshots: int
     snapshot_bytes: int
     reuse: CacheStats
+
+    @property
+    def idle(self) -> bool:
+        """Whether there is nothing to do, and nothing to be read ahead."""
+        return not (self.running or self.waiting or self.parked or self.ahead)
 
 
 @dataclass
@@ -160,6 +169,7 @@ class _Task:
     end: int  # of what is to be read of the prompt
     reuse: bool
     keep: frozenset[int] = frozenset()  # cuts at which to keep the state
+    read: int = 0  # tokens of the prompt, up to a cut
     parked: Parked | None = None
     token: int = 0  # to be fed next
 
@@ -173,6 +183,8 @@ class Engine:
         self._scheduler = Scheduler(limits)
         self._tasks: dict[int, _Task] = {}
         self._ids = itertools.count(1)
+        self._ahead: deque[Callable[[], Array]] = deque(maxlen=MAX_AHEAD)
+        self._reading_ahead: tuple[int, bytes] | None = None  # a job, and the key of its end
         lock = threading.RLock()  # a callback may cancel or submit
         self._wake = threading.Condition(lock)  # for the engine: there is something to do
         self._room = threading.Condition(lock)  # for who waits to submit: the queue got shorter
@@ -211,6 +223,7 @@ class Engine:
         deadline = None if deadline_s is None else time.monotonic() + deadline_s
         with self._wake:
             id = next(self._ids)
+            self._overtake(path)
             request = Request(id, pieces, job.max_tokens, priority, client, deadline)
             ahead = self._enqueue(request, wait=wait)
             self._tasks[id] = _Task(job, path, pieces[-1], reuse and not isinstance(job, Call))
@@ -220,12 +233,7 @@ class Engine:
                 self._scheduler.finished(id, time.monotonic())
                 del self._tasks[id]
                 raise
-            if self._thread is None:
-                name = "edgecascade-engine"
-                self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-                self._thread.start()
-                _RUNNING.add(self)
-            self._wake.notify()
+            self._begin()
         return id
 
     def cancel(self, id: int) -> None:
@@ -245,6 +253,17 @@ class Engine:
         job = Preparation(tokens)
         self.submit(job, priority=priority, wait=priority < BACKGROUND)
         return job
+
+    def read_ahead(self, tokens: Callable[[], Array]) -> None:
+        """Keep the state after the beginning of a later prompt, once nothing else is to be done.
+
+        `tokens` is called then, on the engine's thread. The latest goes first, and takes the place
+        of the oldest where there are too many.
+        """
+        with self._wake:
+            if not self._closed and self._cache.max_bytes:
+                self._ahead.append(tokens)
+                self._begin()
 
     def kept(self, tokens: Array) -> Entry | None:
         """The longest kept state along these tokens."""
@@ -269,6 +288,7 @@ class Engine:
                 scheduler.running,
                 scheduler.waiting,
                 scheduler.parked,
+                len(self._ahead),
                 self._steps,
                 self._decoded,
                 self._prefilled,
@@ -285,6 +305,20 @@ class Engine:
             self._room.notify_all()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
+
+    def _begin(self) -> None:
+        """Wake the thread, which is only started now."""
+        if self._thread is None:
+            name = "edgecascade-engine"
+            self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+            self._thread.start()
+            _RUNNING.add(self)
+        self._wake.notify()
+
+    def _overtake(self, path: Path) -> None:
+        """Whoever asks for what is being read ahead goes on where that is."""
+        if self._reading_ahead is not None and self._reading_ahead[1] in path.keys:
+            self._scheduler.cancel(self._reading_ahead[0])
 
     def _enqueue(self, request: Request, *, wait: bool) -> int:
         while True:
@@ -323,9 +357,12 @@ class Engine:
             self._perform(arrangement)
         with self._wake:
             work = self._scheduler.work()
-            if work is None:
+            if work is None and (not self._ahead or self._scheduler.has_changed):
                 self._sleep()
                 return True
+        if work is None:
+            self._read_ahead(self._ahead[-1])
+            return True
         self._steps += 1
         if work.prefill:
             self._do_prefill(work.prefill)
@@ -338,6 +375,21 @@ class Engine:
         if self._closed or self._scheduler.has_changed:
             return
         self._wake.wait(None if deadline is None else max(deadline - time.monotonic(), 0))
+
+    def _read_ahead(self, tokens: Callable[[], Array]) -> None:
+        """Queue the preparation of a later prompt, unless its state is kept."""
+        try:
+            path = self._cache.rule.path(tokens())
+            if len(path.cuts) > 1 and not self._cache.has(path.upto(path.cuts[-2])):
+                job = self.prepare(path.tokens)
+                self._reading_ahead = job.id, path.keys[-2]
+        except EdgeCascadeError as error:
+            log.debug("a prompt is not read ahead: %s", error)
+        except Exception:
+            log.exception("a prompt could not be read ahead")
+        finally:
+            with self._wake, suppress(ValueError):  # too many newer ones
+                self._ahead.remove(tokens)
 
     def _perform(self, arrangement: Arrangement) -> None:
         for end in arrangement.ends:
@@ -352,6 +404,8 @@ class Engine:
     def _end(self, end: End) -> None:
         task = self._forget(end.id)
         if end.slot is not None:
+            if task.read and isinstance(task.job, Preparation):
+                self._keep(task.path.upto(task.read), end.slot)
             self._reset(end.slot)
         self._tell(task.job, end.reason, None)
 
@@ -413,6 +467,7 @@ class Engine:
         try:
             logits = self._backend.prefill(piece.slot, job.prompt[piece.begin : piece.end])
             self._prefilled += piece.end - piece.begin
+            task.read = piece.end
             if piece.end in task.keep:
                 self._keep(task.path.upto(piece.end), piece.slot)
             with self._wake:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import reprlib
 from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from types import TracebackType
@@ -365,27 +366,20 @@ class LLM:
     ) -> AsyncGenerator[Piece, None]:
         return apieces(lambda tell: self.ticket(prompt, params, tell), how)
 
-    def prepare(self, tokens: Sequence[int]) -> int | None:
-        """Read the beginning of a prompt while nothing else is to be done; its id, to give up."""
-        ids = np.array(tokens, np.int32)
-        if len(self.rule.cuts(ids)) == 1 or len(ids) > self.max_context:
-            return None
-        return self._engine.prepare(ids).id
+    def prepare(self, tokens: Tokens) -> None:
+        """Read the beginning of later prompts, once nothing else is to be done."""
+        ids = self._ids(tokens)
+        self._engine.read_ahead(lambda: ids)
 
-    def give_up(self, preparation: int) -> None:
-        """Stop reading a prompt in advance; what was kept so far stays."""
-        self._engine.cancel(preparation)
-
-    def kept(self, tokens: Sequence[int]) -> Entry | None:
+    def kept(self, tokens: Array) -> Entry | None:
         """The longest state along these tokens, computed now if need be."""
-        ids = np.array(tokens, np.int32)
-        if len(self.rule.cuts(ids)) == 1 or len(ids) > self.max_context:
+        if len(self.rule.cuts(tokens)) == 1 or len(tokens) > self.max_context:
             return None
-        job = self._engine.prepare(ids, priority=Queueing().priority)
+        job = self._engine.prepare(tokens, priority=Queueing().priority)
         job.over.wait()
         if job.error is not None:
             raise job.error
-        return self._engine.kept(ids)
+        return self._engine.kept(tokens)
 
     def keep(self, tokens: Array, state: Snapshot) -> bool:
         """Keep a state that was saved; False when there is no room for it."""
@@ -400,7 +394,7 @@ class LLM:
             return self.prompter.from_text(prompt, tools, raw=raw, thinking=params.thinking)
         if messages is not None:
             return self.prompter.from_messages(messages, tools, thinking=params.thinking)
-        return self.prompter.from_tokens(self._ids(prompt).tolist(), tools)
+        return self.prompter.from_tokens(self._ids(prompt), tools)
 
     def ticket(
         self,
@@ -409,7 +403,11 @@ class LLM:
         on_event: Callable[[Event], None] | None = None,
     ) -> Ticket:
         """A request, checked and ready to be submitted."""
-        return Ticket(self._engine, self._running(prompt, params), on_event, owner=self)
+        goes_on = None
+        if prompt.messages:
+            goes_on = partial(_next_turn, self.prompter, prompt, params.thinking)
+        running = self._running(prompt, params)
+        return Ticket(self._engine, running, on_event, owner=self, goes_on=goes_on)
 
     def _running(self, prompt: Prompt, params: SamplingParams) -> Running:
         self._check_fits(len(prompt.tokens))
@@ -493,6 +491,13 @@ class LLM:
                 f"the prompt has {tokens} tokens, the context holds {self.max_context}; "
                 "shorten it, or load with a larger max_context if the model allows"
             )
+
+
+def _next_turn(
+    prompter: Prompter, prompt: Prompt, thinking: bool | None, answer: Completion
+) -> Array:
+    """What the prompt after an answer begins with."""
+    return prompter.history([*prompt.messages, answer.message], prompt.tools, thinking=thinking)
 
 
 def _snapshot_bytes() -> int:

@@ -1,15 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """A conversation whose turns start where the model's kept states end.
 
-The next prompt is rendered from the messages as always. What of it was read before is found by the
-engine, token by token. After an answer the conversation is read as later prompts will show it,
-while nothing else is to be done: a template that drops old reasoning costs the next turn nothing.
+The next prompt is rendered from the messages as always. What of it was read before, and what was
+read ahead after the last answer, is found by the engine, token by token.
 """
 
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,7 +16,7 @@ import numpy as np
 from edgecascade.backends.base import Array, Snapshot
 from edgecascade.bundle import Bundle
 from edgecascade.completion import Completion, Piece
-from edgecascade.errors import EdgeCascadeError, InvalidRequest, SnapshotError
+from edgecascade.errors import InvalidRequest, SnapshotError
 from edgecascade.sampling import SamplingParams
 from edgecascade.snapshots import CutRule, Entry
 from edgecascade.statefile import SavedState, read_state, write_state
@@ -45,13 +43,7 @@ class Host(Protocol):
     ) -> Generator[Piece, None, None]:
         """Generate."""
 
-    def prepare(self, tokens: Sequence[int]) -> int | None:
-        """Read the beginning of a later prompt."""
-
-    def give_up(self, preparation: int) -> None:
-        """Stop reading it."""
-
-    def kept(self, tokens: Sequence[int]) -> Entry | None:
+    def kept(self, tokens: Array) -> Entry | None:
         """The longest state along these tokens."""
 
     def keep(self, tokens: Array, state: Snapshot) -> bool:
@@ -69,7 +61,6 @@ class Session:
         self._tools = checked_tools(tools)
         self._messages = [] if system is None else checked_messages([_message("system", system)])
         self._busy = False
-        self._preparation: int | None = None
 
     @classmethod
     def load(cls, llm: Host, path: str | Path) -> Session:
@@ -131,7 +122,9 @@ class Session:
         """
         if self._busy:
             raise InvalidRequest("this session is answering; finish or close its stream first")
-        entry = self._llm.kept(self._history()) if self._messages else None
+        entry = None
+        if self._messages:
+            entry = self._llm.kept(self._llm.prompter.history(self._messages, self._tools))
         state = SavedState(
             bundle_id=self._llm.bundle.id,
             family=self._llm.bundle.family,
@@ -153,22 +146,14 @@ class Session:
         if self._busy:
             raise InvalidRequest("this session is answering; finish or close its stream first")
         self._busy = True
-        if self._preparation is not None:
-            self._llm.give_up(self._preparation)
         try:
             for piece in pieces:
                 if piece.completion:
-                    self._messages = [*messages, _answer(piece.completion)]
-                    with suppress(EdgeCascadeError):  # it would only have saved time
-                        self._preparation = self._llm.prepare(self._history())
+                    self._messages = [*messages, piece.completion.message]
                 yield piece
         finally:
             pieces.close()
             self._busy = False
-
-    def _history(self) -> tuple[int, ...]:
-        """What the next prompt begins with, whatever is said."""
-        return self._llm.prompter.history(self._messages, self._tools)
 
 
 def _checked_history(messages: Any) -> list[dict[str, Any]]:
@@ -183,15 +168,3 @@ def _new_messages(content: Content) -> list[dict[str, Any]]:
     if isinstance(content, str | bytes):
         return checked_messages([_message("user", content)])
     return checked_messages([content] if isinstance(content, dict) else content)
-
-
-def _answer(completion: Completion) -> dict[str, Any]:
-    message = _message("assistant", completion.text)
-    if completion.reasoning:
-        message["reasoning_content"] = completion.reasoning
-    if completion.tool_calls:
-        message["tool_calls"] = [
-            {"type": "function", "function": {"name": call.name, "arguments": call.arguments}}
-            for call in completion.tool_calls
-        ]
-    return message

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgecascade.backends.base import Snapshot
+from edgecascade.text.turns import common_length
 
 Array = NDArray[Any]
 Parts = dict[tuple[int, str], Array]
@@ -52,7 +53,7 @@ class CutRule:
 
     def cuts(self, tokens: Array) -> tuple[int, ...]:
         """Ends of the pieces of a prompt, the last one its length."""
-        ends = np.flatnonzero(np.isin(tokens, list(self.boundary_ids))) + 1
+        ends = np.flatnonzero(self._ends(tokens)) + 1
         cuts, start, total = [], 0, len(tokens)
         while start < total:
             limit = start + self.chunk_tokens
@@ -71,6 +72,13 @@ class CutRule:
             keys.append(digest)
             start = cut
         return Path(tokens, cuts, tuple(keys))
+
+    def _ends(self, tokens: Array) -> Array:
+        """Which tokens end a message; there are too few such ids for a set operation to pay."""
+        found = np.zeros(len(tokens), np.bool_)
+        for token in self.boundary_ids:
+            found |= tokens == token
+        return found
 
     def is_boundary(self, tokens: Array, cut: int) -> bool:
         """Whether a message ends at this cut."""
@@ -182,7 +190,7 @@ class PrefixCache:
         for reach in range(STRIDE_TOKENS, len(tokens), STRIDE_TOKENS):
             kept.add(_last_up_to(inner, reach))
         for other in self._prompts.values():
-            kept.add(_last_up_to(inner, _common(tokens, other)))
+            kept.add(_last_up_to(inner, common_length(tokens, other)))
         self._remember(path)
         return frozenset(cut for cut in kept if cut > held)
 
@@ -262,10 +270,3 @@ class PrefixCache:
 
 def _last_up_to(cuts: Sequence[int], reach: int) -> int:
     return max((cut for cut in cuts if cut <= reach), default=0)
-
-
-def _common(a: Array, b: Array) -> int:
-    """How many tokens two prompts share at the beginning."""
-    size = min(len(a), len(b))
-    differ = np.flatnonzero(a[:size] != b[:size])
-    return int(differ[0]) if len(differ) else size

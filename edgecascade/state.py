@@ -173,9 +173,9 @@ class StatePool:
                 parts[layer, name] = pool[slot].copy()
         for layer, kv in self._kv.items():
             part = np.empty((2, tokens, kv.shape[2], kv.shape[4]), kv.dtype)
-            for page, at, end in self._page_spans(slot, tokens):
-                for columns, piece in self._pieces(layer, page):
-                    part[:, at:end, :, columns] = piece[:, :, : end - at].transpose(0, 2, 1, 3)
+            for (pages, rows), into in self._spans(slot, part):
+                for columns, piece in self._pieces(layer):
+                    into[..., columns] = piece[pages, :, :, :rows].transpose(1, 0, 3, 2, 4)
             parts[layer, "kv"] = part
         return parts
 
@@ -185,31 +185,38 @@ class StatePool:
         self.pages.grow(slot, tokens)
         for (layer, name), part in parts.items():
             if name == "kv":
-                for page, at, end in self._page_spans(slot, tokens):
-                    for columns, piece in self._pieces(layer, page):
-                        piece[:, :, : end - at] = part[:, at:end, :, columns].transpose(0, 2, 1, 3)
+                for (pages, rows), given in self._spans(slot, part):
+                    for columns, piece in self._pieces(layer):
+                        piece[pages, :, :, :rows] = given[..., columns].transpose(1, 0, 3, 2, 4)
             elif name == "conv":
                 pool = self._slots[layer, name]
                 pool[slot][_ring_rows(pool.shape[1], tokens)] = part
             else:
                 self._slots[layer, name][slot] = part
 
-    def _pieces(self, layer: int, page: int) -> Iterator[tuple[slice, Array]]:
-        """What a page is made of: columns of a snapshot's rows, and where they are in the page, as
-        [2, kv_heads, page_tokens, columns].
+    def _pieces(self, layer: int) -> Iterator[tuple[slice, Array]]:
+        """What pages are made of: columns of a snapshot's rows, and where they are in the pages, as
+        [pages, 2, kv_heads, page_tokens, columns].
         """
         kv, tokens, head_dim = self._kv[layer], self.pages.page_tokens, self._head_dim[layer]
-        flat = kv[page].reshape(*kv.shape[1:3], -1)
+        flat = kv.reshape(*kv.shape[:3], -1)
         for start, end in ((0, head_dim), (head_dim, kv.shape[4])):
             if start < end:
                 piece = flat[..., tokens * start : tokens * end]
-                yield slice(start, end), piece.reshape(*kv.shape[1:3], tokens, end - start)
+                yield slice(start, end), piece.reshape(*kv.shape[:3], tokens, end - start)
 
-    def _page_spans(self, slot: int, tokens: int) -> Iterator[tuple[int, int, int]]:
-        """Each page of a slot with the tokens [at, end) that it holds."""
+    def _spans(self, slot: int, part: Array) -> Iterator[tuple[tuple[Array, int], Array]]:
+        """Pages of a slot and how many tokens each holds, all full ones first; and where those are
+        in a snapshot's part [2, tokens, ...], as [2, pages, tokens in each, ...].
+        """
         size = self.pages.page_tokens
-        for page, at in zip(self.pages.pages(slot).tolist(), range(0, tokens, size), strict=False):
-            yield page, at, min(at + size, tokens)
+        full, rest = divmod(part.shape[1], size)
+        pages = self.pages.pages(slot)
+        for first, count, rows in ((0, full, size), (full, 1, rest)):
+            if count and rows:
+                held = part[:, first * size : first * size + count * rows]
+                each = held.reshape(2, count, rows, *part.shape[2:])  # a view
+                yield (pages[first : first + count], rows), each
 
 
 def _ring_rows(kernel: int, tokens: int) -> Array:

@@ -8,10 +8,9 @@ import threading
 from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import suppress
 from dataclasses import dataclass, fields
+from functools import partial
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from edgecascade.backends.base import Array
 from edgecascade.completion import Accepted, Completion, Event, Failure, Piece
@@ -34,13 +33,15 @@ class Queueing:
 
     `priority`: lower runs first, and may interrupt what is higher. `client`: those who ask take
     turns. `deadline_s`: from now; what is not done by then ends as it is. `reuse` False: neither
-    start from a kept state nor leave one.
+    start from a kept state nor leave one. `read_ahead` False: do not read a conversation's answer
+    for its next turn.
     """
 
     priority: int = 1
     client: str = ""
     deadline_s: float | None = None
     reuse: bool = True
+    read_ahead: bool = True
 
     def __post_init__(self) -> None:
         if isinstance(self.priority, bool) or not isinstance(self.priority, int):
@@ -50,8 +51,10 @@ class Queueing:
         late = self.deadline_s
         if late is not None and not (isinstance(late, int | float) and 0 < late < 1e9):
             raise InvalidRequest(f"deadline_s is {late!r}; it must be seconds above 0")
-        if not isinstance(self.reuse, bool):
-            raise InvalidRequest(f"reuse is {self.reuse!r}; it must be True or False")
+        for name in ("reuse", "read_ahead"):
+            if not isinstance(getattr(self, name), bool):
+                value = getattr(self, name)
+                raise InvalidRequest(f"{name} is {value!r}; it must be True or False")
 
     @classmethod
     def names(cls) -> frozenset[str]:
@@ -63,7 +66,7 @@ class Ticket:
     """A request under way. `on_event` is told Accepted, pieces, then a Completion or a Failure.
 
     Accepted comes on the submitting thread, the rest on the engine's: it must not block. `owner` is
-    kept alive until then.
+    kept alive until then. `goes_on` says with which tokens the next turn begins after an answer.
     """
 
     def __init__(
@@ -73,11 +76,12 @@ class Ticket:
         on_event: Callable[[Event], None] | None = None,
         *,
         owner: object = None,
+        goes_on: Callable[[Completion], Array] | None = None,
     ) -> None:
-        self.prompt: Array = np.array(running.prompt.tokens, np.int32)
+        self.prompt: Array = running.prompt.tokens
         self.max_tokens = running.room
         self._engine = engine
-        self._owner = owner
+        self._owner, self._goes_on = owner, goes_on
         self._running = running
         self._tell = on_event or _ignore
         self._id: int | None = None
@@ -88,6 +92,8 @@ class Ticket:
 
     def submit(self, how: Queueing, *, wait: bool) -> Ticket:
         """Queue it; `wait` for room in the queue rather than be refused."""
+        if not (how.reuse and how.read_ahead):
+            self._goes_on = None
         self._engine.submit(
             self,
             priority=how.priority,
@@ -166,6 +172,8 @@ class Ticket:
         self._over.set()  # first: a listener that fails must not keep others waiting
         for event in (*before, outcome):
             self._tell(event)
+        if self._goes_on and isinstance(outcome, Completion) and outcome.finished:
+            self._engine.read_ahead(partial(self._goes_on, outcome))
 
 
 def pieces(

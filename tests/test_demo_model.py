@@ -133,7 +133,7 @@ def test_the_same_prompt_as_the_runtime_makes(training: list[make_data.Sample]) 
     for sample in training[:500]:
         prompt = prompter.from_messages(list(sample.messages), TOOLS, thinking=sample.thinking)
         assert prompt.reasoning == sample.thinking
-        assert prompter.needed_tokenizer().decode(prompt.tokens, skip_special=False) == (
+        assert prompter.needed_tokenizer().decode(prompt.tokens.tolist(), skip_special=False) == (
             sample.prompt()
         )
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from edgecascade.backends.base import open_backend
 from edgecascade.backends.native import NativeBackend
 from edgecascade.bundle import Bundle
-from edgecascade.engine import Engine
+from edgecascade.engine import MAX_AHEAD, Engine
 from edgecascade.errors import (
     BackendError,
     ContextExceeded,
@@ -247,6 +247,74 @@ def test_a_prompt_can_be_prepared_in_advance(engine, alone):
     assert asked.wait() == "done"
     assert asked.cached == len(history)
     assert asked.tokens == alone(asked.prompt)
+
+
+def test_the_latest_is_read_ahead_first_and_only_while_nothing_else_is_to_be_done(engine):
+    running = engine()
+    prompts = [np.array([*words(40, n), 11, 12], np.int32) for n in range(MAX_AHEAD + 4)]
+    asked = []
+
+    def look(job):  # a step in which all of them are waiting
+        if len(job.tokens) == 1:
+            for n in range(len(prompts)):
+                running.read_ahead(lambda n=n: asked.append(n) or prompts[n])
+        assert not asked
+        assert len(job.tokens) == 1 or running.stats().ahead == MAX_AHEAD
+
+    busy = Job(words(10), 30, on_token=look)
+    running.submit(busy)
+    assert busy.wait() == "done"
+    assert busy.error is None
+    wait_until(lambda: running.stats().idle)
+    assert asked == list(range(MAX_AHEAD + 3, 3, -1)), "the oldest are too many"
+    assert running.stats().snapshots == MAX_AHEAD
+    for n in asked:
+        job = Job([*prompts[n], *words(3)])
+        running.submit(job)
+        assert job.wait() == "done"
+        assert job.cached == 41
+
+
+def test_who_asks_for_what_is_being_read_ahead_goes_on_where_that_is(engine, alone):
+    history = [*words(60), 11, *words(150, 1), 11]
+    turn = Job([*history, *words(9, 3)])
+    running = engine(fault=("prefill", lambda tokens: len(tokens) == 64 and ask(), None))
+
+    def ask():  # on the engine's thread, while the second piece of four is read
+        if turn.told == [] and running.stats().prefilled_tokens == 61:
+            running.submit(turn)
+        return False
+
+    running.read_ahead(lambda: np.array([*history, 12], np.int32))
+    assert turn.wait() == "done"
+    assert turn.cached == 61 + 64
+    assert turn.tokens == alone(turn.prompt)
+    wait_until(lambda: running.stats().idle)
+    assert running.stats().prefilled_tokens == len(turn.prompt), "nothing was read twice"
+
+
+def test_what_cannot_be_read_ahead_costs_nobody_anything(engine, caplog):
+    running = engine()
+
+    def fail():
+        raise ValueError("a template with a bug")
+
+    too_long = np.array([*words(2 * CONTEXT), 11, 12], np.int32)
+    with caplog.at_level("ERROR"):
+        for tokens in (fail, lambda: too_long, lambda: np.array(words(5), np.int32)):
+            running.read_ahead(tokens)
+        wait_until(lambda: running.stats().idle)
+    assert "a template with a bug" in caplog.text
+    job = Job(words(5))
+    running.submit(job)
+    assert job.wait() == "done"
+    assert running.stats().prefilled_tokens == 5
+
+
+def test_without_room_for_states_nothing_is_read_ahead(engine):
+    running = engine(cache_bytes=0)
+    running.read_ahead(lambda: np.array([*words(60), 11, 12], np.int32))
+    assert running.stats().idle
 
 
 def test_a_job_is_cancelled_while_it_waits_and_while_it_runs(engine, alone):

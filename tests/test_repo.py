@@ -50,7 +50,7 @@ MAY_IMPORT = {
     "ticket": "backends completion engine errors sampling sequence",
     "session": "backends bundle completion errors sampling snapshots statefile text ticket",
     "scheduler": "errors",
-    "snapshots": "backends errors",
+    "snapshots": "backends errors text",
     "statefile": "backends errors files",
     "engine": "backends errors sampling scheduler snapshots",
     "llm": "backends bundle completion device engine errors sampling scheduler sequence session "

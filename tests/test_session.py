@@ -41,8 +41,7 @@ def cold(llm: LLM, messages: list[dict[str, Any]], **options: Any) -> Completion
 def settle(llm: LLM) -> None:
     """Wait until nothing runs in the background."""
     for _ in range(3000):
-        stats = llm.stats()
-        if not stats.running and not stats.waiting:
+        if llm.stats().idle:
             return
         time.sleep(0.01)
     raise AssertionError("still busy")
@@ -79,6 +78,52 @@ def test_a_turn_reads_little_more_than_what_was_said_in_it(llm: LLM, thinking: b
     own = len(llm.tokenize(turn))
     # A message that ends right behind a cut gets none of its own.
     assert 0 <= usage.prompt_tokens - usage.cached_tokens - own <= MIN_PIECE_TOKENS
+
+
+@pytest.mark.parametrize("thinking", [True, False])
+def test_messages_without_a_session_are_read_ahead_alike(llm: LLM, thinking: bool) -> None:
+    messages, held = [{"role": "system", "content": ROBOT}], 0
+    for turn in range(3):
+        messages.append({"role": "user", "content": f"Go to dock {turn}."})
+        answer = llm.generate(messages=messages, thinking=thinking, **GREEDY)
+        assert answer.token_ids == cold(llm, messages, thinking=thinking, **GREEDY).token_ids
+        messages.append(answer.message)
+        settle(llm)
+        history = llm.prompter.history(messages, None, thinking=thinking)
+        kept = llm.kept(history)
+        assert kept is not None
+        assert len(history) - len(kept.tokens) <= MIN_PIECE_TOKENS
+        assert answer.usage.cached_tokens == held, "what was kept for it is used"
+        held = len(kept.tokens)
+
+
+def test_a_tools_result_follows_a_call(llm: LLM) -> None:
+    tools = [{"name": "stop", "parameters": {"type": "object", "properties": {}}}]
+    call = {"type": "function", "function": {"name": "stop", "arguments": {}}}
+    messages: list[dict[str, Any]] = [
+        {"role": "system", "content": ROBOT},
+        {"role": "user", "content": "Stop."},
+        {"role": "assistant", "content": "", "reasoning_content": "Hm.", "tool_calls": [call]},
+    ]
+    history = llm.prompter.history(messages, tools)
+    for content in ("stopped", "7"):
+        result = {"role": "tool", "content": content}
+        asked = llm.prompter.from_messages([*messages, result], tools, thinking=None)
+        assert asked.tokens[: len(history)].tolist() == history.tolist()
+    assert "Hm." in llm.detokenize(history), "a turn that goes on keeps its reasoning"
+
+
+@pytest.mark.parametrize("how", [{"read_ahead": False}, {"reuse": False}])
+def test_nothing_is_read_ahead_that_nobody_wants(llm: LLM, how: dict[str, bool]) -> None:
+    before = llm.stats().prefilled_tokens
+    messages = [{"role": "system", "content": ROBOT}, {"role": "user", "content": "Go."}]
+    usage = llm.generate(messages=messages, **how, **GREEDY).usage
+    text = llm.generate("Go to the dock. " * 5, **GREEDY).usage
+    settle(llm)
+    read = llm.stats().prefilled_tokens - before
+    assert read == usage.prompt_tokens + text.prompt_tokens - text.cached_tokens
+    with pytest.raises(InvalidRequest, match="read_ahead is 1"):
+        llm.generate("Go.", read_ahead=1)
 
 
 def test_another_conversation_starts_behind_the_same_system_prompt(llm: LLM) -> None:

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from golden import TINY
 
@@ -214,7 +215,9 @@ def prompter(template: str | None, tokenizer: Path | None = TOKENIZER_FILE) -> P
 def test_a_prompt_knows_whether_it_opens_reasoning() -> None:
     ours = prompter(OWN)
     prompt = ours.from_messages([USER], None, thinking=None)
-    assert prompt.tokens == ours.from_text("Go.", None, raw=False, thinking=None).tokens
+    same = ours.from_text("Go.", None, raw=False, thinking=None)
+    assert prompt.tokens.tolist() == same.tokens.tolist()
+    assert (prompt.messages, same.messages) == ((USER,), ()), "a text is no conversation"
     assert prompt.reasoning
     assert prompt.chat
     assert not ours.from_text("Go.", None, raw=False, thinking=False).reasoning
@@ -225,16 +228,16 @@ def test_the_history_is_what_every_next_prompt_begins_with() -> None:
     ours = prompter(OWN)
     answered = [USER, {"role": "assistant", "content": "Gone.", "reasoning_content": "Hm."}]
     history = ours.history(answered, None)
-    shown = Tokenizer(TOKENIZER_FILE).decode(history, skip_special=False)
+    shown = Tokenizer(TOKENIZER_FILE).decode(history.tolist(), skip_special=False)
     assert shown.endswith("<think></think>Gone.<|im_end|>\n<|im_start|>user\n")
     for text in ("On.", "Stop!", "Hm?", "7"):
         after = ours.from_messages([*answered, {**USER, "content": text}], None, thinking=None)
-        assert after.tokens[: len(history)] == history
+        assert after.tokens[: len(history)].tolist() == history.tolist()
 
 
 def test_raw_text_stays_as_it_is() -> None:
     prompt = prompter(OWN).from_text("Go.", None, raw=True, thinking=None)
-    assert prompt.tokens == tuple(Tokenizer(TOKENIZER_FILE).encode("Go."))
+    assert prompt.tokens.tolist() == Tokenizer(TOKENIZER_FILE).encode("Go.")
     assert (prompt.chat, prompt.reasoning) == (False, False)
 
 
@@ -255,7 +258,7 @@ def test_a_tokenizer_without_the_familys_marks_has_no_chat(tmp_path: Path) -> No
 
 def test_without_a_tokenizer_only_ids_are_taken() -> None:
     ours = prompter(None, None)
-    assert ours.from_tokens([1, 2], None).tokens == (1, 2)
+    assert ours.from_tokens(np.array([1, 2], np.int32), None).tokens.tolist() == [1, 2]
     with pytest.raises(InvalidRequest, match=r"no tokenizer\.json; give token ids"):
         ours.from_text("a", None, raw=True, thinking=None)
 

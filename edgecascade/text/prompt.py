@@ -3,33 +3,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from edgecascade.errors import InvalidRequest
 from edgecascade.text.reasoning import opens_reasoning
 from edgecascade.text.template import ChatTemplate, checked_messages
 from edgecascade.text.tokenizer import Tokenizer, checked_text
 from edgecascade.text.tools import checked_tools
-from edgecascade.text.turns import TurnEncoder
+from edgecascade.text.turns import TurnEncoder, common_length
 
+Array = NDArray[np.int32]
 TURN_MARKS = ("<|im_start|>", "<|im_end|>")  # of the family's own chat format
 TAIL_TOKENS = 8  # of a prompt given as ids, enough to see whether it opens the reasoning
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Prompt:
-    """Token ids; whether the answer begins as reasoning; the tools it may call.
+    """int32 token ids; whether the answer begins as reasoning; the tools it may call.
 
-    `chat` says that it went through the chat template.
+    `chat` says that it went through the chat template, `messages` of which conversation.
     """
 
-    tokens: tuple[int, ...]
+    tokens: Array
     reasoning: bool = False
-    tools: tuple[Mapping[str, Any], ...] = ()
+    tools: tuple[dict[str, Any], ...] = ()
     chat: bool = False
+    messages: tuple[dict[str, Any], ...] = ()
 
 
 class Prompter:
@@ -44,13 +49,13 @@ class Prompter:
         self._generation = generation
         self._template: ChatTemplate | None = None
 
-    def from_tokens(self, tokens: Sequence[int], tools: Any) -> Prompt:
+    def from_tokens(self, tokens: Array, tools: Any) -> Prompt:
         """Token ids as they are."""
-        ids, tools = tuple(tokens), tuple(checked_tools(tools))
+        tools = tuple(checked_tools(tools))
         if self.tokenizer is None:
-            return Prompt(ids)
-        tail = self.tokenizer.decode(ids[-TAIL_TOKENS:], skip_special=False)
-        return Prompt(ids, opens_reasoning(tail), tools)
+            return Prompt(tokens)
+        tail = self.tokenizer.decode(tokens[-TAIL_TOKENS:].tolist(), skip_special=False)
+        return Prompt(tokens, opens_reasoning(tail), tools)
 
     def from_text(
         self, text: str | bytes, tools: Any, *, raw: bool, thinking: bool | None
@@ -61,29 +66,35 @@ class Prompter:
             raise InvalidRequest("prompt is empty; give at least one character")
         if self._source is not None and not raw:
             message = {"role": "user", "content": text}
-            return self.from_messages([message], tools, thinking=thinking)
+            asked = self.from_messages([message], tools, thinking=thinking)
+            return replace(asked, messages=())  # nobody goes on with it
         ids = self.needed_tokenizer().encode(text, add_special_tokens=True)
-        return Prompt(tuple(ids), opens_reasoning(text), tuple(checked_tools(tools)))
+        tokens = np.array(ids, np.int32)
+        return Prompt(tokens, opens_reasoning(text), tuple(checked_tools(tools)))
 
     def from_messages(self, messages: Any, tools: Any, *, thinking: bool | None) -> Prompt:
         """A conversation through the chat template."""
         self.needed_tokenizer()
         messages, tools = checked_messages(messages), checked_tools(tools)
         text = self._chat_template().render(messages, tools=tools, thinking=thinking)
-        ids = self._encode(text)
-        return Prompt(tuple(ids), opens_reasoning(text), tuple(tools), chat=True)
+        tokens = self._encode(text)
+        return Prompt(tokens, opens_reasoning(text), tuple(tools), True, tuple(messages))
 
-    def history(self, messages: Any, tools: Any) -> tuple[int, ...]:
-        """What every prompt that goes on from these messages begins with, whatever is said next."""
+    def history(self, messages: Any, tools: Any, *, thinking: bool | None = None) -> Array:
+        """The tokens with which every prompt begins that goes on from these messages.
+
+        A tool's result follows calls, else something that the user says.
+        """
         template = self._chat_template()
         messages, tools = checked_messages(messages), checked_tools(tools)
+        role = "tool" if messages[-1].get("tool_calls") else "user"
         one, other = (
-            self._encode(template.render([*messages, said], tools=tools, answer=False))
-            for said in ({"role": "user", "content": text} for text in ("A", "0"))
+            self._encode(
+                template.render([*messages, said], tools=tools, thinking=thinking, answer=False)
+            )
+            for said in ({"role": role, "content": text} for text in ("A", "0"))
         )
-        pairs = enumerate(zip(one, other, strict=False))
-        differ = next((at for at, (a, b) in pairs if a != b), min(len(one), len(other)))
-        return tuple(one[:differ])
+        return one[: common_length(one, other)]
 
     def needed_tokenizer(self) -> Tokenizer:
         """The tokenizer.
@@ -95,7 +106,7 @@ class Prompter:
             raise InvalidRequest("this bundle has no tokenizer.json; give token ids, not text")
         return self.tokenizer
 
-    def _encode(self, text: str) -> list[int]:
+    def _encode(self, text: str) -> Array:
         """Tokens of a conversation, of which the beginning was often seen before."""
         assert self._turns is not None
         return self._turns.encode(text)

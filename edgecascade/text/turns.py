@@ -24,10 +24,14 @@ REMEMBERED = 16  # conversations
 _PROBES = (("a ", "\n b"), (".", "b c"), ("a", "\u0338b"), ("a", " b"), ("", "b"))
 
 
+Array = NDArray[np.int32]
+_NONE = np.zeros(0, np.int32)
+
+
 @dataclass(frozen=True, eq=False)
 class _Known:
     text: str
-    tokens: NDArray[np.int32]
+    tokens: Array
     ends: NDArray[np.intp]  # where the marks are in `tokens`
 
 
@@ -35,29 +39,32 @@ class TurnEncoder:
     """Text to token ids as the tokenizer's encode() gives them. From any thread."""
 
     def __init__(self, tokenizer: Tokenizer, mark: str) -> None:
-        self._encode, self._mark = tokenizer.encode, mark
+        self._tokenizer, self._mark = tokenizer, mark
         self._mark_id = tokenizer.token_id(mark)
         self._recent: deque[_Known] = deque(maxlen=REMEMBERED)
         self._lock = threading.Lock()
         self._separates = self._mark_id is not None and all(
-            self._encode(before + mark + after) == self._encode(before + mark) + self._encode(after)
+            tokenizer.encode(before + mark + after)
+            == tokenizer.encode(before + mark) + tokenizer.encode(after)
             for before, after in _PROBES
         )
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a text."""
+    def encode(self, text: str) -> Array:
+        """int32 token ids of a text."""
         if not self._separates or self._mark not in text:
             return self._encode(text)
-        begin, tokens = self._known(text)
-        tokens += self._encode(text[begin:])
-        array = np.array(tokens, np.int32)
-        ends = np.flatnonzero(array == self._mark_id)
+        begin, known = self._known(text)
+        tokens = np.concatenate([known, self._encode(text[begin:])])
+        ends = np.flatnonzero(tokens == self._mark_id)
         if len(ends) == text.count(self._mark):  # else another special token overlaps with it
             with self._lock:
-                self._recent.append(_Known(text, array, ends))
+                self._recent.append(_Known(text, tokens, ends))
         return tokens
 
-    def _known(self, text: str) -> tuple[int, list[int]]:
+    def _encode(self, text: str) -> Array:
+        return np.array(self._tokenizer.encode(text), np.int32)
+
+    def _known(self, text: str) -> tuple[int, Array]:
         """How far a text was seen before, up to behind a mark, and the tokens of that."""
         with self._lock:
             recent = list(self._recent)
@@ -67,12 +74,19 @@ class TurnEncoder:
             if at >= 0 and at + len(self._mark) > begin:
                 begin, best = at + len(self._mark), known
         if best is None:
-            return 0, []
+            return 0, _NONE
         last = best.ends[text.count(self._mark, 0, begin) - 1]
         if self._mark not in best.text[begin:]:  # all of it goes on here
             with self._lock, contextlib.suppress(ValueError):
                 self._recent.remove(best)
-        return begin, best.tokens[: last + 1].tolist()
+        return begin, best.tokens[: last + 1]
+
+
+def common_length(a: Array, b: Array) -> int:
+    """How many tokens two sequences share at the beginning."""
+    size = min(len(a), len(b))
+    differ = np.flatnonzero(a[:size] != b[:size])
+    return int(differ[0]) if len(differ) else size
 
 
 def _common(a: str, b: str) -> int:
