@@ -185,6 +185,7 @@ class Engine:
         self._ids = itertools.count(1)
         self._ahead: deque[Callable[[], Array]] = deque(maxlen=MAX_AHEAD)
         self._reading_ahead: tuple[int, bytes] | None = None  # a job, and the key of its end
+        self._at_hand: tuple[bytes, Parked] | None = None  # a kept state that need not be restored
         lock = threading.RLock()  # a callback may cancel or submit
         self._wake = threading.Condition(lock)  # for the engine: there is something to do
         self._room = threading.Condition(lock)  # for who waits to submit: the queue got shorter
@@ -216,7 +217,7 @@ class Engine:
         if isinstance(job, Call):
             path = Path(job.prompt, (len(job.prompt),), ())
         else:
-            path = self._cache.rule.path(job.prompt)
+            path = self._cache.rule.path(job.prompt, goes_on=not job.max_tokens)
         cuts = path.cuts
         # Without an answer to make, what follows the last state worth keeping need not be read.
         pieces = cuts if job.max_tokens or len(cuts) == 1 else cuts[:-1]
@@ -268,7 +269,7 @@ class Engine:
     def kept(self, tokens: Array) -> Entry | None:
         """The longest kept state along these tokens."""
         cache = self._cache
-        entry: Entry | None = self.call(lambda _: cache.find(cache.rule.path(tokens)))
+        entry: Entry | None = self.call(lambda _: cache.find(cache.rule.path(tokens, goes_on=True)))
         return entry
 
     def keep(self, tokens: Array, snapshot: Snapshot) -> bool:
@@ -379,7 +380,7 @@ class Engine:
     def _read_ahead(self, tokens: Callable[[], Array]) -> None:
         """Queue the preparation of a later prompt, unless its state is kept."""
         try:
-            path = self._cache.rule.path(tokens())
+            path = self._cache.rule.path(tokens(), goes_on=True)
             if len(path.cuts) > 1 and not self._cache.has(path.upto(path.cuts[-2])):
                 job = self.prepare(path.tokens)
                 self._reading_ahead = job.id, path.keys[-2]
@@ -449,13 +450,32 @@ class Engine:
             reused = 0 if entry is None else len(entry.tokens)
             if entry is not None:
                 try:
-                    self._backend.restore(slot, entry.snapshot)
+                    self._restore(slot, entry)
                 except Exception:
                     log.exception("a kept state could not be restored; the prompt is read instead")
                     self._backend.reset(slot)
                     reused = 0
         task.keep = self._cache.worth_keeping(task.path, reused)
         return reused
+
+    def _restore(self, slot: int, entry: Entry) -> None:
+        if self._at_hand is not None and self._at_hand[0] == entry.key:
+            parked, self._at_hand = self._at_hand[1], None
+            self._backend.resume(slot, parked)
+        else:
+            self._backend.restore(slot, entry.snapshot)
+
+    def _leave(self, task: _Task, slot: int) -> None:
+        """What was read ahead stays where it is until the place is needed: next it is asked for."""
+        entry = self._cache.find(task.path.upto(task.end))
+        if entry is None or len(entry.tokens) != task.end:
+            self._reset(slot)
+            return
+        try:
+            self._at_hand = entry.key, self._backend.park(slot, entry.snapshot)
+        except Exception:
+            log.exception("a kept state could not stay in its slot")
+            self._reset(slot)
 
     def _do_prefill(self, piece: Prefill) -> None:
         task = self._tasks[piece.id]
@@ -544,7 +564,10 @@ class Engine:
     def _finish(self, done: Sequence[tuple[int, int]]) -> None:
         for id, slot in done:
             task = self._tasks.pop(id)
-            self._reset(slot)
+            if isinstance(task.job, Preparation):
+                self._leave(task, slot)
+            else:
+                self._reset(slot)
             with self._wake:
                 self._scheduler.finished(id, time.monotonic())
             if not isinstance(task.job, Call):

@@ -373,7 +373,7 @@ class LLM:
 
     def kept(self, tokens: Array) -> Entry | None:
         """The longest state along these tokens, computed now if need be."""
-        if len(self.rule.cuts(tokens)) == 1 or len(tokens) > self.max_context:
+        if len(self.rule.cuts(tokens, goes_on=True)) == 1 or len(tokens) > self.max_context:
             return None
         job = self._engine.prepare(tokens, priority=Queueing().priority)
         job.over.wait()

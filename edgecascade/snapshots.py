@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """States kept at token boundaries, so that a prompt starts where it parts from an earlier one.
 
-A prompt is prefilled in pieces whose ends, its cuts, depend on the tokens before them and on
-nothing else. States are kept at cuts only: whoever starts from one does the same arithmetic on the
+A prompt is prefilled in pieces whose ends, its cuts, depend on the tokens before them alone, but
+for the last. States are kept at cuts only: whoever starts from one does the same arithmetic on the
 same rows as whoever starts from nothing, and gets the same tokens (docs/scheduler.md).
 """
 
@@ -46,26 +46,33 @@ class Path:
 
 @dataclass(frozen=True)
 class CutRule:
-    """Where prompts are cut: after a boundary token, and where a piece is full."""
+    """Where prompts are cut: after a boundary token, and where a piece is full.
+
+    The few tokens that open an answer behind the last message stay with it.
+    """
 
     chunk_tokens: int = 256
     boundary_ids: frozenset[int] = frozenset()  # tokens that end a message
 
-    def cuts(self, tokens: Array) -> tuple[int, ...]:
-        """Ends of the pieces of a prompt, the last one its length."""
+    def cuts(self, tokens: Array, *, goes_on: bool = False) -> tuple[int, ...]:
+        """Ends of the pieces of a prompt, or of the beginning of one that `goes_on`; the last one
+        is the number of tokens.
+        """
         ends = np.flatnonzero(self._ends(tokens)) + 1
         cuts, start, total = [], 0, len(tokens)
         while start < total:
             limit = start + self.chunk_tokens
             after = ends[np.searchsorted(ends, start + MIN_PIECE_TOKENS) :]
-            start = int(after[0]) if len(after) and after[0] <= limit else limit
-            cuts.append(min(start, total))
+            end = int(after[0]) if len(after) and after[0] <= limit else limit
+            opens = len(after) == 1 and total - end < MIN_PIECE_TOKENS and total <= limit
+            start = total if opens and not goes_on else min(end, total)
+            cuts.append(start)
         return tuple(cuts)
 
-    def path(self, tokens: Array) -> Path:
+    def path(self, tokens: Array, *, goes_on: bool = False) -> Path:
         """A prompt with its cuts and their keys."""
         tokens = np.ascontiguousarray(tokens, np.int32)
-        cuts = self.cuts(tokens)
+        cuts = self.cuts(tokens, goes_on=goes_on)
         keys, digest, start = [], b"", 0
         for cut in cuts:
             digest = hashlib.sha256(digest + tokens[start:cut].tobytes()).digest()

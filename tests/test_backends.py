@@ -280,6 +280,21 @@ def test_parking_and_resuming_copies_nothing(opened: Open, monkeypatch: pytest.M
     np.testing.assert_array_equal(backend.decode([0], [9])[0], expected)
 
 
+def test_what_is_copied_already_is_not_copied_again(
+    opened: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = opened("moe", "speed", "cpu:", slots=1, max_context=128)
+    backend.prefill(0, prompt(70, backend.vocab))
+    copy = backend.save(0)
+    expected = backend.decode([0], [9])[0]
+    backend.restore(0, copy)
+    monkeypatch.setattr(backend._states, "export", None)
+    parked = backend.park(0, copy)
+    backend.logits(prompt(9, backend.vocab))  # where it was
+    backend.resume(0, parked)
+    np.testing.assert_array_equal(backend.decode([0], [9])[0], expected)
+
+
 def test_pages_of_the_parked_are_there_for_who_needs_them(opened: Open) -> None:
     backend = opened("moe", "speed", "cpu:", slots=1, max_context=128)
     pool = backend._pages

@@ -94,9 +94,9 @@ class Faulty(NativeBackend):
         self._maybe("restore", snapshot)
         super().restore(slot, snapshot)
 
-    def park(self, slot):
+    def park(self, slot, copy=None):
         self._maybe("park", slot)
-        return super().park(slot)
+        return super().park(slot, copy)
 
     def resume(self, slot, parked):
         self._maybe("resume", slot)
@@ -223,7 +223,7 @@ def test_answers_that_outgrow_the_memory_are_parked_and_come_out_right(engine, a
 def test_a_kept_prefix_is_restored_and_gives_the_same_tokens(engine, alone):
     running = engine()
     history = [*words(60), 11, *words(40, 1), 11]
-    first, second = Job([*history, 5, 6]), Job([*history, *words(30, 2)])
+    first, second = Job([*history, 5, 11, 6]), Job([*history, *words(30, 2), 11, 6])
     for job, cached in ((first, 0), (second, 102)):
         running.submit(job)
         assert job.wait() == "done"
@@ -242,7 +242,7 @@ def test_a_prompt_can_be_prepared_in_advance(engine, alone):
         assert warm.over.wait(60)
         assert warm.error is None
         assert running.stats().prefilled_tokens == len(history)
-    asked = Job([*history, *words(9, 3)])
+    asked = Job([*history, *words(9, 3), 11, 12])
     running.submit(asked)
     assert asked.wait() == "done"
     assert asked.cached == len(history)
@@ -269,7 +269,7 @@ def test_the_latest_is_read_ahead_first_and_only_while_nothing_else_is_to_be_don
     assert asked == list(range(MAX_AHEAD + 3, 3, -1)), "the oldest are too many"
     assert running.stats().snapshots == MAX_AHEAD
     for n in asked:
-        job = Job([*prompts[n], *words(3)])
+        job = Job([*prompts[n], *words(3), 11, 12])
         running.submit(job)
         assert job.wait() == "done"
         assert job.cached == 41
@@ -277,7 +277,7 @@ def test_the_latest_is_read_ahead_first_and_only_while_nothing_else_is_to_be_don
 
 def test_who_asks_for_what_is_being_read_ahead_goes_on_where_that_is(engine, alone):
     history = [*words(60), 11, *words(150, 1), 11]
-    turn = Job([*history, *words(9, 3)])
+    turn = Job([*history, *words(9, 3), 11, 12])
     running = engine(fault=("prefill", lambda tokens: len(tokens) == 64 and ask(), None))
 
     def ask():  # on the engine's thread, while the second piece of four is read
@@ -291,6 +291,32 @@ def test_who_asks_for_what_is_being_read_ahead_goes_on_where_that_is(engine, alo
     assert turn.tokens == alone(turn.prompt)
     wait_until(lambda: running.stats().idle)
     assert running.stats().prefilled_tokens == len(turn.prompt), "nothing was read twice"
+
+
+@pytest.mark.parametrize("disturbed", [None, "parked", "logits"])
+def test_what_was_read_ahead_is_at_hand_and_nothing_is_copied(engine, alone, disturbed):
+    restored = []
+    running = engine(slots=2, fault=("restore", lambda state: restored.append(state), None))
+    history = [*words(60), 11, *words(40, 1), 11]
+    running.read_ahead(lambda: np.array([*history, 12], np.int32))
+    wait_until(lambda: running.stats().idle)
+    if disturbed == "parked":  # it takes the place
+        high = Job(words(20, 5))
+        low = [Job(words(20, n), 40) for n in range(2)]
+        low[1]._on_token = at(10, lambda: running.submit(high, priority=0))
+        for job in low:
+            running.submit(job, priority=2)
+        assert [job.wait() for job in (high, *low)] == ["done"] * 3
+        assert low[1].tokens == alone(low[1].prompt, 40)
+    elif disturbed == "logits":
+        running.call(lambda backend: backend.logits(np.arange(12, 40)))
+    for again in range(2):
+        asked = Job([*history, *words(9, 3), 11, 12])
+        running.submit(asked)
+        assert asked.wait() == "done"
+        assert asked.cached == len(history)
+        assert asked.tokens == alone(asked.prompt)
+        assert len(restored) == again + (disturbed is not None), "only a state that was left"
 
 
 def test_what_cannot_be_read_ahead_costs_nobody_anything(engine, caplog):

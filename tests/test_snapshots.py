@@ -81,6 +81,25 @@ def test_cuts_depend_on_nothing_that_comes_after_them(tokens, data):
         assert RULE.cuts(np.array(tokens[:cut])) == whole[: at + 1]
 
 
+@given(token_lists, token_lists)
+def test_a_beginning_is_cut_as_every_conversation_that_goes_on_from_it(begun, more):
+    begun = [*begun, END, 4]
+    part = RULE.cuts(np.array(begun), goes_on=True)
+    whole = RULE.cuts(np.array([*begun, *more, END, 4, 4]))
+    assert part[:-1] == whole[: len(part) - 1]
+    assert len(whole) >= len(part)
+
+
+def test_what_opens_an_answer_stays_with_the_last_message():
+    tokens = np.array([*prompt(40, 40), 4, 4], np.int32)
+    assert RULE.cuts(tokens) == (40, 82)
+    assert RULE.cuts(tokens, goes_on=True) == (40, 80, 82)
+    longer = np.array([*prompt(40, 63), 4, 4], np.int32)
+    assert RULE.cuts(longer) == (40, 103, 105), "a piece has its bound"
+    stop = np.array([*prompt(40, 40, 4), 4, 4], np.int32)
+    assert RULE.cuts(stop) == (40, 80, 86), "a short message behind a long one"
+
+
 def test_a_message_ends_a_piece_unless_the_piece_is_very_short():
     short = MIN_PIECE_TOKENS - 10
     assert RULE.cuts(prompt(40, short, 40)) == (40, 40 + short + 40)

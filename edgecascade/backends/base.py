@@ -93,8 +93,11 @@ class Backend(Protocol):
     def restore(self, slot: int, snapshot: Snapshot) -> None:
         """Make a slot what it was when the snapshot was taken."""
 
-    def park(self, slot: int) -> Parked:
-        """Empty a slot for somebody more urgent; what it held is for `resume` or `drop`."""
+    def park(self, slot: int, copy: Snapshot | None = None) -> Parked:
+        """Empty a slot for somebody more urgent; what it held is for `resume` or `drop`.
+
+        `copy` is its state where somebody has it already, so that nobody need copy it.
+        """
 
     def resume(self, slot: int, parked: Parked) -> None:
         """Make a slot what the parked one was, once."""

@@ -321,7 +321,7 @@ class ReferenceBackend:
             self._states[slot][layer][name] = part.copy()
         self._held[slot] = snapshot.tokens
 
-    def park(self, slot: int) -> Parked:
+    def park(self, slot: int, copy: Snapshot | None = None) -> Parked:
         """See Backend."""
         parked = _Moved(self._states[slot], self._held[slot])
         self.reset(slot)

@@ -202,12 +202,12 @@ class SlotBackend(ABC):
         self._states.load(row, snapshot.tokens, snapshot.parts)
         self._held[row] = snapshot.tokens
 
-    def park(self, slot: int) -> Parked:
+    def park(self, slot: int, copy: Snapshot | None = None) -> Parked:
         """See Backend."""
         self._row(slot)
         self._vacate()
         self._swap(slot)
-        self._aside = _Aside()
+        self._aside = _Aside(copy)
         return self._aside
 
     def resume(self, slot: int, parked: Parked) -> None:
@@ -236,7 +236,7 @@ class SlotBackend(ABC):
             return
         row = self._rows[-1]
         try:
-            parked.copy = self._export(row)
+            parked.copy = parked.copy or self._export(row)
         except Exception as error:  # noqa: BLE001  whoever needs the row must not pay for the other
             parked.error = error
         self._clear(row)
