@@ -217,7 +217,7 @@ class Engine:
         if isinstance(job, Call):
             path = Path(job.prompt, (len(job.prompt),), ())
         else:
-            path = self._cache.rule.path(job.prompt, goes_on=not job.max_tokens)
+            path = self._cache.rule.path(job.prompt)
         cuts = path.cuts
         # Without an answer to make, what follows the last state worth keeping need not be read.
         pieces = cuts if job.max_tokens or len(cuts) == 1 else cuts[:-1]
@@ -269,7 +269,7 @@ class Engine:
     def kept(self, tokens: Array) -> Entry | None:
         """The longest kept state along these tokens."""
         cache = self._cache
-        entry: Entry | None = self.call(lambda _: cache.find(cache.rule.path(tokens, goes_on=True)))
+        entry: Entry | None = self.call(lambda _: cache.find(cache.rule.path(tokens)))
         return entry
 
     def keep(self, tokens: Array, snapshot: Snapshot) -> bool:
@@ -380,7 +380,7 @@ class Engine:
     def _read_ahead(self, tokens: Callable[[], Array]) -> None:
         """Queue the preparation of a later prompt, unless its state is kept."""
         try:
-            path = self._cache.rule.path(tokens(), goes_on=True)
+            path = self._cache.rule.path(tokens())
             if len(path.cuts) > 1 and not self._cache.has(path.upto(path.cuts[-2])):
                 job = self.prepare(path.tokens)
                 self._reading_ahead = job.id, path.keys[-2]

@@ -82,7 +82,7 @@ class LLM:
         ):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise InvalidRequest(f"{name} is {value!r}; it must be an integer from {least} on")
-        self.rule = CutRule(chunk_tokens, self._turn_ends())
+        self.rule = self._cut_rule(chunk_tokens)
         self._engine = Engine(
             backend,
             PrefixCache(_snapshot_bytes() if snapshot_bytes is None else snapshot_bytes, self.rule),
@@ -373,7 +373,7 @@ class LLM:
 
     def kept(self, tokens: Array) -> Entry | None:
         """The longest state along these tokens, computed now if need be."""
-        if len(self.rule.cuts(tokens, goes_on=True)) == 1 or len(tokens) > self.max_context:
+        if len(self.rule.cuts(tokens)) == 1 or len(tokens) > self.max_context:
             return None
         job = self._engine.prepare(tokens, priority=Queueing().priority)
         job.over.wait()
@@ -468,11 +468,14 @@ class LLM:
         end = self.prompter.needed_tokenizer().encode(END)
         return ThinkingBudget(params.thinking_budget, end)
 
-    def _turn_ends(self) -> frozenset[int]:
-        """Tokens that end a message: there prompts part, and states are kept."""
-        tokenizer = self.prompter.tokenizer
-        end = None if tokenizer is None else tokenizer.token_id(TURN_MARKS[1])
-        return self._eos if end is None else self._eos | {end}
+    def _cut_rule(self, chunk_tokens: int) -> CutRule:
+        """Prompts part behind messages that are not the user's, and there states are kept."""
+        tokenizer, (begin, end) = self.prompter.tokenizer, TURN_MARKS
+        mark = None if tokenizer is None else tokenizer.token_id(end)
+        if tokenizer is None or mark is None:
+            return CutRule(chunk_tokens, self._eos)
+        question = tuple(tokenizer.encode(f"{begin}user"))
+        return CutRule(chunk_tokens, self._eos | {mark}, question)
 
     def _ids(self, tokens: Any) -> Array:
         if isinstance(tokens, Mapping) or not isinstance(tokens, Iterable):

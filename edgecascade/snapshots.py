@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """States kept at token boundaries, so that a prompt starts where it parts from an earlier one.
 
-A prompt is prefilled in pieces whose ends, its cuts, depend on the tokens before them alone, but
-for the last. States are kept at cuts only: whoever starts from one does the same arithmetic on the
+A prompt is prefilled in pieces whose ends, its cuts, depend on the tokens before them and on
+nothing else. States are kept at cuts only: whoever starts from one does the same arithmetic on the
 same rows as whoever starts from nothing, and gets the same tokens (docs/scheduler.md).
 """
 
@@ -48,31 +48,29 @@ class Path:
 class CutRule:
     """Where prompts are cut: after a boundary token, and where a piece is full.
 
-    The few tokens that open an answer behind the last message stay with it.
+    A message that begins with `question` is in one piece with its answer: prompts do not part
+    between the two, and the tokens that open the answer need no piece of their own.
     """
 
     chunk_tokens: int = 256
     boundary_ids: frozenset[int] = frozenset()  # tokens that end a message
+    question: tuple[int, ...] = ()
 
-    def cuts(self, tokens: Array, *, goes_on: bool = False) -> tuple[int, ...]:
-        """Ends of the pieces of a prompt, or of the beginning of one that `goes_on`; the last one
-        is the number of tokens.
-        """
-        ends = np.flatnonzero(self._ends(tokens)) + 1
+    def cuts(self, tokens: Array) -> tuple[int, ...]:
+        """Ends of the pieces of a prompt, the last one its length."""
+        ends = self.boundaries(tokens)
         cuts, start, total = [], 0, len(tokens)
         while start < total:
             limit = start + self.chunk_tokens
             after = ends[np.searchsorted(ends, start + MIN_PIECE_TOKENS) :]
-            end = int(after[0]) if len(after) and after[0] <= limit else limit
-            opens = len(after) == 1 and total - end < MIN_PIECE_TOKENS and total <= limit
-            start = total if opens and not goes_on else min(end, total)
-            cuts.append(start)
+            start = int(after[0]) if len(after) and after[0] <= limit else limit
+            cuts.append(min(start, total))
         return tuple(cuts)
 
-    def path(self, tokens: Array, *, goes_on: bool = False) -> Path:
+    def path(self, tokens: Array) -> Path:
         """A prompt with its cuts and their keys."""
         tokens = np.ascontiguousarray(tokens, np.int32)
-        cuts = self.cuts(tokens, goes_on=goes_on)
+        cuts = self.cuts(tokens)
         keys, digest, start = [], b"", 0
         for cut in cuts:
             digest = hashlib.sha256(digest + tokens[start:cut].tobytes()).digest()
@@ -80,16 +78,20 @@ class CutRule:
             start = cut
         return Path(tokens, cuts, tuple(keys))
 
-    def _ends(self, tokens: Array) -> Array:
-        """Which tokens end a message; there are too few such ids for a set operation to pay."""
-        found = np.zeros(len(tokens), np.bool_)
-        for token in self.boundary_ids:
-            found |= tokens == token
-        return found
-
-    def is_boundary(self, tokens: Array, cut: int) -> bool:
-        """Whether a message ends at this cut."""
-        return int(tokens[cut - 1]) in self.boundary_ids
+    def boundaries(self, tokens: Array) -> Array:
+        """Numbers of tokens behind which prompts part: the ends of messages but for questions."""
+        ends = np.zeros(len(tokens), np.bool_)
+        for token in self.boundary_ids:  # too few for a set operation to pay
+            ends |= tokens == token
+        after: Array = np.flatnonzero(ends) + 1
+        if not self.question:
+            return after
+        opened = np.flatnonzero(tokens == self.question[0])
+        asks = np.ones(len(opened), np.bool_)
+        for offset, token in enumerate(self.question):
+            asks &= tokens.take(opened + offset, mode="clip") == token
+        last = np.searchsorted(opened, after) - 1  # the message that each of them ends
+        return after[(last < 0) | ~asks[last]]
 
 
 @dataclass
@@ -192,7 +194,8 @@ class PrefixCache:
         if inner[-1] <= held:  # nothing is captured: the first token need not wait for the rest
             self._remember(path)
             return frozenset()
-        boundaries = [cut for cut in inner if self.rule.is_boundary(tokens, cut)]
+        ends = set(self.rule.boundaries(tokens).tolist())
+        boundaries = [cut for cut in inner if cut in ends]
         kept = {inner[-1], *boundaries[:1], *boundaries[-LAST_BOUNDARIES:]}
         for reach in range(STRIDE_TOKENS, len(tokens), STRIDE_TOKENS):
             kept.add(_last_up_to(inner, reach))

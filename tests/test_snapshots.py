@@ -81,23 +81,20 @@ def test_cuts_depend_on_nothing_that_comes_after_them(tokens, data):
         assert RULE.cuts(np.array(tokens[:cut])) == whole[: at + 1]
 
 
-@given(token_lists, token_lists)
-def test_a_beginning_is_cut_as_every_conversation_that_goes_on_from_it(begun, more):
-    begun = [*begun, END, 4]
-    part = RULE.cuts(np.array(begun), goes_on=True)
-    whole = RULE.cuts(np.array([*begun, *more, END, 4, 4]))
-    assert part[:-1] == whole[: len(part) - 1]
-    assert len(whole) >= len(part)
+def test_a_question_is_in_one_piece_with_its_answer():
+    rule = CutRule(chunk_tokens=64, boundary_ids=frozenset({END}), question=(1, 2))
 
+    def chat(*messages: tuple[int, int]) -> np.ndarray:  # who says it, and how many tokens
+        parts = [[1, who, *[50] * (length - 3), END] for who, length in messages]
+        return np.array([token for part in parts for token in part], np.int32)
 
-def test_what_opens_an_answer_stays_with_the_last_message():
-    tokens = np.array([*prompt(40, 40), 4, 4], np.int32)
-    assert RULE.cuts(tokens) == (40, 82)
-    assert RULE.cuts(tokens, goes_on=True) == (40, 80, 82)
-    longer = np.array([*prompt(40, 63), 4, 4], np.int32)
-    assert RULE.cuts(longer) == (40, 103, 105), "a piece has its bound"
-    stop = np.array([*prompt(40, 40, 4), 4, 4], np.int32)
-    assert RULE.cuts(stop) == (40, 80, 86), "a short message behind a long one"
+    you, it = 2, 3
+    assert rule.cuts(chat((it, 40), (you, 40), (it, 20), (you, 34))) == (40, 100, 134)
+    assert rule.cuts(chat((it, 40), (you, 63), (it, 20))) == (40, 104, 123), "a piece has its bound"
+    assert rule.cuts(chat((it, 40), (you, 9), (it, 9), (you, 9), (it, 9))) == (40, 76)
+    assert rule.boundaries(chat((you, 40), (you, 9), (it, 9), (you, 3))).tolist() == [58]
+    assert rule.boundaries(np.array([5, END, 2, END, 1], np.int32)).tolist() == [2, 4]
+    assert rule.boundaries(np.array([1, 2], np.int32)).tolist() == []
 
 
 def test_a_message_ends_a_piece_unless_the_piece_is_very_short():
