@@ -32,6 +32,7 @@ from edgecascade.service.broker import LocalBroker
 from edgecascade.service.config import ServiceConfig
 from edgecascade.service.service import Service, next_boot
 from edgecascade.service.topics import Topics
+from edgecascade.snapshots import MIN_PIECE_TOKENS
 
 TOPICS = Topics()
 ASK = [{"role": "user", "content": "go to the dock"}]
@@ -114,6 +115,25 @@ def test_a_stream_adds_up_to_the_answer(serve: Serve, connect: Connect, llm: LLM
     assert "".join(p.reasoning for p in pieces) == alone.reasoning
     assert stream.answer.text == alone.text
     assert stream.answer.body["chunks"] >= 1
+
+
+def test_a_conversation_is_read_ahead_between_its_turns(
+    serve: Serve, connect: Connect, llm: LLM
+) -> None:
+    serve()
+    client = connect("robot")
+    messages = [{"role": "system", "content": "You are a robot in a warehouse. " * 8}]
+    for turn in range(3):
+        messages.append({"role": "user", "content": f"Go to dock {turn}. What is there?"})
+        answer = client.chat("dev-1", messages, **GREEDY)
+        alone = llm.generate(messages=messages, temperature=0, max_tokens=24, seed=5, reuse=False)
+        assert (answer.text, answer.reasoning) == (alone.text, alone.reasoning)
+        messages.append({"role": "assistant", "content": answer.text})
+        assert until(lambda: llm.stats().idle)
+    usage = client.chat("dev-1", [*messages, *ASK], **GREEDY).usage
+    said = f"<|im_start|>user\n{ASK[0]['content']}<|im_end|>\n<|im_start|>assistant\n<think>\n"
+    read = usage["prompt_tokens"] - usage["prompt_tokens_details"]["cached_tokens"]
+    assert read < len(llm.tokenize(said)) + MIN_PIECE_TOKENS
 
 
 def test_many_at_once_and_from_many_threads(serve: Serve, connect: Connect, llm: LLM) -> None:
