@@ -405,9 +405,7 @@ class Engine:
     def _end(self, end: End) -> None:
         task = self._forget(end.id)
         if end.slot is not None:
-            if task.read and isinstance(task.job, Preparation):
-                self._keep(task.path.upto(task.read), end.slot)
-            self._reset(end.slot)
+            self._leave(task, end.slot)
         self._tell(task.job, end.reason, None)
 
     def _forget(self, id: int) -> _Task:
@@ -434,7 +432,7 @@ class Engine:
                 assert parked is not None
                 self._backend.resume(place.slot, parked)
                 return
-            reused = self._reuse(place.slot, task) if task.reuse else 0
+            task.read = reused = self._reuse(place.slot, task) if task.reuse else 0
             task.job.placed(reused)
         except Exception as error:  # noqa: BLE001  a failing device must not end the thread
             self._fail(place.id, error, place.slot)
@@ -466,9 +464,14 @@ class Engine:
             self._backend.restore(slot, entry.snapshot)
 
     def _leave(self, task: _Task, slot: int) -> None:
-        """What was read ahead stays where it is until the place is needed: next it is asked for."""
-        entry = self._cache.find(task.path.upto(task.end))
-        if entry is None or len(entry.tokens) != task.end:
+        """Empty a slot. What was read ahead stays at hand: it is asked for next."""
+        if not isinstance(task.job, Preparation) or not task.read:
+            self._reset(slot)
+            return
+        path = task.path.upto(task.read)
+        self._keep(path, slot)
+        entry = self._cache.find(path)
+        if entry is None or entry.key != path.keys[-1]:
             self._reset(slot)
             return
         try:
@@ -564,10 +567,7 @@ class Engine:
     def _finish(self, done: Sequence[tuple[int, int]]) -> None:
         for id, slot in done:
             task = self._tasks.pop(id)
-            if isinstance(task.job, Preparation):
-                self._leave(task, slot)
-            else:
-                self._reset(slot)
+            self._leave(task, slot)
             with self._wake:
                 self._scheduler.finished(id, time.monotonic())
             if not isinstance(task.job, Call):

@@ -80,7 +80,7 @@ class Job:
 class Faulty(NativeBackend):
     """A real backend that fails where a test says so."""
 
-    fault = None
+    fault = watch = None
 
     def prefill(self, slot, tokens):
         self._maybe("prefill", tokens)
@@ -103,6 +103,8 @@ class Faulty(NativeBackend):
         super().resume(slot, parked)
 
     def _maybe(self, where, what):
+        if self.watch:
+            self.watch(where, what)
         if self.fault and self.fault[0] == where and self.fault[1](what):
             raise self.fault[2]
 
@@ -118,11 +120,11 @@ def engine(bundle):
     """make(slots=..., fault=..., ...) -> an engine that is closed after the test."""
     made = []
 
-    def make(*, slots=2, fault=None, cache_bytes=64 << 20, backend=None, **limits):
+    def make(*, slots=2, fault=None, watch=None, cache_bytes=64 << 20, backend=None, **limits):
         backend = backend or open_backend("cpu", bundle, slots=slots, max_context=CONTEXT)
-        if fault:
+        if fault or watch:
             backend.__class__ = Faulty
-            backend.fault = fault
+            backend.fault, backend.watch = fault, watch
         values = {"kv_tokens": slots * CONTEXT, "max_context": CONTEXT, "promise_tokens": 64}
         opened = Engine(
             backend, PrefixCache(cache_bytes, RULE), Limits(slots=slots, **{**values, **limits})
@@ -278,12 +280,15 @@ def test_the_latest_is_read_ahead_first_and_only_while_nothing_else_is_to_be_don
 def test_who_asks_for_what_is_being_read_ahead_goes_on_where_that_is(engine, alone):
     history = [*words(60), 11, *words(150, 1), 11]
     turn = Job([*history, *words(9, 3), 11, 12])
-    running = engine(fault=("prefill", lambda tokens: len(tokens) == 64 and ask(), None))
+    restored = []
 
-    def ask():  # on the engine's thread, while the second piece of four is read
-        if turn.told == [] and running.stats().prefilled_tokens == 61:
-            running.submit(turn)
-        return False
+    def watch(where, what):
+        if where == "restore":
+            restored.append(what)
+        elif where == "prefill" and running.stats().prefilled_tokens == 61 and not turn.told:
+            running.submit(turn)  # on the engine's thread, in the second piece of four
+
+    running = engine(watch=watch)
 
     running.read_ahead(lambda: np.array([*history, 12], np.int32))
     assert turn.wait() == "done"
@@ -291,12 +296,13 @@ def test_who_asks_for_what_is_being_read_ahead_goes_on_where_that_is(engine, alo
     assert turn.tokens == alone(turn.prompt)
     wait_until(lambda: running.stats().idle)
     assert running.stats().prefilled_tokens == len(turn.prompt), "nothing was read twice"
+    assert not restored, "nor copied"
 
 
 @pytest.mark.parametrize("disturbed", [None, "parked", "logits"])
 def test_what_was_read_ahead_is_at_hand_and_nothing_is_copied(engine, alone, disturbed):
     restored = []
-    running = engine(slots=2, fault=("restore", lambda state: restored.append(state), None))
+    running = engine(watch=lambda where, what: where == "restore" and restored.append(what))
     history = [*words(60), 11, *words(40, 1), 11]
     running.read_ahead(lambda: np.array([*history, 12], np.int32))
     wait_until(lambda: running.stats().idle)
