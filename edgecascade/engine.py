@@ -224,7 +224,8 @@ class Engine:
         deadline = None if deadline_s is None else time.monotonic() + deadline_s
         with self._wake:
             id = next(self._ids)
-            self._overtake(path)
+            if reuse:
+                self._overtake(path)
             request = Request(id, pieces, job.max_tokens, priority, client, deadline)
             ahead = self._enqueue(request, wait=wait)
             self._tasks[id] = _Task(job, path, pieces[-1], reuse and not isinstance(job, Call))

@@ -367,8 +367,13 @@ class LLM:
         return apieces(lambda tell: self.ticket(prompt, params, tell), how)
 
     def prepare(self, tokens: Tokens) -> None:
-        """Read the beginning of later prompts, once nothing else is to be done."""
+        """Read the beginning of later prompts, once nothing else is to be done.
+
+        Raises:
+            InvalidRequest: for ids that are none; ContextExceeded if there are too many.
+        """
         ids = self._ids(tokens)
+        self._check_fits(len(ids))
         self._engine.read_ahead(lambda: ids)
 
     def kept(self, tokens: Array) -> Entry | None:

@@ -90,8 +90,8 @@ class CutRule:
         asks = np.ones(len(opened), np.bool_)
         for offset, token in enumerate(self.question):
             asks &= tokens.take(opened + offset, mode="clip") == token
-        last = np.searchsorted(opened, after) - 1  # the message that each of them ends
-        return after[(last < 0) | ~asks[last]]
+        # The message that each of them ends; the last place stands for none.
+        return after[~np.append(asks, False)[np.searchsorted(opened, after) - 1]]
 
 
 @dataclass

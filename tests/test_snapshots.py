@@ -94,6 +94,7 @@ def test_a_question_is_in_one_piece_with_its_answer():
     assert rule.cuts(chat((it, 40), (you, 9), (it, 9), (you, 9), (it, 9))) == (40, 76)
     assert rule.boundaries(chat((you, 40), (you, 9), (it, 9), (you, 3))).tolist() == [58]
     assert rule.boundaries(np.array([5, END, 2, END, 1], np.int32)).tolist() == [2, 4]
+    assert rule.boundaries(np.array([5, END, 2, END], np.int32)).tolist() == [2, 4]
     assert rule.boundaries(np.array([1, 2], np.int32)).tolist() == []
 
 
