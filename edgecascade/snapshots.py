@@ -83,15 +83,16 @@ class CutRule:
         ends = np.zeros(len(tokens), np.bool_)
         for token in self.boundary_ids:  # too few for a set operation to pay
             ends |= tokens == token
-        after: Array = np.flatnonzero(ends) + 1
+        after = np.flatnonzero(ends) + 1
         if not self.question:
             return after
         opened = np.flatnonzero(tokens == self.question[0])
         asks = np.ones(len(opened), np.bool_)
         for offset, token in enumerate(self.question):
             asks &= tokens.take(opened + offset, mode="clip") == token
-        # The message that each of them ends; the last place stands for none.
-        return after[~np.append(asks, False)[np.searchsorted(opened, after) - 1]]
+        of = np.searchsorted(opened, after) - 1  # the message that each of them ends, -1 for none
+        asked: Array = np.append(asks, False)[of]
+        return after[~asked]
 
 
 @dataclass
