@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from edgecascade.backends import _cuda
-from edgecascade.backends._lib import ARGS, OVERLAP, Call, Step, Weight
+from edgecascade.backends._lib import ARGS, OVERLAP, PREFETCH, Call, Step, Weight
 from edgecascade.backends.cuda import CudaBackend
 from edgecascade.ops import OPS, Kind
 from edgecascade.tensors import Codec, matrix_bytes
@@ -167,10 +167,10 @@ class OpTimer:
         self._l2 = backend._library.query().l2_bytes
         self._copies: dict[tuple[int, int], int] = {}
 
-    def times(self, batch: int) -> Iterator[OpTime]:
-        """All kinds of the step, in its order; of a prompt, `batch` is its tokens."""
-        for label, calls in self._kinds.items():
-            yield from self._time(label, calls, batch)
+    @property
+    def labels(self) -> list[str]:
+        """The kinds of the step's calls, in its order."""
+        return list(self._kinds)
 
     def boundary_us(self, overlap: bool) -> float:
         """A launch in a graph that has nothing to do: a Mamba step of which no sequence counts."""
@@ -182,14 +182,18 @@ class OpTimer:
         graph.close()
         return seconds / len(calls) * 1e6
 
-    def step_us(self, overlap: bool, batch: int) -> float:
+    def step_us(self, batch: int, *, overlap: bool, prefetch: bool) -> float:
         """The backend's decode step as a graph of its own."""
-        graph = self._graph(self._backend._decode_calls, batch, overlap)
+        graph = self._graph(self._backend._decode_calls, batch, overlap, prefetch=prefetch)
         seconds = self._seconds(graph)
         graph.close()
         return seconds * 1e6
 
-    def _time(self, label: str, calls: list[tuple[int, c.Structure]], batch: int) -> list[OpTime]:
+    def time(self, label: str, batch: int) -> Iterator[OpTime]:
+        """A kind of the step's calls, then each launch of one that has several; of a prompt,
+        `batch` is its tokens.
+        """
+        calls = self._kinds[label]
         own = [(code, self._own(args)) for code, args in calls]
         own = self._past_l2(own)
         array = (Call * len(own))(*(Call(c.addressof(args), code, 0) for code, args in own))
@@ -207,7 +211,7 @@ class OpTimer:
             each = moved // calls_made
             return OpTime(name, batch, len(calls), launches, us, each, self._ceiling, moved)
 
-        rows = [made(label, slice(None), launches, graph)]
+        yield made(label, slice(None), launches, graph)
         names = tuple(f"launch {i + 1}" for i in range(launches))
         if not self._prompt:
             names = PARTS.get(label, names)
@@ -215,8 +219,7 @@ class OpTimer:
             some = self._graph(array, batch, overlap,
                                wanted=lambda i, part=part: i % launches == part)  # fmt: skip
             moves = slice(0, 0) if self._prompt else slice(part, part + 1)
-            rows.append(made(f"  {names[part]}", moves, 1, some))
-        return rows
+            yield made(f"  {names[part]}", moves, 1, some)
 
     def _graph(
         self,
@@ -225,6 +228,7 @@ class OpTimer:
         overlap: bool,
         live: int | None = None,
         wanted: Callable[[int], bool] = lambda i: True,
+        prefetch: bool = False,  # which moves bytes of what is not timed
     ) -> LaunchGraph:
         early = overlap and not self._prompt and self._backend._library.query().sm >= 90
         step = Step.from_buffer_copy(self._backend._args_step)
@@ -233,9 +237,8 @@ class OpTimer:
             step.max_context = self._backend.max_context
         else:
             step.n_tok = step.n_seq = step.n_out = batch
-            bounds = (bound for count, bound in self._backend.captured if count == batch)
-            step.max_context = max(bounds)
-        step.flags = OVERLAP if overlap else 0
+            step.max_context = self._backend.context_bound(batch)
+        step.flags = OVERLAP * overlap | PREFETCH * prefetch
         step.live = live or step.live
         library, queue = self._backend._library, self._backend._queue
         return LaunchGraph(

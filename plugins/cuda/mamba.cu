@@ -5,6 +5,7 @@
 // A CTA keeps 32 rows of one head's state in registers, a lane the columns n = lane mod 32; the
 // convolution of its channels is part of it. Bound: memory, 8 bytes a state value.
 // Reference: edgecascade/backends/reference.py   Test: tests/test_mamba_kernels.py
+#include "ahead.cuh"
 #include "mamba.cuh"
 
 namespace ec::cuda {
@@ -62,7 +63,7 @@ __device__ __forceinline__ void convolve(const ec_mamba& args, const Layout& m, 
 // columns; other widths spill on sm_110 then.
 template <int kColumns>
 __global__ void __launch_bounds__(kThreads, kColumns == 4 ? 4 : 3)
-    scan(ec_step step, ec_mamba args) {
+    scan(ec_step step, ec_mamba args, Ahead ahead) {
   startDependents();
   const int sequence = blockIdx.z, head = blockIdx.x, row0 = blockIdx.y * kRows;
   if (sequence >= liveSequences(step)) return awaitEarlier();
@@ -97,6 +98,7 @@ __global__ void __launch_bounds__(kThreads, kColumns == 4 ? 4 : 3)
   convolve(args, m, row, head, row0, slot, past, out);
   const float dt = softplus(row[m.inner + m.channels + head] + args.dt_bias[head]);
   const float decay = expf(dt * args.a[head]);
+  prefetch(ahead);
   __syncthreads();
 
   float b[kColumns], c[kColumns], y[kRowsPerWarp] = {};
@@ -141,7 +143,7 @@ ec_status mambaStep(ec_stream stream, const ec_step& step, const ec_mamba& args)
   const dim3 grid(args.heads, ceilDiv(args.head_dim, kRows), step.n_seq);
   const size_t shared = ctaChannels(args) * sizeof(float);
   const auto run = [&](auto* kernel) {
-    return launchEarly(op, kernel, grid, kThreads, shared, stream, step, step, args);
+    return launchEarly(op, kernel, grid, kThreads, shared, stream, step, step, args, aheadOf(step));
   };
   if (args.state <= 32) return run(scan<1>);
   if (args.state <= 64) return run(scan<2>);

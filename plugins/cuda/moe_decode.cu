@@ -172,7 +172,7 @@ __global__ void __launch_bounds__(kBeside, 1)
   __syncthreads();
   awaitEarlier();
   if (n == 0) return ring.drain();
-  multiplySegments<Codec, kManyWarps>(ring, segments, rows, shared,
+  multiplySegments<Codec, kManyWarps>(ring, segments, rows, shared, Ahead{},
                                       [&](int, int i, int r, float value) {
                                         const int row = cta * kBlockRows + r, ff = args.shared_up.n;
                                         if (row < ff)
@@ -266,7 +266,7 @@ __device__ __forceinline__ float* scoresOf(const GemvShared& shared, int token, 
 
 template <class Codec>
 __global__ void __launch_bounds__(kFewWarps* kWarp, kCtasAtOnce<Codec, kFewWarps>)
-    up(ec_step step, ec_moe args, Scratch scratch, GemvShape shape) {
+    up(ec_step step, ec_moe args, Scratch scratch, GemvShape shape, Ahead ahead) {
   __shared__ Taken taken;
   startDependents();
   const int experts = args.up.experts, topK = args.top_k, ff = args.up.n;
@@ -291,7 +291,7 @@ __global__ void __launch_bounds__(kFewWarps* kWarp, kCtasAtOnce<Codec, kFewWarps
   if (!args.force && blockIdx.x == 0 && warp < n)
     weighExperts(args, word, scores, args.ids + warp * topK, args.weights + warp * topK);
   multiplySegments<Codec, kFewWarps>(
-      ring, segments, rows, shared, [&](int segment, int i, int r, float value) {
+      ring, segments, rows, shared, ahead, [&](int segment, int i, int r, float value) {
         const int expert = segments.expert(segment);
         const int row = segments.row(segment) * kBlockRows + r;
         if (!taken.has(i, expert) || row >= ff) return;
@@ -411,7 +411,7 @@ constexpr int kBesideDown = std::is_same_v<Codec, SharedCodec> ? kBeside : kMany
 
 template <class Codec, class SharedCodec>
 __global__ void __launch_bounds__(kBesideDown<Codec, SharedCodec>, 1)
-    down(ec_step step, ec_moe args, Scratch scratch, GemvShape shape) {
+    down(ec_step step, ec_moe args, Scratch scratch, GemvShape shape, Ahead ahead) {
   __shared__ Taken taken;
   __shared__ float weights[kMostTaken];  // [n][top_k]
   startDependents();
@@ -460,6 +460,7 @@ __global__ void __launch_bounds__(kBesideDown<Codec, SharedCodec>, 1)
       const int end = min(blocks, (to - before) * kChunkBlocks);
       const int origin = (from - before) * kChunkBlocks;  // the segment's block that is held first
       const bool common = segments.isShared(segment);
+      if (end == blocks && segment + 1 == segments.size()) prefetch(ahead);
       const bool counts = common || taken.has(column, segments.expert(segment));
       const Columns columns(shared, column, kb - origin, kManyWarps, counts);
       if (std::is_same_v<Codec, SharedCodec> || !common) {
@@ -506,7 +507,7 @@ ec_status launchUp(ec_stream stream, const ec_step& step, const ec_moe& args,
       gemvCall<Codec, kFewWarps>(up<Codec>, step.n_tok, rows, args.up.k, args.norm, scores,
                                  scores + static_cast<int>(sizeof(Taken)));
   return launchEarly("moe", up<Codec>, dim3(call.ctas), kFewWarps * kWarp, call.shared, stream,
-                     step, step, args, scratch, call.shape);
+                     step, step, args, scratch, call.shape, aheadOf(step, args.shared_down));
 }
 
 template <class Codec, class SharedCodec>
@@ -520,7 +521,8 @@ ec_status launchDown(ec_stream stream, const ec_step& step, const ec_moe& args,
                         slotBytes, chunks * kChunkBlocks * kGroup, ec_norm{},
                         static_cast<int>(sizeof(Taken) + kMostTaken * sizeof(float)));
   return launchEarly("moe", down<Codec, SharedCodec>, dim3(ceilDiv(args.down.n, kBlockRows)),
-                     kManyWarps * kWarp, shape.bytes, stream, step, step, args, scratch, shape);
+                     kManyWarps * kWarp, shape.bytes, stream, step, step, args, scratch, shape,
+                     aheadOf(step));
 }
 
 bool isU4(const ec_weight& w) { return w.type == EC_U4_64 || !w.data; }
