@@ -22,6 +22,7 @@ import numpy as np
 from edgecascade.backends import _cuda
 from edgecascade.backends._lib import ARGS, OVERLAP, PREFETCH, Call, Step, Weight
 from edgecascade.backends.cuda import CudaBackend
+from edgecascade.errors import EdgeCascadeError
 from edgecascade.ops import OPS, Kind
 from edgecascade.tensors import Codec, matrix_bytes
 
@@ -86,8 +87,10 @@ PROGRAMMATIC = EdgeData(from_port=1, type=1)  # the later launch may begin early
 class LaunchGraph:
     """A captured chain of launches, or some of them.
 
-    The driver lists the nodes of a captured stream in their order. Those that are not wanted are
-    taken out, and their neighbours tied together as `early` says.
+    Nodes that are not wanted are taken out, and their neighbours tied together as `early` says.
+
+    Raises:
+        EdgeCascadeError: when the driver does not list the nodes of a stream in their order.
     """
 
     def __init__(
@@ -95,7 +98,7 @@ class LaunchGraph:
         device: _cuda.Device,
         stream: int,
         work: Callable[[], None],
-        wanted: Callable[[int], bool] = lambda i: True,
+        wanted: Callable[[int], bool] | None = None,
         early: bool = False,
     ) -> None:
         with device._capturing(stream) as graph:
@@ -104,9 +107,11 @@ class LaunchGraph:
         _cuda._call("cuGraphGetNodes", graph, None, c.byref(count))
         nodes = (c.c_void_p * count.value)()
         _cuda._call("cuGraphGetNodes", graph, nodes, c.byref(count))
+        if wanted:
+            _check_order(nodes)
         self._count, last = 0, None
         for i, node in enumerate(nodes):
-            if not wanted(i):
+            if wanted and not wanted(i):
                 _cuda._call("cuGraphDestroyNode", c.c_void_p(node))
                 continue
             self._count += 1
@@ -134,6 +139,15 @@ class LaunchGraph:
         """Free it."""
         _cuda._call("cuGraphExecDestroy", self._run)
         _cuda._call("cuGraphDestroy", self._graph)
+
+
+def _check_order(nodes: c.Array[c.c_void_p]) -> None:
+    for i in range(1, len(nodes)):
+        before, edge, count = (c.c_void_p * 1)(), EdgeData(), c.c_size_t(1)
+        _cuda._call("cuGraphNodeGetDependencies_v2", c.c_void_p(nodes[i]), before, c.byref(edge),
+                    c.byref(count))  # fmt: skip
+        if count.value != 1 or before[0] != nodes[i - 1]:
+            raise EdgeCascadeError(f"node {i} of the graph does not follow node {i - 1}")
 
 
 class OpTimer:
@@ -227,7 +241,7 @@ class OpTimer:
         batch: int,
         overlap: bool,
         live: int | None = None,
-        wanted: Callable[[int], bool] = lambda i: True,
+        wanted: Callable[[int], bool] | None = None,
         prefetch: bool = False,  # which moves bytes of what is not timed
     ) -> LaunchGraph:
         early = overlap and not self._prompt and self._backend._library.query().sm >= 90

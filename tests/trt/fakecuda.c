@@ -43,11 +43,11 @@ typedef struct Node {
   int value, off;
   HostFunction call;
   void* data;
-  struct Node* next;
+  struct Node *next, *before;
 } Node;
 
 typedef struct {
-  Node *first, **last;
+  Node *first, **last, *newest;
   int spoilt;
 } Graph;
 
@@ -177,7 +177,8 @@ static Result submit(Stream* stream, Node node) {
   Node* kept = malloc(sizeof node);
   *kept = node;
   kept->next = NULL;
-  *stream->capture->last = kept;
+  kept->before = stream->capture->newest;
+  *stream->capture->last = stream->capture->newest = kept;
   stream->capture->last = &kept->next;
   return kOk;
 }
@@ -358,6 +359,10 @@ Result cuGraphGetNodes(Graph* graph, Node** nodes, size_t* count) {
   }
   if (!nodes || found < *count) *count = found;
   return kOk;
+}
+Result cuGraphNodeGetDependencies_v2(Node* node, Node** before, void* edges, size_t* count) {
+  if (node->before && before && *count) before[0] = node->before;
+  return *count = node->before ? 1 : 0, kOk;
 }
 Result cuGraphDestroyNode(Node* node) { return node->off = 1, kOk; }
 // Nodes run in the order of their capture whatever ties them.
