@@ -52,7 +52,7 @@ from edgecascade.backends.native import NativeBackend
 from edgecascade.bench import circumstances
 from edgecascade.bundle import Bundle
 from edgecascade.errors import EdgeCascadeError
-from edgecascade.llm import CHUNK_TOKENS, LLM
+from edgecascade.llm import LLM
 from edgecascade.sampling import SampleRow, Sampling
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -76,7 +76,7 @@ class Plan:
     contexts: tuple[int, ...] = (0, 1024, 16384)
     ops_context: int = 1024
     prompts: tuple[int, ...] = (128, 512, 2048)
-    piece: int = CHUNK_TOKENS  # of a prompt, as LLM cuts it
+    piece: int = 256  # of a prompt, for streams that shall wait less than LLM lets them
     prompt_ops: int = 512  # tokens of the prompt whose ops are timed
     answer: int = 128  # tokens that LLM.generate makes
     compared: tuple[int, int] = (64, 32)  # prompt and answer fed to both backends

@@ -69,6 +69,7 @@ class DeviceBackend(SlotBackend):
     """A backend but for its passes."""
 
     name: str
+    chunk_tokens = PREFILL_CHUNK  # weights are read once for it
 
     def __init__(self, bundle: Bundle, options: Options) -> None:
         self._device = open_device()

@@ -30,6 +30,7 @@ BACKENDS = {
     "reference": ("edgecascade.backends.reference", "ReferenceBackend"),
 }
 AUTO = ("tensorrt", "cuda", "cpu", "reference")
+CPU_CHUNK_TOKENS = 256  # from here on a CPU computes as long as it reads weights
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ class Backend(Protocol):
     max_context: int  # tokens that one slot can hold
     kv_tokens: int  # tokens that all slots can hold together, in pages of page_tokens
     page_tokens: int
+    chunk_tokens: int  # of a prompt that it reads best at a time
     kv_type: KvType  # of keys and values, in snapshots too
 
     def prefill(self, slot: int, tokens: Array) -> Logits:

@@ -104,6 +104,7 @@ def whole_answers(folder: Path, counts: Any) -> dict[str, Any]:
     how = {"temperature": 0.8, "top_p": 0.9, "max_tokens": 9, "ignore_eos": True, "reuse": False}
     prompts = [list(range(5, 5 + n)) for n in (3, 9, 20)]
     with LLM.load(folder, "cuda", slots=3, max_context=256) as llm:
+        pieces = llm.rule.chunk_tokens
         llm.generate(prompts, seed=5, **how)  # captures
         before = counts()
         together = llm.generate(prompts, seed=5, **how)
@@ -114,6 +115,7 @@ def whole_answers(folder: Path, counts: Any) -> dict[str, Any]:
         with_logprobs = counts()["downloaded"] - before["downloaded"]
     return {
         "same": [a.token_ids == b.token_ids for a, b in zip(together, alone, strict=True)],
+        "pieces": pieces,
         "told": told.token_ids == alone[1].token_ids,
         "best": all(one.top[0][1] >= one.logprob for one in told.logprobs),
         "tokens": sum(len(answer.token_ids) for answer in together),

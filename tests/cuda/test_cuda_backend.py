@@ -14,6 +14,7 @@ import tolerances
 from golden import Build
 from kernels import CUDA_EMULATED, cuda_emulated
 
+from edgecascade import LLM
 from edgecascade.backends._lib import OVERLAP, PREFETCH
 from edgecascade.backends.base import open_backend
 from edgecascade.backends.cuda import step_flags
@@ -107,6 +108,16 @@ def test_answers_on_the_device_are_those_of_a_lone_run(sampled: dict[str, Any]) 
     assert sampled["same"] == [True, True, True]
     assert sampled["told"], "logprobs change no token"
     assert sampled["best"]
+
+
+def test_a_prompt_is_read_in_larger_pieces_than_on_a_cpu(
+    sampled: dict[str, Any], build: Build
+) -> None:
+    assert sampled["pieces"] == 512
+    with LLM.load(build("tiny", "speed"), "cpu") as llm:
+        assert llm.rule.chunk_tokens == 256
+    with LLM.load(build("tiny", "speed"), "cpu", chunk_tokens=512) as llm:
+        assert llm.rule.chunk_tokens == 512
 
 
 def test_launches_begin_early_or_prefetch_as_the_device_can(
