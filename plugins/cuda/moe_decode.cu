@@ -56,7 +56,7 @@ struct RouterParts {
 };
 
 // One warp: its half of the columns of one expert, for kRows rows from `first` on, of which
-// those below n are there.
+// those below n are there. squares: NULL where another warp writes the same.
 template <int kRows>
 __device__ __forceinline__ void routerDots(const ec_moe& args, int expert, int part, int first,
                                            int n, const GemvShared& shared, float* dots,
@@ -93,7 +93,8 @@ __device__ __forceinline__ void routerDots(const ec_moe& args, int expert, int p
   for (int i = 0; i < kRows; ++i) {
     if (first + i >= n) continue;
     const float allDots = warpSum(dot[i]), allSquares = warpSum(square[i]);
-    if (lane == 0) dots[first + i] = allDots, squares[first + i] = allSquares;
+    if (lane == 0) dots[first + i] = allDots;
+    if (lane == 0 && squares) squares[first + i] = allSquares;
   }
 }
 
@@ -115,7 +116,7 @@ __device__ __forceinline__ void routeCta(const ec_step& step, const ec_moe& args
     tokensOf(args, n).findInverses(shared, warp, kManyWarps);
     __syncthreads();
   }
-  float *dots = parts.dot[each][part], *squares = parts.squares[part];
+  float *dots = parts.dot[each][part], *squares = each == 0 ? parts.squares[part] : nullptr;
   if (expert < experts && n == 1) {
     routerDots<1>(args, expert, part, 0, n, shared, dots, squares);
   } else if (expert < experts) {

@@ -110,6 +110,16 @@ def test_answers_on_the_device_are_those_of_a_lone_run(sampled: dict[str, Any]) 
     assert sampled["best"]
 
 
+def test_a_lost_gpu_is_an_error_each_time_and_auto_takes_the_cpu(
+    sampled: dict[str, Any],
+) -> None:
+    assert len(sampled["lost"]) == 2
+    for told in sampled["lost"]:
+        assert told.startswith("BackendError: "), told
+        assert "CUDA_ERROR_LAUNCH_FAILED" in told
+    assert sampled["next"] == "cpu"
+
+
 def test_a_prompt_is_read_in_larger_pieces_than_on_a_cpu(
     sampled: dict[str, Any], build: Build
 ) -> None:

@@ -29,6 +29,7 @@ enum {
   kOutOfMemory = 2,
   kNoContext = 201,
   kNoHandle = 400,
+  kLaunchFailed = 719,
   kCaptureUnsupported = 900,
   kCaptureInvalidated = 901,
   kIllegalState = 401
@@ -61,7 +62,7 @@ typedef struct {
 } Region;
 
 static Region regions[kMaxRegions], locks[kMaxLocked];  // of the device, and page-locked
-static int regionCount, lockCount, strict, late, depth, device;
+static int regionCount, lockCount, strict, late, depth, device, lost;
 static Node *waiting, **lastWaiting = &waiting;
 static Stream* capturing;
 static _Thread_local void* current;
@@ -70,6 +71,9 @@ static _Thread_local void* current;
 static struct {
   int64_t allocations, waits, copies, calls, launches, bytes, uploaded, downloaded;
 } counts;
+
+// From now on as after a kernel's fault: every call that needs the context says so.
+void fakecuda_lose(void) { lost = 1; }
 
 void fakecuda_counts(int64_t* out) { memcpy(out, &counts, sizeof counts); }
 
@@ -119,8 +123,9 @@ static Result refuse(const char* what) {
 }
 #define NOT_CAPTURED(what) \
   if (capturing) return refuse(what)
-#define NEEDS_CONTEXT \
-  if (!current) return kNoContext
+#define NEEDS_CONTEXT                \
+  if (!current) return kNoContext; \
+  if (lost) return kLaunchFailed
 
 static void perform(const Node* node) {
   if (node->off) return;
@@ -242,6 +247,7 @@ Result cuMemAlloc_v2(Address* out, size_t size) {
   return kOk;
 }
 Result cuMemFree_v2(Address address) {
+  NEEDS_CONTEXT;
   NOT_CAPTURED("cuMemFree");
   catchUp();
   for (int i = 0; i < regionCount; ++i) {
@@ -263,6 +269,7 @@ Result cuMemHostAlloc(void** out, size_t size, unsigned flags) {
   return kOk;
 }
 Result cuMemFreeHost(void* address) {
+  NEEDS_CONTEXT;
   catchUp();
   for (int i = 0; i < lockCount; ++i) {
     if (locks[i].start == address) locks[i] = locks[--lockCount];
@@ -313,6 +320,7 @@ Result cuStreamCreate(Stream** out, unsigned flags) {
   return *out = calloc(1, sizeof **out), kOk;
 }
 Result cuStreamDestroy_v2(Stream* stream) {
+  NEEDS_CONTEXT;
   free(stream);
   return kOk;
 }
@@ -387,6 +395,7 @@ Result cuGetErrorName(Result error, const char** out) {
   *out = error == kCaptureUnsupported   ? "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED"
          : error == kCaptureInvalidated ? "CUDA_ERROR_STREAM_CAPTURE_INVALIDATED"
          : error == kNoContext          ? "CUDA_ERROR_INVALID_CONTEXT"
+         : error == kLaunchFailed       ? "CUDA_ERROR_LAUNCH_FAILED"
                                         : "CUDA_ERROR";
   return kOk;
 }
