@@ -51,7 +51,7 @@ from edgecascade.backends.cuda import CudaBackend
 from edgecascade.backends.native import NativeBackend
 from edgecascade.bench import circumstances
 from edgecascade.bundle import Bundle
-from edgecascade.errors import EdgeCascadeError
+from edgecascade.errors import BackendUnavailable, EdgeCascadeError
 from edgecascade.llm import LLM
 from edgecascade.sampling import SampleRow, Sampling
 
@@ -474,7 +474,10 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="the JSON; default: in benchmarks/results")
     args = parser.parse_args()
     here, plan = circumstances(), QUICK if args.quick else Plan()
-    gpu = re.sub(r"\W+", "-", _cuda.open_device().name).lower()
+    try:
+        gpu = re.sub(r"\W+", "-", _cuda.open_device().name).lower()
+    except BackendUnavailable as error:
+        raise SystemExit(f"nothing to measure: {error}") from error
     suffix = "-quick" if args.quick else ""
     out = args.out or RESULTS / f"{here['date']}-{gpu}-30b-speed{suffix}.json"
     report = Report(partial(print, flush=True), out)
