@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The CUDA kernels on this machine's GPU: built, checked, measured.
 
-    python benchmarks/gpu.py [--quick] [--minutes N] [--bundle DIR] [--no-checks] [--out FILE]
+    python benchmarks/gpu.py [--quick] [--minutes N] [--bundle DIR] [--no-build] [--no-checks]
+                             [--out FILE]
 
 build      the library for the GPU that is here (needs nvcc)
 suite      that of the ops, on the GPU
@@ -89,13 +90,22 @@ QUICK = Plan(contexts=(0, 1024), prompts=(128, 512), answer=32, steps=8, least_s
 
 
 def build(limit_s: float) -> str:
-    """The library for this machine's GPU, in place; the GPU's instruction set."""
+    """The library for this machine's GPU, in place; what it is built for."""
     tools = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # CMake is the environment's
     environment = {"EDGECASCADE_CUDA_ARCHS": str(_cuda.open_device().sm), **os.environ}
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
     status, said = run_within(command, limit_s, cwd=ROOT, env={**environment, "PATH": tools})
     if status:
         raise EdgeCascadeError(f"the library was not built, status {status}:\n{said[-4000:]}")
+    return built()
+
+
+def built() -> str:
+    """What the library that is here is built for.
+
+    Raises:
+        BackendUnavailable: when there is none, or it has no kernels for this GPU.
+    """
     return cuda_library().query().isa.decode()
 
 
@@ -470,6 +480,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="8 layers, shorter contexts")
     parser.add_argument("--minutes", type=float, help="end by then, with what there is")
     parser.add_argument("--bundle", type=Path, help="measure this one; default: a synthetic 30B")
+    parser.add_argument("--no-build", action="store_true", help="the library is there already")
     parser.add_argument("--no-checks", action="store_true", help="only measure")
     parser.add_argument("--out", type=Path, help="the JSON; default: in benchmarks/results")
     args = parser.parse_args()
@@ -484,7 +495,8 @@ def main() -> int:
     report.values |= here
     if args.minutes:
         report.end_after(60 * args.minutes)
-    if report.take("build", lambda: build(min(BUILD_S, report.left_s))) is None:
+    make = built if args.no_build else partial(build, min(BUILD_S, report.left_s))
+    if report.take("build", make) is None:
         return 1
     report.take("gpu", device_facts)
     if not args.no_checks:
