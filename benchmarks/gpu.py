@@ -1,44 +1,48 @@
 # SPDX-License-Identifier: Apache-2.0
 """The CUDA kernels on this machine's GPU: built, checked, measured.
 
-    python benchmarks/gpu.py [--quick] [--bundle DIR] [--no-checks] [--out FILE]
+    python benchmarks/gpu.py [--quick] [--minutes N] [--bundle DIR] [--no-build] [--no-checks]
+                             [--out FILE]
 
 build      the library for the GPU that is here (needs nvcc)
-checks     the suite of the ops on the GPU; a part of it under compute-sanitizer, where that is
+suite      that of the ops, on the GPU
 ceiling    what a device-to-device copy moves, and what a kernel that only reads gets
            (stream_read.cu); shares are of the larger
 bundle     Nemotron-3-Nano-30B's shapes with random weights, written here: 17 GB under build/
 decode     1, 2, 4 and 8 sequences with contexts of 0, 1k and 16k tokens: the graph alone, and a
            step of the backend with greedy tokens, and with drawn ones
-ops        each op of a decode step alone (gpu_ops.py), at a context of 1k
 prefill    128, 512 and 2048 tokens of one sequence: the backend alone in its largest chunks, the
            same in pieces as LLM cuts them, and LLM.generate up to the first token
-prompt ops each op of a prompt of 512 tokens alone, and each launch of it
-generate   LLM.generate with the greedy rule, sampling included
 cpu        the same tokens fed to the CPU backend: greedy choices equal where the lead allows
+generate   LLM.generate with the greedy rule, sampling included
+ops        each op of a decode step alone (gpu_ops.py), at a context of 1k
+boundary   between two launches, and the whole step, with and without overlap and prefetch
+prompt ops each op of a prompt of 512 tokens alone, and each launch of it
+sanitizer  a part of the suite under compute-sanitizer, where that is
 
-A line a figure, then JSON in benchmarks/results. --quick: 8 layers, shorter contexts. What fails or
-does not fit is named, in the JSON too, the rest goes on, and the status is 1.
+A line a figure, and JSON in benchmarks/results, which is there after every part. --quick: 8 layers,
+shorter contexts. --minutes: it ends by then with what it has. What fails or does not fit is named,
+in the JSON too, the rest goes on, and the status is 1.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes as c
-import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import numpy as np
 from gpu_ops import OpTimer, seconds_of
+from gpu_report import Report, run_within
 
 from build_engine.synthetic import write_synthetic
 from edgecascade.backends import _cuda
@@ -48,8 +52,8 @@ from edgecascade.backends.cuda import CudaBackend
 from edgecascade.backends.native import NativeBackend
 from edgecascade.bench import circumstances
 from edgecascade.bundle import Bundle
-from edgecascade.errors import EdgeCascadeError
-from edgecascade.llm import CHUNK_TOKENS, LLM
+from edgecascade.errors import BackendUnavailable, EdgeCascadeError
+from edgecascade.llm import LLM
 from edgecascade.sampling import SampleRow, Sampling
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -62,6 +66,7 @@ SANITIZED = (
     f"{ON_GPU} and (tables or product or residual or masks or steps_are or moe or temperature"
     " or anywhere or few_and_none or magnitude)"
 )
+BUILD_S, SUITE_S, SANITIZER_S = 600.0, 400.0, 300.0  # at most
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,7 @@ class Plan:
     contexts: tuple[int, ...] = (0, 1024, 16384)
     ops_context: int = 1024
     prompts: tuple[int, ...] = (128, 512, 2048)
-    piece: int = CHUNK_TOKENS  # of a prompt, as LLM cuts it
+    piece: int = 256  # of a prompt, for streams that shall wait less than LLM lets them
     prompt_ops: int = 512  # tokens of the prompt whose ops are timed
     answer: int = 128  # tokens that LLM.generate makes
     compared: tuple[int, int] = (64, 32)  # prompt and answer fed to both backends
@@ -84,55 +89,68 @@ class Plan:
 QUICK = Plan(contexts=(0, 1024), prompts=(128, 512), answer=32, steps=8, least_s=0.05)
 
 
-def build() -> None:
-    """The library for this machine's GPU, in place."""
+def build(limit_s: float) -> str:
+    """The library for this machine's GPU, in place; what it is built for."""
     tools = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # CMake is the environment's
-    environment = {**os.environ, "PATH": tools}
+    environment = {"EDGECASCADE_CUDA_ARCHS": str(_cuda.open_device().sm), **os.environ}
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-    subprocess.run(command, cwd=ROOT, env=environment, check=True)
-    if not (ROOT / "edgecascade" / "_lib" / "libedgecascade_cuda.so").exists():
-        raise SystemExit("the CUDA library was not built: nvcc and a GPU are needed")
+    status, said = run_within(command, limit_s, cwd=ROOT, env={**environment, "PATH": tools})
+    if status:
+        raise EdgeCascadeError(f"the library was not built, status {status}:\n{said[-4000:]}")
+    return built()
+
+
+def built() -> str:
+    """What the library that is here is built for.
+
+    Raises:
+        BackendUnavailable: when there is none, or it has no kernels for this GPU.
+    """
+    return cuda_library().query().isa.decode()
 
 
 def build_stream_read(folder: Path) -> Path:
     """stream_read.cu as a library."""
     nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
     if nvcc is None:
-        raise SystemExit("nvcc is not on PATH")
+        raise EdgeCascadeError("nvcc is not on PATH")
     folder.mkdir(parents=True, exist_ok=True)
     made = folder / "stream_read.so"
     includes = [f"-I{ROOT / 'plugins' / part}" for part in ("include", "common", "cuda")]
-    command = [nvcc, "-std=c++17", "-O3", "-arch=native", "-shared", "-Xcompiler", "-fPIC"]
+    target = f"-arch=sm_{_cuda.open_device().sm}"
+    command = [nvcc, "-std=c++17", "-O3", target, "-shared", "-Xcompiler", "-fPIC"]
     sources = [str(STREAM_READ), str(ROOT / "plugins" / "common" / "checks.cpp")]
-    subprocess.run([*command, *includes, *sources, "-o", str(made)], check=True)
+    status, said = run_within([*command, *includes, *sources, "-o", str(made)], BUILD_S)
+    if status:
+        raise EdgeCascadeError(f"nvcc does not take stream_read.cu: {said[-2000:]}")
     return made
 
 
-def checks() -> dict[str, Any]:
-    """The suite of the ops on the GPU, then some of it under compute-sanitizer."""
-    environment = {**os.environ, "EDGECASCADE_TEST_GPU": "1"}
+def suite(tests: str, limit_s: float, under: list[str] | None = None) -> str:
+    """The suite of the ops on the GPU, or those of its tests that are named; its last line."""
     files = sorted(str(path) for path in (ROOT / "tests").glob("test_*_kernel*.py"))
-    suite = [sys.executable, "-m", "pytest", "-q", *files, "-k"]
-    tool = shutil.which("compute-sanitizer") or shutil.which(
+    pytest = [sys.executable, "-m", "pytest", "-q", "--maxfail=20", "-p", "no:cacheprovider"]
+    environment = {**os.environ, "EDGECASCADE_TEST_GPU": "1"}
+    status, said = run_within(
+        [*(under or []), *pytest, *files, "-k", tests], limit_s, cwd=ROOT, env=environment
+    )
+    lines = said.strip().splitlines()
+    last = next((s for s in reversed(lines) if re.search(r"passed|failed|error", s)), "")
+    if status:
+        print("\n".join(lines[-60:]), file=sys.stderr, flush=True)
+        failed = [line for line in lines if re.match(r"FAILED|ERROR|=+ +(ERROR|Error)", line)]
+        raise EdgeCascadeError("\n  ".join([f"status {status}: {last}", *failed[:20]]))
+    return last
+
+
+def sanitized(tool: str, limit_s: float) -> str:
+    """Some of the suite under a tool of compute-sanitizer."""
+    program = shutil.which("compute-sanitizer") or shutil.which(
         "compute-sanitizer", path="/usr/local/cuda/bin"
     )
-    commands = {"ops": [*suite, ON_GPU]}
-    if tool:
-        for check in ("memcheck", "racecheck"):
-            sanitizer = [tool, "--tool", check, "--error-exitcode", "9"]
-            commands[check] = [*sanitizer, *suite, SANITIZED]
-    seen: dict[str, Any] = {} if tool else {"memcheck": "compute-sanitizer is not here"}
-    for name, command in commands.items():
-        done = subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-        )
-        lines = done.stdout.strip().splitlines()
-        last = next((s for s in reversed(lines) if re.search(r"passed|failed|error", s)), "")
-        seen[name] = f"status {done.returncode}: {last}"
-        if done.returncode:
-            print("\n".join(lines[-30:]), done.stderr[-2000:], file=sys.stderr)
-            raise EdgeCascadeError(f"{name}: {seen[name]}")
-    return seen
+    if program is None:
+        return "compute-sanitizer is not here"
+    return suite(SANITIZED, limit_s, [program, "--tool", tool, "--error-exitcode", "9"])
 
 
 def device_facts() -> dict[str, Any]:
@@ -202,7 +220,7 @@ def decode(backend: CudaBackend, plan: Plan, batch: int, context: int) -> dict[s
         for how in (Sampling(temperature=0), Sampling(temperature=0.6, top_p=0.95))
     )
     step_s, drawn_s = (seconds_of_steps(backend, plan, slots, fed, how) for how in (greedy, drawn))
-    graph = backend._captured[max(key for key in backend.captured if key[0] == batch)]
+    graph = backend._captured[batch, backend.context_bound(batch)]
     graph_s = seconds_of(
         lambda: graph.launch(backend._stream),
         lambda: backend._device.synchronize(backend._stream),
@@ -296,93 +314,102 @@ def generate(llm: LLM, plan: Plan, batch: int) -> dict[str, Any]:
     return {"batch": batch, "tokens": plan.answer, "tokens_per_s": rate}
 
 
-class Report:
-    """What was measured, said at once and kept for the file."""
-
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self.say, self.values, self.failed = say, dict[str, Any](), list[str]()
-
-    def take(self, name: str, work: Callable[[], Any]) -> Any:
-        """The result of one part; an error of ours is told, and the rest goes on."""
-        try:
-            self.values[name] = work()
-        except EdgeCascadeError as error:
-            self.failed.append(f"{name}: {error}")
-            self.say(f"{name}: {error}")
-        return self.values.get(name)
-
-
-def measure(bundle: Bundle, plan: Plan, stream_read: Path, report: Report) -> None:
-    """All but the build and the checks."""
+def measure(bundle: Bundle, plan: Plan, report: Report) -> None:
+    """All but the build and the checks. What works on the driver's graphs comes last: a GPU that
+    has lost its way answers nothing more.
+    """
     say = report.say
+    report.values["bundle"] = bundle.report or str(bundle.path)
     say(f"{'load':10} {bundle.weight_bytes / 1e9:.2f} GB of weights")
     context = max(*plan.contexts, *plan.prompts, sum(plan.compared)) + 2 * plan.steps + 64
     options = Options(slots=max(plan.batches), max_context=context)
-    rates = report.take("ceiling", lambda: ceiling(plan, stream_read)) or {}
-    for name, rate in rates.items():
-        say(f"{'ceiling':10} {name:26} {rate / 1e9:10.1f} GB/s")
     start = perf_counter()
     backend = CudaBackend(bundle, options)
     load_s = perf_counter() - start
-    try:
-        report.values["gpu"] = device_facts()
-        report.values["load"] = {"seconds": load_s, "bytes": bundle.weight_bytes}
+    with LLM(bundle, backend, "measured") as llm:
+        report.take("load", lambda: {"seconds": load_s, "bytes": bundle.weight_bytes})
         say(f"{'load':10} {load_s:.2f} s, {bundle.weight_bytes / load_s / 1e9:.2f} GB/s")
-        report.take("decode", lambda: list(decoding(backend, plan, rates, report)))
-        report.take("prefill", lambda: list(prefilling(backend, plan, say)))
-        report.take("prompt_ops", lambda: list(prompt_ops(backend, plan, rates, say)))
+        steps = [(batch, context) for batch in plan.batches for context in plan.contexts]
+        report.rows("decode", steps, lambda step: [told_decode(backend, plan, *step, say)])
+        pieces = [(count, piece) for count in plan.prompts
+                  for piece in sorted({count, min(count, plan.piece)}, reverse=True)]  # fmt: skip
+        report.rows("prefill", pieces, lambda piece: [told_prefill(backend, plan, *piece, say)])
         report.take("cpu", lambda: told_compare(backend, bundle, plan, say))
-        with LLM(bundle, backend, "measured") as llm:
-            read = report.take("first_token", lambda: [first_token(llm, plan, n)
-                                                       for n in plan.prompts])  # fmt: skip
-            made = report.take("generate", lambda: [generate(llm, plan, n) for n in plan.batches])
-        for row in read or []:
-            told_prompt(row, "LLM.generate", say)
-        for row in made or []:
-            say(f"{'generate':10} batch {row['batch']} {row['tokens_per_s']:29.1f} tokens/s")
-    finally:
-        backend.close()
+        report.rows("first_token", plan.prompts, lambda n: [told_first(llm, plan, n, say)])
+        report.rows("generate", plan.batches, lambda n: [told_generate(llm, plan, n, say)])
+        rates = report.values.get("ceiling", {})
+        instruments(backend, plan, max(rates.values(), default=None), report)
 
 
-def decoding(
-    backend: CudaBackend, plan: Plan, rates: dict[str, float], report: Report
-) -> Iterator[dict[str, Any]]:
-    """All batches and contexts; the ops at one of the contexts."""
-    timer = OpTimer(backend, max(rates.values(), default=None), plan.least_s)
+def instruments(backend: CudaBackend, plan: Plan, best: float | None, report: Report) -> None:
+    """The ops of a step and of a prompt alone, and the border between launches."""
+    say, ops = report.say, OpTimer(backend, best, plan.least_s)
     l2 = cuda_library().query().l2_bytes
-    ops = report.values.setdefault("ops", [])
     for batch in plan.batches:
-        for context in plan.contexts:
-            row = decode(backend, plan, batch, context)
-            report.say(
-                f"{'decode':10} batch {batch}, context {context:6} {row['tokens_per_s']:14.1f} "
-                f"tokens/s, drawn {row['drawn_tokens_per_s']:.1f}, "
-                f"graph alone {row['graph_tokens_per_s']:.1f}, "
-                f"{row['launches']} launches"
-            )
-            yield row
-            if context != plan.ops_context:
-                continue
-            for time in timer.times(batch):
-                in_l2 = 0 < time.replayed_bytes < 2 * l2
-                ops.append(time.row() | {"in_l2": in_l2})
-                report.say(f"{'op':10} {told_op(time.row())}{'  (in part from L2)' * in_l2}")
-            if batch == 1:
-                told_boundary(timer, report)
+        ready = report.take("ops_context", lambda batch=batch: stand(backend, plan, batch))
+        for label in ops.labels if ready is not None else []:
+            report.rows("ops", [f"{label}, batch {batch}"], lambda _, batch=batch, label=label:
+                        told_ops(ops, label, batch, "op", l2, say))  # fmt: skip
+        if batch == 1 and ready is not None:
+            ways = [(overlap, prefetch) for overlap in (False, True) for prefetch in (False, True)]
+            report.rows("boundary", ways, lambda way: [told_boundary(ops, *way, say)])
+    count = plan.prompt_ops
+    if report.take("prompt_ops_tokens", lambda: read(backend, count)) is None:
+        return
+    prompt = OpTimer(backend, best, plan.least_s, prompt=count)
+    report.rows("prompt_ops", prompt.labels,
+                lambda label: told_ops(prompt, label, count, "prompt op", 0, say))  # fmt: skip
 
 
-def told_boundary(timer: OpTimer, report: Report) -> None:
-    """What the border between two launches costs, and the whole step, with and without overlap."""
-    rows = report.values["boundary"] = [
-        {"overlap": on, "us": timer.boundary_us(on), "step_us": timer.step_us(on, 1)}
-        for on in (False, True)
-    ]
-    for row in rows:
-        report.say(
-            f"{'boundary':10} {row['us']:.2f} us for a launch that does nothing, "
-            f"{row['step_us']:.1f} us a step of batch 1, with{'' if row['overlap'] else 'out'} "
-            "launches that begin early"
-        )
+def stand(backend: CudaBackend, plan: Plan, batch: int) -> int:
+    """The backend's last step is a decode step of the batch at the ops' context, then."""
+    fill(backend, batch, plan.ops_context)
+    backend.decode(list(range(batch)), [int(t) for t in tokens(backend, batch)])
+    return plan.ops_context
+
+
+def read(backend: CudaBackend, count: int) -> int:
+    """The backend's last step is the prompt's, then."""
+    backend.reset(0)
+    backend.prefill(0, tokens(backend, count))
+    return count
+
+
+def told_decode(
+    backend: CudaBackend, plan: Plan, batch: int, context: int, say: Callable[[str], None]
+) -> dict[str, Any]:
+    row = decode(backend, plan, batch, context)
+    say(
+        f"{'decode':10} batch {batch}, context {context:6} {row['tokens_per_s']:14.1f} "
+        f"tokens/s, drawn {row['drawn_tokens_per_s']:.1f}, "
+        f"graph alone {row['graph_tokens_per_s']:.1f}, {row['launches']} launches"
+    )
+    return row
+
+
+def told_boundary(
+    timer: OpTimer, overlap: bool, prefetch: bool, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """What the border between two launches costs, and the whole step, with and without launches
+    that begin early, and what is wanted next brought into the L2.
+    """
+    ways = [name for name, on in (("overlap", overlap), ("prefetch", prefetch)) if on]
+    us, step_us = timer.boundary_us(overlap), timer.step_us(1, overlap=overlap, prefetch=prefetch)
+    say(
+        f"{'boundary':10} {us:.2f} us for a launch that does nothing, {step_us:.1f} us a step of "
+        f"batch 1, with {' and '.join(ways) or 'neither overlap nor prefetch'}"
+    )
+    return {"overlap": overlap, "prefetch": prefetch, "us": us, "step_us": step_us}
+
+
+def told_ops(
+    timer: OpTimer, label: str, batch: int, what: str, l2: int, say: Callable[[str], None]
+) -> Iterator[dict[str, Any]]:
+    """Of a kind of call, the whole and its launches; l2: bytes, to say what may come from there."""
+    for time in timer.time(label, batch):
+        in_l2 = 0 < time.replayed_bytes < 2 * l2
+        say(f"{what:10} {told_op(time.row())}{'  (in part from L2)' * in_l2}")
+        yield time.row() | {"in_l2": in_l2}
 
 
 def told_op(row: dict[str, Any]) -> str:
@@ -393,32 +420,35 @@ def told_op(row: dict[str, Any]) -> str:
     )
 
 
-def prefilling(
-    backend: CudaBackend, plan: Plan, say: Callable[[str], None]
-) -> Iterator[dict[str, Any]]:
-    """All prompts, in one call, and in pieces where LLM's are smaller."""
-    for count in plan.prompts:
-        for piece in sorted({count, min(count, plan.piece)}, reverse=True):
-            row = prefill(backend, plan, count, piece)
-            told_prompt(row, "one call" if piece == count else f"pieces of {piece}", say)
-            yield row
+def told_prefill(
+    backend: CudaBackend, plan: Plan, count: int, piece: int, say: Callable[[str], None]
+) -> dict[str, Any]:
+    row = prefill(backend, plan, count, piece)
+    told_prompt(row, "one call" if piece == count else f"pieces of {piece}", say)
+    return row
+
+
+def told_first(llm: LLM, plan: Plan, count: int, say: Callable[[str], None]) -> dict[str, Any]:
+    row = first_token(llm, plan, count)
+    told_prompt(row, "LLM.generate", say)
+    return row
+
+
+def told_generate(llm: LLM, plan: Plan, batch: int, say: Callable[[str], None]) -> dict[str, Any]:
+    row = generate(llm, plan, batch)
+    say(f"{'generate':10} batch {batch} {row['tokens_per_s']:29.1f} tokens/s")
+    return row
+
+
+def told_ceiling(plan: Plan, say: Callable[[str], None]) -> dict[str, float]:
+    rates = ceiling(plan, build_stream_read(ROOT / "build" / "bench"))
+    for name, rate in rates.items():
+        say(f"{'ceiling':10} {name:26} {rate / 1e9:10.1f} GB/s")
+    return rates
 
 
 def told_prompt(row: dict[str, Any], how: str, say: Callable[[str], None]) -> None:
     say(f"{'prefill':10} {row['tokens']:5} tokens, {how:13} {row['tokens_per_s']:14.1f} tokens/s")
-
-
-def prompt_ops(
-    backend: CudaBackend, plan: Plan, rates: dict[str, float], say: Callable[[str], None]
-) -> Iterator[dict[str, Any]]:
-    """The ops of a prompt, and their launches."""
-    count = plan.prompt_ops
-    backend.reset(0)
-    backend.prefill(0, tokens(backend, count))
-    timer = OpTimer(backend, max(rates.values(), default=None), plan.least_s, prompt=count)
-    for time in timer.times(count):
-        say(f"{'prompt op':10} {told_op(time.row())}")
-        yield time.row()
 
 
 def told_compare(
@@ -435,33 +465,49 @@ def told_compare(
     return seen
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="8 layers, shorter contexts")
-    parser.add_argument("--bundle", type=Path, help="measure this one; default: a synthetic 30B")
-    parser.add_argument("--no-checks", action="store_true", help="only measure")
-    parser.add_argument("--out", type=Path, help="the JSON; default: in benchmarks/results")
-    args = parser.parse_args()
-    report = Report(print)
-    build()
-    stream_read = build_stream_read(ROOT / "build" / "bench")
-    if not args.no_checks:
-        print(report.take("checks", checks))
+def open_bundle(args: argparse.Namespace) -> Bundle:
+    """The one that was asked for, else random weights, which are written where they are not yet."""
     layers = 8 if args.quick else None
     folder = args.bundle or ROOT / "build" / "bench" / f"{MODEL}-{layers or 'all'}"
     if not folder.exists():
-        print(f"writing {folder}")
+        print(f"writing {folder}", flush=True)
         write_synthetic(folder, MODEL, layers)
-    bundle = Bundle.open(folder, verify=False)
-    report.values |= {"bundle": bundle.report or str(folder), **circumstances()}
-    report.take("measured", lambda: measure(bundle, QUICK if args.quick else Plan(),
-                                            stream_read, report))  # fmt: skip
-    report.values["failed"] = report.failed
-    gpu = re.sub(r"\W+", "-", report.values.get("gpu", {}).get("name", "gpu")).lower()
+    return Bundle.open(folder, verify=False)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="8 layers, shorter contexts")
+    parser.add_argument("--minutes", type=float, help="end by then, with what there is")
+    parser.add_argument("--bundle", type=Path, help="measure this one; default: a synthetic 30B")
+    parser.add_argument("--no-build", action="store_true", help="the library is there already")
+    parser.add_argument("--no-checks", action="store_true", help="only measure")
+    parser.add_argument("--out", type=Path, help="the JSON; default: in benchmarks/results")
+    args = parser.parse_args()
+    here, plan = circumstances(), QUICK if args.quick else Plan()
+    try:
+        gpu = re.sub(r"\W+", "-", _cuda.open_device().name).lower()
+    except BackendUnavailable as error:
+        raise SystemExit(f"nothing to measure: {error}") from error
     suffix = "-quick" if args.quick else ""
-    out = args.out or RESULTS / f"{report.values['date']}-{gpu}-30b-speed{suffix}.json"
-    out.write_text(json.dumps(report.values, indent=1) + "\n")
-    print(f"{out}: {len(report.failed)} parts failed")
+    out = args.out or RESULTS / f"{here['date']}-{gpu}-30b-speed{suffix}.json"
+    report = Report(partial(print, flush=True), out)
+    report.values |= here
+    if args.minutes:
+        report.end_after(60 * args.minutes)
+    make = built if args.no_build else partial(build, min(BUILD_S, report.left_s))
+    if report.take("build", make) is None:
+        return 1
+    report.take("gpu", device_facts)
+    if not args.no_checks:
+        report.take("suite", lambda: suite(ON_GPU, min(SUITE_S, report.left_s / 3)))
+    report.take("ceiling", lambda: told_ceiling(plan, report.say))
+    report.take("measured", lambda: measure(open_bundle(args), plan, report))
+    for tool in () if args.no_checks else ("memcheck", "racecheck"):
+        report.take(tool, lambda tool=tool: sanitized(tool, min(SANITIZER_S, report.left_s - 5)))
+    for name in () if args.no_checks else ("suite", "memcheck", "racecheck"):
+        report.say(f"{name:10} {report.values.get(name, 'failed, see above')}")
+    report.say(f"{out}: {len(report.failed)} parts failed")
     return 1 if report.failed else 0
 
 

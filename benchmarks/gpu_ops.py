@@ -20,8 +20,9 @@ from typing import Any
 import numpy as np
 
 from edgecascade.backends import _cuda
-from edgecascade.backends._lib import ARGS, OVERLAP, Call, Step, Weight
+from edgecascade.backends._lib import ARGS, OVERLAP, PREFETCH, Call, Step, Weight
 from edgecascade.backends.cuda import CudaBackend
+from edgecascade.errors import EdgeCascadeError
 from edgecascade.ops import OPS, Kind
 from edgecascade.tensors import Codec, matrix_bytes
 
@@ -86,8 +87,10 @@ PROGRAMMATIC = EdgeData(from_port=1, type=1)  # the later launch may begin early
 class LaunchGraph:
     """A captured chain of launches, or some of them.
 
-    The driver lists the nodes of a captured stream in their order. Those that are not wanted are
-    taken out, and their neighbours tied together as `early` says.
+    Nodes that are not wanted are taken out, and their neighbours tied together as `early` says.
+
+    Raises:
+        EdgeCascadeError: when the driver does not list the nodes of a stream in their order.
     """
 
     def __init__(
@@ -95,7 +98,7 @@ class LaunchGraph:
         device: _cuda.Device,
         stream: int,
         work: Callable[[], None],
-        wanted: Callable[[int], bool] = lambda i: True,
+        wanted: Callable[[int], bool] | None = None,
         early: bool = False,
     ) -> None:
         with device._capturing(stream) as graph:
@@ -104,9 +107,11 @@ class LaunchGraph:
         _cuda._call("cuGraphGetNodes", graph, None, c.byref(count))
         nodes = (c.c_void_p * count.value)()
         _cuda._call("cuGraphGetNodes", graph, nodes, c.byref(count))
+        if wanted:
+            _check_order(nodes)
         self._count, last = 0, None
         for i, node in enumerate(nodes):
-            if not wanted(i):
+            if wanted and not wanted(i):
                 _cuda._call("cuGraphDestroyNode", c.c_void_p(node))
                 continue
             self._count += 1
@@ -134,6 +139,15 @@ class LaunchGraph:
         """Free it."""
         _cuda._call("cuGraphExecDestroy", self._run)
         _cuda._call("cuGraphDestroy", self._graph)
+
+
+def _check_order(nodes: c.Array[c.c_void_p]) -> None:
+    for i in range(1, len(nodes)):
+        before, edge, count = (c.c_void_p * 1)(), EdgeData(), c.c_size_t(1)
+        _cuda._call("cuGraphNodeGetDependencies_v2", c.c_void_p(nodes[i]), before, c.byref(edge),
+                    c.byref(count))  # fmt: skip
+        if count.value != 1 or before[0] != nodes[i - 1]:
+            raise EdgeCascadeError(f"node {i} of the graph does not follow node {i - 1}")
 
 
 class OpTimer:
@@ -167,10 +181,10 @@ class OpTimer:
         self._l2 = backend._library.query().l2_bytes
         self._copies: dict[tuple[int, int], int] = {}
 
-    def times(self, batch: int) -> Iterator[OpTime]:
-        """All kinds of the step, in its order; of a prompt, `batch` is its tokens."""
-        for label, calls in self._kinds.items():
-            yield from self._time(label, calls, batch)
+    @property
+    def labels(self) -> list[str]:
+        """The kinds of the step's calls, in its order."""
+        return list(self._kinds)
 
     def boundary_us(self, overlap: bool) -> float:
         """A launch in a graph that has nothing to do: a Mamba step of which no sequence counts."""
@@ -182,14 +196,18 @@ class OpTimer:
         graph.close()
         return seconds / len(calls) * 1e6
 
-    def step_us(self, overlap: bool, batch: int) -> float:
+    def step_us(self, batch: int, *, overlap: bool, prefetch: bool) -> float:
         """The backend's decode step as a graph of its own."""
-        graph = self._graph(self._backend._decode_calls, batch, overlap)
+        graph = self._graph(self._backend._decode_calls, batch, overlap, prefetch=prefetch)
         seconds = self._seconds(graph)
         graph.close()
         return seconds * 1e6
 
-    def _time(self, label: str, calls: list[tuple[int, c.Structure]], batch: int) -> list[OpTime]:
+    def time(self, label: str, batch: int) -> Iterator[OpTime]:
+        """A kind of the step's calls, then each launch of one that has several; of a prompt,
+        `batch` is its tokens.
+        """
+        calls = self._kinds[label]
         own = [(code, self._own(args)) for code, args in calls]
         own = self._past_l2(own)
         array = (Call * len(own))(*(Call(c.addressof(args), code, 0) for code, args in own))
@@ -207,7 +225,7 @@ class OpTimer:
             each = moved // calls_made
             return OpTime(name, batch, len(calls), launches, us, each, self._ceiling, moved)
 
-        rows = [made(label, slice(None), launches, graph)]
+        yield made(label, slice(None), launches, graph)
         names = tuple(f"launch {i + 1}" for i in range(launches))
         if not self._prompt:
             names = PARTS.get(label, names)
@@ -215,8 +233,7 @@ class OpTimer:
             some = self._graph(array, batch, overlap,
                                wanted=lambda i, part=part: i % launches == part)  # fmt: skip
             moves = slice(0, 0) if self._prompt else slice(part, part + 1)
-            rows.append(made(f"  {names[part]}", moves, 1, some))
-        return rows
+            yield made(f"  {names[part]}", moves, 1, some)
 
     def _graph(
         self,
@@ -224,7 +241,8 @@ class OpTimer:
         batch: int,
         overlap: bool,
         live: int | None = None,
-        wanted: Callable[[int], bool] = lambda i: True,
+        wanted: Callable[[int], bool] | None = None,
+        prefetch: bool = False,  # which moves bytes of what is not timed
     ) -> LaunchGraph:
         early = overlap and not self._prompt and self._backend._library.query().sm >= 90
         step = Step.from_buffer_copy(self._backend._args_step)
@@ -233,9 +251,8 @@ class OpTimer:
             step.max_context = self._backend.max_context
         else:
             step.n_tok = step.n_seq = step.n_out = batch
-            bounds = (bound for count, bound in self._backend.captured if count == batch)
-            step.max_context = max(bounds)
-        step.flags = OVERLAP if overlap else 0
+            step.max_context = self._backend.context_bound(batch)
+        step.flags = OVERLAP * overlap | PREFETCH * prefetch
         step.live = live or step.live
         library, queue = self._backend._library, self._backend._queue
         return LaunchGraph(

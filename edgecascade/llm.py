@@ -48,7 +48,6 @@ from edgecascade.text.stream import TextStream
 from edgecascade.text.tokenizer import checked_text
 from edgecascade.ticket import Queueing, Ticket, apieces, pieces
 
-CHUNK_TOKENS = 256  # of a prompt that go between two steps of the running answers
 SNAPSHOT_SHARE = 0.1  # of the memory that is available when the bundle is opened
 MAX_SNAPSHOT_BYTES = 2 << 30
 
@@ -66,10 +65,11 @@ class LLM:
         backend: Backend,
         backend_reason: str,
         *,
-        chunk_tokens: int = CHUNK_TOKENS,
+        chunk_tokens: int | None = None,
         snapshot_bytes: int | None = None,
         max_queue: int = 256,
     ) -> None:
+        chunk_tokens = backend.chunk_tokens if chunk_tokens is None else chunk_tokens
         self.bundle = bundle
         self.backend_reason = backend_reason
         self._backend = backend
@@ -108,13 +108,14 @@ class LLM:
         isa: str | None = None,
         kv: str | None = None,
         verify: bool | None = None,
-        chunk_tokens: int = CHUNK_TOKENS,
+        chunk_tokens: int | None = None,
         snapshot_bytes: int | None = None,
         max_queue: int = 256,
     ) -> LLM:
         """Open a bundle. Weights are mapped, not read; `slots` sequences run at the same time.
 
-        Between two steps of the running answers `chunk_tokens` of a prompt are read at most.
+        Between two steps of the running answers `chunk_tokens` of a prompt are read at most; None:
+        as many as the backend reads best.
         `snapshot_bytes` bounds the states kept for later prompts; None: a share of the memory.
         `kv` is how keys and values are kept, "f32", "f16" or "int8"; None: as the bundle says.
 

@@ -191,10 +191,16 @@ class Device:
         return int(handle.value or 0)
 
     def close(self) -> None:
-        """Free all memory and streams of this object; arrays from host() are dead."""
-        self.use()
-        while self._owned:
-            self._owned.pop()()
+        """Free all memory and streams of this object; arrays from host() are dead. Of a context
+        that a fault has spoilt nothing can be freed: its memory goes with the process.
+        """
+        try:
+            self.use()
+            while self._owned:
+                self._owned.pop()()
+        except BackendError as error:
+            log.warning("GPU memory stays taken until this process ends: %s", error)
+            self._owned.clear()
 
     def synchronize(self, stream: int) -> None:
         """Wait for everything that was started on a stream."""

@@ -69,6 +69,7 @@ class DeviceBackend(SlotBackend):
     """A backend but for its passes."""
 
     name: str
+    chunk_tokens = PREFILL_CHUNK  # weights are read once for it
 
     def __init__(self, bundle: Bundle, options: Options) -> None:
         self._device = open_device()
@@ -230,10 +231,13 @@ class DeviceBackend(SlotBackend):
         if not self._open_now:
             return
         self._open_now = False
-        self._device.use()
-        self._device.synchronize(self._stream)
-        for graph in self._captured.values():
-            graph.close()
+        try:
+            self._device.use()
+            self._device.synchronize(self._stream)
+            for graph in self._captured.values():
+                graph.close()
+        except BackendError as error:  # whoever used the backend has had it, too
+            log.warning("the last step on the GPU has failed: %s", error)
         self._captured = {}
         self._close_pass()
         self._device.close()

@@ -44,7 +44,7 @@ class NormArgs(c.Structure):
     _fields_ = [("gamma", c.c_void_p), ("eps", c.c_float), ("groups", c.c_int32)]
 
 
-OVERLAP = 1  # EC_OVERLAP of ec_step.flags
+OVERLAP, PREFETCH = 1, 2  # ec_step_flag
 
 
 class Step(c.Structure):

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgecascade.bundle import Bundle
-from edgecascade.errors import BackendUnavailable, BundleError, InvalidRequest
+from edgecascade.errors import BackendError, BackendUnavailable, BundleError, InvalidRequest
 from edgecascade.sampling import Logits, SampleRow
 from edgecascade.state import check_parts
 from edgecascade.tensors import KvType
@@ -29,7 +29,9 @@ BACKENDS = {
     "cpu": ("edgecascade.backends.native", "NativeBackend"),
     "reference": ("edgecascade.backends.reference", "ReferenceBackend"),
 }
-AUTO = ("tensorrt", "cuda", "cpu", "reference")
+GPU = ("tensorrt", "cuda")
+AUTO = (*GPU, "cpu", "reference")
+CPU_CHUNK_TOKENS = 256  # from here on a CPU computes as long as it reads weights
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,7 @@ class Backend(Protocol):
     max_context: int  # tokens that one slot can hold
     kv_tokens: int  # tokens that all slots can hold together, in pages of page_tokens
     page_tokens: int
+    chunk_tokens: int  # of a prompt that it reads best at a time
     kv_type: KvType  # of keys and values, in snapshots too
 
     def prefill(self, slot: int, tokens: Array) -> Logits:
@@ -140,7 +143,8 @@ def _whole(value: object, low: int, high: int) -> bool:
 
 
 def open_backend(name: str, bundle: Bundle, **options: Any) -> Backend:
-    """Open a backend by name; "auto" takes the first that this machine has.
+    """Open a backend by name; "auto" takes the first that this machine has, and the CPU's where
+    the GPU is full or has failed; the log says why.
 
     Raises:
         InvalidRequest: for an unknown name or option value.
@@ -153,7 +157,10 @@ def open_backend(name: str, bundle: Bundle, **options: Any) -> Backend:
     for candidate in AUTO:
         try:
             backend = _open(candidate, bundle, chosen)
-        except (BackendUnavailable, BundleError) as error:  # an engine may be damaged, or of others
+        except (BackendError, BundleError) as error:  # an engine may be damaged, or of others
+            # A GPU may be full, or lost. What a CPU lacks, the reference lacks even more.
+            if candidate not in GPU and not isinstance(error, BackendUnavailable | BundleError):
+                raise
             reasons.append(f"{candidate}: {error}")
             continue
         log.info("backend %s%s", candidate, f" ({'; '.join(reasons)})" if reasons else "")

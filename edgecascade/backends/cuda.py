@@ -12,17 +12,37 @@ import logging
 import os
 
 from edgecascade.backends._device_backend import DeviceBackend
-from edgecascade.backends._lib import OVERLAP, Borrowed, Call, Step, cuda_library
+from edgecascade.backends._lib import OVERLAP, PREFETCH, Borrowed, Call, Step, cuda_library
 from edgecascade.backends.base import Options
 from edgecascade.backends.binding import Places, bind, calls_of, operand
 from edgecascade.backends.recorder import Handle, Recorder, assign_buffers
 from edgecascade.bundle import Bundle
+from edgecascade.errors import InvalidRequest
 from edgecascade.models import family
 from edgecascade.trace import OUT_ROWS, PREFILL_CHUNK
 
 log = logging.getLogger(__name__)
 
 LEAST_CONTEXT = 1024  # of a captured step; each further capture doubles it
+EARLY_SM = 90  # from here on launches may begin early
+
+
+def step_flags(sm: int) -> int:
+    """What launches do about the border between them, on a device of a compute capability: begin
+    early, and where none can, bring the next one's first weights into the L2. The environment's
+    EDGECASCADE_CUDA_OVERLAP and EDGECASCADE_CUDA_PREFETCH, 0 or 1, say otherwise.
+
+    Raises:
+        InvalidRequest: when they say something else.
+    """
+    defaults = {"OVERLAP": (OVERLAP, True), "PREFETCH": (PREFETCH, sm < EARLY_SM)}
+    flags = 0
+    for name, (flag, default) in defaults.items():
+        asked = os.environ.get(f"EDGECASCADE_CUDA_{name}", str(int(default)))
+        if asked not in ("0", "1"):
+            raise InvalidRequest(f"EDGECASCADE_CUDA_{name} is {asked!r}; it must be 0 or 1")
+        flags |= flag if asked == "1" else 0
+    return flags
 
 
 class CudaBackend(DeviceBackend):
@@ -32,6 +52,7 @@ class CudaBackend(DeviceBackend):
 
     def _prepare(self, bundle: Bundle) -> None:
         self._library = cuda_library()
+        self._flags = step_flags(self._device.sm)
 
     def _open_pass(self, bundle: Bundle, options: Options) -> None:
         self._queue = Borrowed(self._stream)
@@ -54,8 +75,7 @@ class CudaBackend(DeviceBackend):
         self._prefill_calls = calls_of(recorder.calls, self._args, 1)
         self._args_step = Step(**{n: a for n, a in self._step.addresses.items() if n != "tokens"})
         self._args_step.max_pages = self._pages.table.shape[1]
-        overlap = os.environ.get("EDGECASCADE_CUDA_OVERLAP", "1") != "0"
-        self._args_step.flags = OVERLAP if overlap else 0
+        self._args_step.flags = self._flags
         self._open_workspace()
 
     def _open_workspace(self) -> None:
@@ -81,12 +101,16 @@ class CudaBackend(DeviceBackend):
     def _start_prefill(self, count: int, n_out: int) -> None:
         self._run(self._prefill_calls, count, 1, n_out, self.max_context)
 
-    def _start_decode(self, count: int) -> None:
+    def context_bound(self, count: int) -> int:
+        """Of the decode step in the step arrays: the context that its launches provide for."""
         longest = int(self._step.arrays["past"][:count].max()) + 1
         bound = LEAST_CONTEXT
         while bound < longest:
             bound *= 2
-        bound = min(bound, self.max_context)
+        return min(bound, self.max_context)
+
+    def _start_decode(self, count: int) -> None:
+        bound = self.context_bound(count)
         key = (count, bound)
 
         def step() -> None:
@@ -94,9 +118,8 @@ class CudaBackend(DeviceBackend):
 
         if self._replay(key):
             return
+        step()  # loads its kernels, which a driver may refuse while it captures
         self._try_capture(key, step)
-        if not self._replay(key):
-            step()
 
     def _run(self, calls: c.Array[Call], n_tok: int, n_seq: int, n_out: int, context: int) -> None:
         step = self._args_step

@@ -17,6 +17,7 @@ import numpy as np
 
 from edgecascade import sampling
 from edgecascade.backends.base import (
+    CPU_CHUNK_TOKENS,
     Array,
     Options,
     Parked,
@@ -229,6 +230,7 @@ class ReferenceBackend:
 
     name = "reference"
     page_tokens = 1
+    chunk_tokens = CPU_CHUNK_TOKENS
 
     def __init__(self, bundle: Bundle, options: Options) -> None:
         model = family(bundle.family)

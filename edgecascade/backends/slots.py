@@ -15,6 +15,7 @@ import numpy as np
 
 from edgecascade.backends._lib import PAGE_TOKENS
 from edgecascade.backends.base import (
+    CPU_CHUNK_TOKENS,
     Array,
     Options,
     Parked,
@@ -60,6 +61,7 @@ class SlotBackend(ABC):
     """
 
     page_tokens = PAGE_TOKENS
+    chunk_tokens = CPU_CHUNK_TOKENS
     least_out = 0  # rows that a step's head must have
 
     _states: States

@@ -4,6 +4,7 @@
 // device memory.
 #include <cstdio>
 
+#include "ahead.cuh"
 #include "blocks.cuh"
 #include "kernels.h"
 
@@ -63,6 +64,7 @@ ec_status run(ec_stream stream, const ec_step* step, const ec_call* calls, int32
   const Together together;
   for (int32_t i = 0; i < n; ++i) {
     ec_status status = checkCall("run", calls[i], i);
+    const Following next(i + 1 < n ? calls + i + 1 : nullptr);
     if (status == EC_OK) status = kOps[calls[i].op](stream, step, calls[i].args);
     if (status == EC_OK) continue;
     if (failed) *failed = i;

@@ -5,6 +5,7 @@
 // The splits of the context go in parallel, and a second launch joins them. q, scores and sums are
 // fp32 for both page types. Bound: memory of K and V.
 // Reference: edgecascade/backends/reference.py   Test: tests/test_attention_kernels.py
+#include "ahead.cuh"
 #include "attention.cuh"
 
 namespace ec::cuda {
@@ -15,9 +16,10 @@ using namespace attention;
 // m, l and o of each split: [sequence][head][split][2 + head_dim].
 template <class Kv, int kDims>
 __global__ void __launch_bounds__(kThreads, 3)
-    attendSplits(ec_step step, ec_attention a, float* partial) {
+    attendSplits(ec_step step, ec_attention a, float* partial, Ahead ahead) {
   startDependents();
   awaitEarlier();
+  prefetch(ahead);  // of what follows joinSplits, which moves next to nothing
   const int sequence = blockIdx.z, splits = gridDim.x;
   if (sequence >= liveSequences(step)) return;
   const Layout m(a);
@@ -83,7 +85,7 @@ ec_status decode(ec_stream stream, const ec_step& step, const ec_attention& a,
                  const Scratch& scratch) {
   const dim3 grid(scratch.splits, a.kv_heads * Layout(a).tiles, step.n_seq);
   EC_TRY(launchEarly("attention_decode", attendSplits<Kv, kDims>, grid, kThreads, Shared::bytes(a),
-                     stream, step, step, a, scratch.partial));
+                     stream, step, step, a, scratch.partial, aheadOf(step)));
   return launchEarly("attention_decode", joinSplits, dim3(a.heads, step.n_seq), kThreads, 0, stream,
                      step, step, a, scratch.partial, scratch.splits);
 }

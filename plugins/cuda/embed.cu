@@ -7,6 +7,7 @@
 // Bound: memory, one table row a token. Tokens are in device memory, so a bad id cannot be refused:
 // its row becomes NaN instead of something else's.
 // Reference: edgecascade/backends/reference.py   Test: tests/test_embed_kernel.py
+#include "ahead.cuh"
 #include "blocks.cuh"
 #include "kernels.h"
 
@@ -15,8 +16,9 @@ namespace {
 
 constexpr int kThreads = 256;
 
-__global__ void embedRows(ec_step step, ec_embed args) {
+__global__ void embedRows(ec_step step, ec_embed args, Ahead ahead) {
   startDependents();
+  prefetch(ahead);
   const int row = blockIdx.x;
   if (row >= liveRows(step)) return;
   const int64_t token = args.tokens[row], d = args.table.k;
@@ -37,7 +39,8 @@ ec_status embed(ec_stream stream, const ec_step& step, const ec_embed& args) {
   EC_TRY(checkEmbedShape(step, args));
   EC_TRY(checkEmbedPointers(args));
   // Not early, whatever the flags say: a step begins when the one before it has ended.
-  return launch("embed", embedRows, dim3(step.n_tok), kThreads, 0, stream, step, args);
+  return launch("embed", embedRows, dim3(step.n_tok), kThreads, 0, stream, step, args,
+                aheadOf(step));
 }
 
 }  // namespace ec::cuda

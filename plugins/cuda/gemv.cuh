@@ -15,6 +15,7 @@
 #ifndef EC_CUDA_GEMV_CUH
 #define EC_CUDA_GEMV_CUH
 
+#include "ahead.cuh"
 #include "rows.cuh"
 
 namespace ec::cuda {
@@ -512,11 +513,12 @@ __device__ __forceinline__ void reduceWarps(const float (&sum)[2][4], const Gemv
 }
 
 // The CTA's segments, all of the same k columns, times the rows. take(segment, i, r, y) gets row r
-// of a segment times row i.
+// of a segment times row i. What is `ahead` is asked for before the last segment is added: the ring
+// has requested it by then, or nearly.
 template <class Codec, int kWarps, class RingOf, class Segments, class Rows, class Take>
 __device__ __forceinline__ void multiplySegments(RingOf& ring, const Segments& segments,
                                                  const Rows& rows, const GemvShared& shared,
-                                                 const Take& take) {
+                                                 const Ahead& ahead, const Take& take) {
   const int warp = warpIndex(), g = threadIdx.x % kWarp / 4;
   const int blocks = ceilDiv(rows.k, kGroup), n = rows.n, staged = shared.shape.staged;
   const int column = g < n ? g : n - 1;  // what it adds there is never read
@@ -526,6 +528,7 @@ __device__ __forceinline__ void multiplySegments(RingOf& ring, const Segments& s
   }
 #pragma unroll 1
   for (int segment = 0; segment < segments.size(); ++segment) {
+    if (segment + 1 == segments.size()) prefetch(ahead);
     float sum[2][4] = {};
     int kb = warp;
 #pragma unroll 1

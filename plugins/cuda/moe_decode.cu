@@ -56,7 +56,7 @@ struct RouterParts {
 };
 
 // One warp: its half of the columns of one expert, for kRows rows from `first` on, of which
-// those below n are there.
+// those below n are there. squares: NULL where another warp writes the same.
 template <int kRows>
 __device__ __forceinline__ void routerDots(const ec_moe& args, int expert, int part, int first,
                                            int n, const GemvShared& shared, float* dots,
@@ -93,7 +93,8 @@ __device__ __forceinline__ void routerDots(const ec_moe& args, int expert, int p
   for (int i = 0; i < kRows; ++i) {
     if (first + i >= n) continue;
     const float allDots = warpSum(dot[i]), allSquares = warpSum(square[i]);
-    if (lane == 0) dots[first + i] = allDots, squares[first + i] = allSquares;
+    if (lane == 0) dots[first + i] = allDots;
+    if (lane == 0 && squares) squares[first + i] = allSquares;
   }
 }
 
@@ -115,7 +116,7 @@ __device__ __forceinline__ void routeCta(const ec_step& step, const ec_moe& args
     tokensOf(args, n).findInverses(shared, warp, kManyWarps);
     __syncthreads();
   }
-  float *dots = parts.dot[each][part], *squares = parts.squares[part];
+  float *dots = parts.dot[each][part], *squares = each == 0 ? parts.squares[part] : nullptr;
   if (expert < experts && n == 1) {
     routerDots<1>(args, expert, part, 0, n, shared, dots, squares);
   } else if (expert < experts) {
@@ -172,7 +173,7 @@ __global__ void __launch_bounds__(kBeside, 1)
   __syncthreads();
   awaitEarlier();
   if (n == 0) return ring.drain();
-  multiplySegments<Codec, kManyWarps>(ring, segments, rows, shared,
+  multiplySegments<Codec, kManyWarps>(ring, segments, rows, shared, Ahead{},
                                       [&](int, int i, int r, float value) {
                                         const int row = cta * kBlockRows + r, ff = args.shared_up.n;
                                         if (row < ff)
@@ -266,7 +267,7 @@ __device__ __forceinline__ float* scoresOf(const GemvShared& shared, int token, 
 
 template <class Codec>
 __global__ void __launch_bounds__(kFewWarps* kWarp, kCtasAtOnce<Codec, kFewWarps>)
-    up(ec_step step, ec_moe args, Scratch scratch, GemvShape shape) {
+    up(ec_step step, ec_moe args, Scratch scratch, GemvShape shape, Ahead ahead) {
   __shared__ Taken taken;
   startDependents();
   const int experts = args.up.experts, topK = args.top_k, ff = args.up.n;
@@ -291,7 +292,7 @@ __global__ void __launch_bounds__(kFewWarps* kWarp, kCtasAtOnce<Codec, kFewWarps
   if (!args.force && blockIdx.x == 0 && warp < n)
     weighExperts(args, word, scores, args.ids + warp * topK, args.weights + warp * topK);
   multiplySegments<Codec, kFewWarps>(
-      ring, segments, rows, shared, [&](int segment, int i, int r, float value) {
+      ring, segments, rows, shared, ahead, [&](int segment, int i, int r, float value) {
         const int expert = segments.expert(segment);
         const int row = segments.row(segment) * kBlockRows + r;
         if (!taken.has(i, expert) || row >= ff) return;
@@ -411,7 +412,7 @@ constexpr int kBesideDown = std::is_same_v<Codec, SharedCodec> ? kBeside : kMany
 
 template <class Codec, class SharedCodec>
 __global__ void __launch_bounds__(kBesideDown<Codec, SharedCodec>, 1)
-    down(ec_step step, ec_moe args, Scratch scratch, GemvShape shape) {
+    down(ec_step step, ec_moe args, Scratch scratch, GemvShape shape, Ahead ahead) {
   __shared__ Taken taken;
   __shared__ float weights[kMostTaken];  // [n][top_k]
   startDependents();
@@ -460,6 +461,7 @@ __global__ void __launch_bounds__(kBesideDown<Codec, SharedCodec>, 1)
       const int end = min(blocks, (to - before) * kChunkBlocks);
       const int origin = (from - before) * kChunkBlocks;  // the segment's block that is held first
       const bool common = segments.isShared(segment);
+      if (end == blocks && segment + 1 == segments.size()) prefetch(ahead);
       const bool counts = common || taken.has(column, segments.expert(segment));
       const Columns columns(shared, column, kb - origin, kManyWarps, counts);
       if (std::is_same_v<Codec, SharedCodec> || !common) {
@@ -506,7 +508,7 @@ ec_status launchUp(ec_stream stream, const ec_step& step, const ec_moe& args,
       gemvCall<Codec, kFewWarps>(up<Codec>, step.n_tok, rows, args.up.k, args.norm, scores,
                                  scores + static_cast<int>(sizeof(Taken)));
   return launchEarly("moe", up<Codec>, dim3(call.ctas), kFewWarps * kWarp, call.shared, stream,
-                     step, step, args, scratch, call.shape);
+                     step, step, args, scratch, call.shape, aheadOf(step, args.shared_down));
 }
 
 template <class Codec, class SharedCodec>
@@ -520,7 +522,8 @@ ec_status launchDown(ec_stream stream, const ec_step& step, const ec_moe& args,
                         slotBytes, chunks * kChunkBlocks * kGroup, ec_norm{},
                         static_cast<int>(sizeof(Taken) + kMostTaken * sizeof(float)));
   return launchEarly("moe", down<Codec, SharedCodec>, dim3(ceilDiv(args.down.n, kBlockRows)),
-                     kManyWarps * kWarp, shape.bytes, stream, step, step, args, scratch, shape);
+                     kManyWarps * kWarp, shape.bytes, stream, step, step, args, scratch, shape,
+                     aheadOf(step));
 }
 
 bool isU4(const ec_weight& w) { return w.type == EC_U4_64 || !w.data; }

@@ -12,16 +12,21 @@
 #else
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
+
+#include <mutex>
+#include <unordered_set>
 #endif
 
 namespace ec::cuda {
 
 constexpr int kWarp = 32;
 constexpr unsigned kAll = ~0u;
+constexpr int kLine = 128;  // bytes of a line of the L2
 
 struct Limits {
   int multiprocessors;
   int shared;  // bytes that a CTA may have
+  int l2;      // bytes
 };
 
 // Copies of 16 bytes from global to shared memory that waitAsync() completes: copyAsync() starts
@@ -52,7 +57,7 @@ inline uint4 loadStreaming(const void* at) {
   return value;
 }
 
-inline void prefetchL2(const void*) {}
+inline void prefetchL2(const void* at) { emulator::prefetch(at); }
 
 inline void copyAsync(uint4* to, const uint4* from) { emulator::copyAsync(to, from); }
 inline void commitAsync() { emulator::commitAsync(); }
@@ -152,7 +157,7 @@ inline void mma16816(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint3
 }
 
 // Small, so that few columns are a CTA's fair share and many rows take several rounds.
-inline Limits limits() { return {2, 24 << 10}; }
+inline Limits limits() { return {2, 24 << 10, 16 << 10}; }
 template <class... Parameters>
 int residentBlocks(void (*)(Parameters...), int, size_t) {
   return limits().multiprocessors;
@@ -242,10 +247,11 @@ struct Together {
 inline const Limits& limits() {
   static const Limits found = [] {
     int device = 0;
-    Limits here = {1, 48 << 10};
+    Limits here = {1, 48 << 10, 0};
     cudaGetDevice(&device);
     cudaDeviceGetAttribute(&here.multiprocessors, cudaDevAttrMultiProcessorCount, device);
     cudaDeviceGetAttribute(&here.shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    cudaDeviceGetAttribute(&here.l2, cudaDevAttrL2CacheSize, device);
     return here;
   }();
   return found;
@@ -260,18 +266,28 @@ inline bool beginsEarly() {
   return able;
 }
 
-template <class... Parameters>
-cudaError_t allowShared(void (*kernel)(Parameters...), size_t shared) {
-  if (shared <= 48 << 10) return cudaSuccess;
-  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                              static_cast<int>(shared));
+// Loads a kernel and allows it all the shared memory of a CTA. Once, and not what a launch takes: a
+// captured launch must find no less when it is replayed, whatever others of the kernel took since.
+inline cudaError_t allowShared(const void* kernel) {
+  static std::mutex mutex;
+  static std::unordered_set<const void*> allowed;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (allowed.count(kernel)) return cudaSuccess;
+  cudaFuncAttributes its;
+  cudaError_t error = cudaFuncGetAttributes(&its, kernel);
+  if (error == cudaSuccess) {
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 limits().shared - static_cast<int>(its.sharedSizeBytes));
+  }
+  if (error == cudaSuccess) allowed.insert(kernel);
+  return error;
 }
 
 // CTAs of a kernel that the whole device runs at once.
 template <class... Parameters>
 int residentBlocks(void (*kernel)(Parameters...), int threads, size_t shared) {
   int each = 0;
-  allowShared(kernel, shared);
+  allowShared(reinterpret_cast<const void*>(kernel));
   cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, threads, shared);
   return (each > 0 ? each : 1) * limits().multiprocessors;
 }
@@ -304,7 +320,7 @@ __device__ __forceinline__ void loadMatrices(uint32_t (&r)[4], const uint4* row)
 template <class... Parameters, class... Arguments>
 ec_status start(const char* op, void (*kernel)(Parameters...), dim3 grid, int threads,
                 size_t shared, ec_stream stream, bool early, const Arguments&... arguments) {
-  cudaError_t error = allowShared(kernel, shared);
+  cudaError_t error = allowShared(reinterpret_cast<const void*>(kernel));
   if (error == cudaSuccess && early) {
     // CTAs of two kernels share a multiprocessor only if it splits its memory alike for both.
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,

@@ -48,7 +48,8 @@ struct RowsOfBlocks {
 // operator()(i, r, product) stores it.
 template <class Codec, int kWarps, class RowOf, class Store>
 __global__ void __launch_bounds__(kWarps* kWarp, kCtasAtOnce<Codec, kWarps>)
-    fewRows(const float* x, ec_weight w, ec_norm norm, GemvShape shape, RowOf rowOf, Store store) {
+    fewRows(const float* x, ec_weight w, ec_norm norm, GemvShape shape, Ahead ahead, RowOf rowOf,
+            Store store) {
   startDependents();
   const GemvShared shared(shape);
   const RowsOfBlocks<Codec> segments(w, blockIdx.x, gridDim.x);
@@ -62,7 +63,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, kCtasAtOnce<Codec, kWarps>)
   __syncthreads();
   awaitEarlier();
   if (n == 0) return ring.drain();
-  multiplySegments<Codec, kWarps>(ring, segments, rows, shared,
+  multiplySegments<Codec, kWarps>(ring, segments, rows, shared, ahead,
                                   [&](int segment, int i, int r, float value) {
                                     const int at = (segments.from + segment) * kBlockRows + r;
                                     if (at < w.n && shared.source()[i] >= 0) store(i, at, value);
@@ -142,7 +143,7 @@ ec_status launchFewRows(const char* op, ec_stream stream, const float* x, const 
   const auto kernel = fewRows<Codec, kWarps, RowOf, Store>;
   const GemvCall call = gemvCall<Codec, kWarps>(kernel, rows, ceilDiv(w.n, kBlockRows), w.k, norm);
   return launchEarly(op, kernel, dim3(call.ctas), kWarps * kWarp, call.shared, stream, rowOf.step,
-                     x, w, norm, call.shape, rowOf, store);
+                     x, w, norm, call.shape, aheadOf(rowOf.step), rowOf, store);
 }
 
 template <class Codec, class RowOf, class Store>

@@ -78,7 +78,10 @@ typedef struct ec_norm {
 // the launch before it has ended. The caller sees to it that the step's arrays were written, and
 // the states of its slots last changed by a decode step, before the last embed or the last call
 // without the flag: both wait for everything. Ignored where the device cannot do it.
-typedef enum ec_step_flag { EC_OVERLAP = 1 } ec_step_flag;
+//
+// EC_PREFETCH: on a GPU, the launches of a step of up to 8 rows ask for the first weights of the
+// next one, into the L2, while they end. Only run() knows what follows a call.
+typedef enum ec_step_flag { EC_OVERLAP = 1, EC_PREFETCH = 2 } ec_step_flag;
 
 // One step: n_tok rows that belong to n_seq sequences, sequence s owning rows start[s] ..
 // start[s+1]-1.

@@ -60,6 +60,7 @@ def main(stand_ins: Path, kernels: Path, folder: Path, kv: str | None = None) ->
     seen["held"] = max(distance(a, b) for a, b in held[-2:])
     seen["kept"] = all(np.array_equal(a, b) for a, b in held[:-2])
     seen["captured"] = cuda.captured
+    seen["prefetched"] = prefetched(cuda, bundle, ctypes.CDLL(str(kernels)))
 
     # One conversation from backend to backend.
     cuda.reset(0)
@@ -73,6 +74,24 @@ def main(stand_ins: Path, kernels: Path, folder: Path, kv: str | None = None) ->
     seen["again"] = bool(np.array_equal(cuda.prefill(0, prompts[1]), logits[1][0]))
     cuda.close()
     print(json.dumps(seen))
+
+
+def prefetched(cuda: Any, bundle: Any, emulated: ctypes.CDLL) -> dict[str, list[int]]:
+    """Of each weight, by the last part of its name: lines that a decode step brought into the L2,
+    and as many as it has, of all layers.
+    """
+    count = emulated.ec_emulated_prefetches
+    count.argtypes, count.restype = [ctypes.c_uint64, ctypes.c_uint64], ctypes.c_uint64
+    count(0, 2**64 - 1)
+    cuda.decode([0], [5])
+    cuda._device.synchronize(cuda._stream)
+    seen: dict[str, list[int]] = {}
+    for name, at in cuda._weights.items():
+        size = bundle.tensors[name].bytes
+        lines = seen.setdefault(name.rpartition(".")[2], [0, 0])
+        lines[0] += count(at, size)
+        lines[1] += size // 128
+    return seen
 
 
 def distance(got: Any, want: Any) -> float:

@@ -49,7 +49,7 @@ def main(stand_ins: Path, kernels: Path, stream_read: Path, folder: Path) -> Non
     facts.l2_bytes, facts.sm_count = L2_BYTES, 2  # which the emulator lacks
     cuda_library().query = lambda: facts  # type: ignore[method-assign]
 
-    gpu.build = lambda: None
+    gpu.build = lambda limit_s: "emulated"
     gpu.build_stream_read = lambda folder: stream_read
     gpu.QUICK = gpu.Plan(batches=(1, 2), contexts=(0, 3), ops_context=3, prompts=(9,), piece=4,
                          prompt_ops=9, answer=2, compared=(5, 3), ceiling_bytes=1 << 16,

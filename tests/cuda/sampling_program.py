@@ -13,6 +13,7 @@ import itertools
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ def main(stand_ins: Path, kernels: Path, folder: Path) -> None:
         backend.prefill(slot, np.arange(3 + slot, 20, dtype=np.int32))
     backend.decode([0, 1, 2, 3], [4, 5, 6, 7])  # captures
     seen |= draws(backend) | errors(backend) | whole_answers(folder, counts)
+    seen |= after_a_fault(folder, driver.fakecuda_lose)
     sys.stdout.write(json.dumps(seen) + "\n")
 
 
@@ -97,6 +99,24 @@ def errors(backend: Any) -> dict[str, str]:
     return seen | {"no_token": said([fine, fine])}
 
 
+def after_a_fault(folder: Path, lose: Callable[[], None]) -> dict[str, Any]:
+    """Errors of an LLM whose GPU is lost while it is loaded, and what "auto" opens next."""
+    from edgecascade import LLM
+    from edgecascade.errors import EdgeCascadeError
+
+    told: list[str] = []
+    with LLM.load(folder, "cuda", slots=2, max_context=256) as llm:
+        llm.generate([5, 6, 7], max_tokens=2)
+        lose()
+        for _ in range(2):
+            try:
+                llm.generate([5, 6, 7], max_tokens=2)
+            except EdgeCascadeError as error:
+                told.append(f"{type(error).__name__}: {error}")
+    with LLM.load(folder, "auto", slots=2, max_context=256) as llm:
+        return {"lost": told, "next": llm.backend}
+
+
 def whole_answers(folder: Path, counts: Any) -> dict[str, Any]:
     """Answers together and alone; what crosses the bus for a token; with logprobs."""
     from edgecascade import LLM
@@ -104,6 +124,7 @@ def whole_answers(folder: Path, counts: Any) -> dict[str, Any]:
     how = {"temperature": 0.8, "top_p": 0.9, "max_tokens": 9, "ignore_eos": True, "reuse": False}
     prompts = [list(range(5, 5 + n)) for n in (3, 9, 20)]
     with LLM.load(folder, "cuda", slots=3, max_context=256) as llm:
+        pieces = llm.rule.chunk_tokens
         llm.generate(prompts, seed=5, **how)  # captures
         before = counts()
         together = llm.generate(prompts, seed=5, **how)
@@ -114,6 +135,7 @@ def whole_answers(folder: Path, counts: Any) -> dict[str, Any]:
         with_logprobs = counts()["downloaded"] - before["downloaded"]
     return {
         "same": [a.token_ids == b.token_ids for a, b in zip(together, alone, strict=True)],
+        "pieces": pieces,
         "told": told.token_ids == alone[1].token_ids,
         "best": all(one.top[0][1] >= one.logprob for one in told.logprobs),
         "tokens": sum(len(answer.token_ids) for answer in together),

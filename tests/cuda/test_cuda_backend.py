@@ -14,9 +14,12 @@ import tolerances
 from golden import Build
 from kernels import CUDA_EMULATED, cuda_emulated
 
+from edgecascade import LLM
+from edgecascade.backends._lib import OVERLAP, PREFETCH
 from edgecascade.backends.base import open_backend
+from edgecascade.backends.cuda import step_flags
 from edgecascade.bundle import Bundle
-from edgecascade.errors import BackendUnavailable
+from edgecascade.errors import BackendUnavailable, InvalidRequest
 
 HERE = Path(__file__).parent
 
@@ -66,6 +69,19 @@ def test_it_computes_what_the_cpu_does(
     assert seen["again"], "a prompt gives the same bits again"
     assert seen["kept"], "later steps leave logits as they were"
     assert seen["captured"] == [[1, 512], [2, 512], [3, 512]]
+    if precision == "speed":
+        check_prefetches(seen["prefetched"])
+
+
+def check_prefetches(lines: dict[str, list[int]]) -> None:
+    """Every matrix whose place the launch before knows, a quarter of the emulator's L2 of it."""
+    matrices = {"in_proj": 2, "out_proj": 2, "router": 2, "shared_down": 2, "qkv": 1, "o_proj": 1,
+                "lm_head": 1}  # fmt: skip
+    least = 16384 // 4 // 128
+    for name, (brought, there) in lines.items():
+        if name != "conv_weight":  # which the Mamba step itself prefetches
+            assert brought == least * matrices.get(name, 0), name
+            assert brought <= there, name
 
 
 def test_a_token_drawn_on_the_device_is_the_cpus(sampled: dict[str, Any]) -> None:
@@ -92,6 +108,42 @@ def test_answers_on_the_device_are_those_of_a_lone_run(sampled: dict[str, Any]) 
     assert sampled["same"] == [True, True, True]
     assert sampled["told"], "logprobs change no token"
     assert sampled["best"]
+
+
+def test_a_lost_gpu_is_an_error_each_time_and_auto_takes_the_cpu(
+    sampled: dict[str, Any],
+) -> None:
+    assert len(sampled["lost"]) == 2
+    for told in sampled["lost"]:
+        assert told.startswith("BackendError: "), told
+        assert "CUDA_ERROR_LAUNCH_FAILED" in told
+    assert sampled["next"] == "cpu"
+
+
+def test_a_prompt_is_read_in_larger_pieces_than_on_a_cpu(
+    sampled: dict[str, Any], build: Build
+) -> None:
+    assert sampled["pieces"] == 512
+    with LLM.load(build("tiny", "speed"), "cpu") as llm:
+        assert llm.rule.chunk_tokens == 256
+    with LLM.load(build("tiny", "speed"), "cpu", chunk_tokens=512) as llm:
+        assert llm.rule.chunk_tokens == 512
+
+
+def test_launches_begin_early_or_prefetch_as_the_device_can(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("OVERLAP", "PREFETCH"):
+        monkeypatch.delenv(f"EDGECASCADE_CUDA_{name}", raising=False)
+    assert step_flags(87) & PREFETCH
+    assert not step_flags(90) & PREFETCH
+    assert step_flags(90) & OVERLAP
+    monkeypatch.setenv("EDGECASCADE_CUDA_OVERLAP", "0")
+    monkeypatch.setenv("EDGECASCADE_CUDA_PREFETCH", "1")
+    assert step_flags(110) == PREFETCH
+    monkeypatch.setenv("EDGECASCADE_CUDA_PREFETCH", "yes")
+    with pytest.raises(InvalidRequest, match="EDGECASCADE_CUDA_PREFETCH is 'yes'"):
+        step_flags(87)
 
 
 def test_without_a_driver_or_the_library_it_says_so(build: Build) -> None:

@@ -18,6 +18,9 @@ from kernels import ROOT, cuda_emulated
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 from gpu_ops import PARTS
+from gpu_report import Report, run_within
+
+from edgecascade.errors import EdgeCascadeError
 
 PLUGINS = ROOT / "plugins"
 KINDS = ["embed", "in_proj", "mamba", "out_proj", "moe", "qkv", "attention", "o_proj", "head"]
@@ -98,7 +101,8 @@ def test_weights_that_fit_into_the_l2_are_rotated(seen: dict[str, Any]) -> None:
 
 def test_every_figure_is_there(seen: dict[str, Any]) -> None:
     assert min(seen["ceiling"]["copy"], seen["ceiling"]["read"], seen["load"]["seconds"]) > 0
-    assert [row["overlap"] for row in seen["boundary"]] == [False, True]
+    ways = [(row["overlap"], row["prefetch"]) for row in seen["boundary"]]
+    assert ways == [(False, False), (False, True), (True, False), (True, True)]
     assert min(min(row["us"], row["step_us"]) for row in seen["boundary"]) > 0
     assert [(row["batch"], row["context"]) for row in seen["decode"]] == [
         (1, 0), (1, 3), (2, 0), (2, 3),
@@ -107,7 +111,7 @@ def test_every_figure_is_there(seen: dict[str, Any]) -> None:
     assert [row["tokens"] for row in seen["first_token"]] == [9]
     assert [row["batch"] for row in seen["generate"]] == [1, 2]
     ops = len(seen["ops"]) + len(seen["prompt_ops"])
-    assert len(seen["said"]) == 2 + 2 + 4 + ops + 2 + 2 + 1 + 1 + 2 + 1
+    assert len(seen["said"]) == 2 + 2 + 4 + ops + 4 + 2 + 1 + 1 + 2 + 1
     assert seen["gpu"]["cuda_driver"] == "12.6"
     assert {"commit", "date", "device", "version"} <= seen.keys()
 
@@ -117,3 +121,46 @@ def test_the_greedy_tokens_are_compared_with_the_cpus(seen: dict[str, Any]) -> N
     assert compared["rows"] == 3
     assert compared["wrong"] == 0
     assert compared["distance"] < 0.05  # tests/tolerances.py: 8-bit activations there, halves here
+
+
+def test_a_part_that_fails_costs_no_other(tmp_path: Path) -> None:
+    said: list[str] = []
+    report = Report(said.append, tmp_path / "new" / "out.json")
+
+    def work(item: int) -> list[int]:
+        if item == 2:
+            raise ZeroDivisionError
+        return [item, item]
+
+    assert report.take("first", lambda: {"us": 1}) == {"us": 1}
+    assert report.rows("steps", (1, 2, 3), work) == [1, 1, 3, 3]
+    assert json.loads(report.out.read_text()) == {
+        "first": {"us": 1},
+        "steps": [1, 1, 3, 3],
+        "failed": said,
+    }
+    assert len(said) == 1
+    assert said[0].startswith("steps 2: ZeroDivisionError() in test_gpu_benchmark.py:")
+
+
+def test_a_measurement_that_hangs_ends_with_what_it_has(tmp_path: Path) -> None:
+    program = (
+        "import sys, threading; from pathlib import Path; from gpu_report import Report\n"
+        "report = Report(print, Path(sys.argv[1])); report.take('one', lambda: 1)\n"
+        "report.end_after(0.1); report.take('two', threading.Event().wait)"
+    )
+    out = tmp_path / "out.json"
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'benchmarks'}:{ROOT}"}
+    command = [sys.executable, "-c", program, str(out)]
+    done = subprocess.run(command, env=environment, timeout=60, check=False)
+    assert done.returncode == 1
+    seen = json.loads(out.read_text())
+    assert seen["one"] == 1
+    assert seen["failed"] == ["two: not done when the time was up, 0 s"]
+
+
+def test_a_command_that_takes_too_long_is_ended_with_what_it_started() -> None:
+    status, said = run_within(["sh", "-c", "echo out; echo err >&2; exit 3"], 60)
+    assert (status, said) == (3, "out\nerr\n")
+    with pytest.raises(EdgeCascadeError, match=r"sh was ended after 0 s; its last line: begun"):
+        run_within(["sh", "-c", "echo begun; sleep 600 & wait"], 0.3)

@@ -29,6 +29,7 @@ enum {
   kOutOfMemory = 2,
   kNoContext = 201,
   kNoHandle = 400,
+  kLaunchFailed = 719,
   kCaptureUnsupported = 900,
   kCaptureInvalidated = 901,
   kIllegalState = 401
@@ -43,11 +44,11 @@ typedef struct Node {
   int value, off;
   HostFunction call;
   void* data;
-  struct Node* next;
+  struct Node *next, *before;
 } Node;
 
 typedef struct {
-  Node *first, **last;
+  Node *first, **last, *newest;
   int spoilt;
 } Graph;
 
@@ -61,7 +62,7 @@ typedef struct {
 } Region;
 
 static Region regions[kMaxRegions], locks[kMaxLocked];  // of the device, and page-locked
-static int regionCount, lockCount, strict, late, depth, device;
+static int regionCount, lockCount, strict, late, depth, device, lost;
 static Node *waiting, **lastWaiting = &waiting;
 static Stream* capturing;
 static _Thread_local void* current;
@@ -70,6 +71,9 @@ static _Thread_local void* current;
 static struct {
   int64_t allocations, waits, copies, calls, launches, bytes, uploaded, downloaded;
 } counts;
+
+// From now on as after a kernel's fault: every call that needs the context says so.
+void fakecuda_lose(void) { lost = 1; }
 
 void fakecuda_counts(int64_t* out) { memcpy(out, &counts, sizeof counts); }
 
@@ -119,8 +123,9 @@ static Result refuse(const char* what) {
 }
 #define NOT_CAPTURED(what) \
   if (capturing) return refuse(what)
-#define NEEDS_CONTEXT \
-  if (!current) return kNoContext
+#define NEEDS_CONTEXT                \
+  if (!current) return kNoContext; \
+  if (lost) return kLaunchFailed
 
 static void perform(const Node* node) {
   if (node->off) return;
@@ -177,7 +182,8 @@ static Result submit(Stream* stream, Node node) {
   Node* kept = malloc(sizeof node);
   *kept = node;
   kept->next = NULL;
-  *stream->capture->last = kept;
+  kept->before = stream->capture->newest;
+  *stream->capture->last = stream->capture->newest = kept;
   stream->capture->last = &kept->next;
   return kOk;
 }
@@ -241,6 +247,7 @@ Result cuMemAlloc_v2(Address* out, size_t size) {
   return kOk;
 }
 Result cuMemFree_v2(Address address) {
+  NEEDS_CONTEXT;
   NOT_CAPTURED("cuMemFree");
   catchUp();
   for (int i = 0; i < regionCount; ++i) {
@@ -262,6 +269,7 @@ Result cuMemHostAlloc(void** out, size_t size, unsigned flags) {
   return kOk;
 }
 Result cuMemFreeHost(void* address) {
+  NEEDS_CONTEXT;
   catchUp();
   for (int i = 0; i < lockCount; ++i) {
     if (locks[i].start == address) locks[i] = locks[--lockCount];
@@ -312,6 +320,7 @@ Result cuStreamCreate(Stream** out, unsigned flags) {
   return *out = calloc(1, sizeof **out), kOk;
 }
 Result cuStreamDestroy_v2(Stream* stream) {
+  NEEDS_CONTEXT;
   free(stream);
   return kOk;
 }
@@ -359,6 +368,10 @@ Result cuGraphGetNodes(Graph* graph, Node** nodes, size_t* count) {
   if (!nodes || found < *count) *count = found;
   return kOk;
 }
+Result cuGraphNodeGetDependencies_v2(Node* node, Node** before, void* edges, size_t* count) {
+  if (node->before && before && *count) before[0] = node->before;
+  return *count = node->before ? 1 : 0, kOk;
+}
 Result cuGraphDestroyNode(Node* node) { return node->off = 1, kOk; }
 // Nodes run in the order of their capture whatever ties them.
 Result cuGraphAddDependencies_v2(Graph* graph, Node** from, Node** to, const void* edges,
@@ -382,6 +395,7 @@ Result cuGetErrorName(Result error, const char** out) {
   *out = error == kCaptureUnsupported   ? "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED"
          : error == kCaptureInvalidated ? "CUDA_ERROR_STREAM_CAPTURE_INVALIDATED"
          : error == kNoContext          ? "CUDA_ERROR_INVALID_CONTEXT"
+         : error == kLaunchFailed       ? "CUDA_ERROR_LAUNCH_FAILED"
                                         : "CUDA_ERROR";
   return kOk;
 }

@@ -14,6 +14,7 @@
 #include <memory>
 #include <mutex>
 #include <random>
+#include <set>
 #include <vector>
 
 namespace ec::emulator {
@@ -80,6 +81,7 @@ jmp_buf scheduler;
 Block* running;
 Fiber* current;
 uint64_t performed;  // launches
+std::set<uintptr_t> prefetched;
 std::minstd_rand random(1);
 
 [[noreturn]] void die(const char* what) {
@@ -234,6 +236,8 @@ void waitAsync(int pending) {
   }
 }
 
+void prefetch(const void* at) { prefetched.insert(reinterpret_cast<uintptr_t>(at)); }
+
 void warpBarrier(unsigned mask) {
   const int first = current->thread.warp * 32;
   Fiber* lanes = running->fibers.data() + first;
@@ -346,6 +350,16 @@ Together::~Together() {
 }
 
 }  // namespace ec::emulator
+
+// For tests: how many places of a range were prefetched since it was last asked about.
+extern "C" __attribute__((visibility("default"))) uint64_t ec_emulated_prefetches(uint64_t from,
+                                                                                  uint64_t bytes) {
+  using ec::emulator::prefetched;
+  const auto first = prefetched.lower_bound(from), last = prefetched.lower_bound(from + bytes);
+  const auto count = static_cast<uint64_t>(std::distance(first, last));
+  prefetched.erase(first, last);
+  return count;
+}
 
 float __half2float(__half h) {
   const uint32_t sign = uint32_t{h.bits} >> 15 << 31, exponent = h.bits >> 10 & 31,

@@ -74,6 +74,7 @@ void awaitEarlier();
 void copyAsync(void* to, const void* from);  // 16 bytes
 void commitAsync();
 void waitAsync(int pending);
+void prefetch(const void* at);
 unsigned char* sharedMemory();
 void blockBarrier();
 void warpBarrier(unsigned mask);
