@@ -98,6 +98,7 @@ class Operator:
         self._acknowledged = threading.Event()
         filters = (
             topics.status("+"),
+            topics.standing("+"),
             topics.job("+", order),
             topics.announce(group),
             topics.command(name, "fence"),
@@ -204,7 +205,7 @@ class Operator:
     def look(self) -> dict[str, rollout.Seen]:
         """The devices as they are known now."""
         with self._lock:
-            return dict(self.view.fleet)
+            return self.view.at(time.time())
 
     def doubts(self) -> dict[tuple[str, str], int]:
         """How many messages were not believed, by who they came from and why."""

@@ -12,9 +12,9 @@ the same again when it comes back.
        +-- rolled-back  by the operator, from any of them
 
 A stage is a share of the devices that the operator enrolled, and only what they signed widens it.
-Presence is not signed: it chooses the first device and says whom to wait for. A silent device is no
-failure, but no success either: whoever owns the broker could silence those that failed. One order
-id serves the whole rollout; every change of it is a higher sequence number.
+Who is there chooses the first device and says whom to wait for. A silent device is no failure, but
+no success either: whoever owns the broker could silence those that failed. One order id serves the
+whole rollout; every change of it is a higher sequence number.
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ from typing import Literal, get_args
 
 from edgecascade.errors import InvalidRequest
 from edgecascade.fleet.jobs import Job
+from edgecascade.fleet.standing import Standing
 from edgecascade.fleet.state import ON_TRIAL
 
+Trouble = Literal["", "silent", "stale", "undated"]
 State = Literal["running", "paused", "aborted", "rolled-back", "done"]
 STATES: tuple[State, ...] = get_args(State)
 FIRST = 0.0  # the stage of one device
@@ -123,18 +125,27 @@ class Progress:
 
 @dataclass(frozen=True)
 class Seen:
-    """What is known of an enrolled device: its place in cohorts, its last status, and its last
-    report that was proven to be its own, with its present `key`.
+    """What is known of an enrolled device: its place in cohorts, its last report and its last word
+    on how it stands that were proven to be its own, with its present `key`.
 
-    `heard` is when the report came in, by the controller's clock: a device's own may be wrong.
+    `online`: that word is not old, and the broker does not say that the device has gone. `heard` is
+    when the report came in, by the controller's clock: a device's own may be wrong.
     """
 
     point: float
     online: bool = False
-    bundle: str = ""
+    standing: Standing | None = None
     job: Job | None = None
     heard: float = 0.0
     key: str = ""
+
+    def trouble(self, now: float) -> Trouble:
+        """What keeps a device's operator from knowing that all is well with it."""
+        if not self.online or self.standing is None:
+            return "silent"
+        if self.standing.expired(now):
+            return "stale"
+        return "undated" if self.standing.clock_suspect else ""
 
 
 Fleet = Mapping[str, Seen]
