@@ -100,12 +100,16 @@ class View:
         """The devices as they are known at this time: who has not said a word lately has gone."""
         for name, seen in self.fleet.items():
             said = seen.standing is not None and seen.standing.present(now)
-            if (online := said and name not in self._gone) != seen.online:
-                self.fleet[name] = replace(seen, online=online)
+            online = said and name not in self._gone
+            # A clock that was set back must not make a silence longer than it is.
+            if online != seen.online or seen.heard > now:
+                self.fleet[name] = replace(seen, online=online, heard=min(seen.heard, now))
         return dict(self.fleet)
 
     def _word(self, address: Address, payload: bytes, now: float) -> None:
         name, kind = self._names.get(address.device), address.kind
+        if name is None and kind == "standing":
+            return  # of other groups, or of somebody else's fleet
         digest = hashlib.sha256(payload).digest()
         if name is not None and self._last.get((name, kind)) == digest:
             return  # the broker says it again

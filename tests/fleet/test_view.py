@@ -99,6 +99,23 @@ def test_a_device_without_a_clock_is_there_but_its_word_has_no_date(view: View) 
     assert (seen.online, seen.trouble(5000.0)) == (True, "undated")
 
 
+def test_words_of_other_groups_and_fleets_are_nobody_s_business() -> None:
+    guest = DeviceKey("guest", "guest-agent", key("robot-2").public, ("site-8",))
+    view = View(ORDER, Devices().with_keys([key("robot-1"), guest], 0.0))
+    for name in ("guest", "stranger"):
+        word = Standing(name, 1, number=1, ts=1.0, fresh_until=1e6)
+        address = from_agent(f"{name}-agent", "standing")
+        view.hear(address, reports.sign(word, SIGNERS["robot-2"]), 1.0)
+    assert (set(view.fleet), view.doubts.total) == ({"robot-1"}, 0)
+
+
+def test_a_clock_that_was_set_back_hides_no_silence(view: View) -> None:
+    trial = replace(JOB, phase="probation")
+    say(view, trial, 9000.0)
+    assert view.at(100.0)["robot-1"].heard == 100.0
+    assert view.at(100.0 + 50.0)["robot-1"].heard == 100.0
+
+
 @pytest.mark.parametrize(
     ("now", "changes", "trouble"),
     [
