@@ -154,7 +154,9 @@ def _new_record(args: argparse.Namespace, home: Home, release: Any, sha256: str)
     now = time.time()
     name = args.order or order_id(release.name, release.version, now)
     health = release.health
-    lost_s = args.lost_s or 2 * (health.load_s + health.soak_s) + 300.0
+    lost_s = args.lost_s
+    if lost_s is None:
+        lost_s = 2 * (health.load_s + health.soak_s) + 300.0
     plan = Plan(
         name,
         stages=stages(args.stages),

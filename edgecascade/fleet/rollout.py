@@ -40,6 +40,7 @@ RISKY = frozenset(phase.value for phase in ON_TRIAL)
 # reasons can be brought about by whoever owns the broker or the mirror.
 UNFIT = frozenset({"requirements", "disk-full", "downgrade"})
 SILENT = "silent"
+MAX_VALID_S = 3653 * 86_400.0  # an order that is held back is as good as new for so long
 # What an operator who resumes accepts, device by device, until it does something else.
 ACCEPTABLE = frozenset({SILENT, "failed", "lost", "rejected", "canceled"})
 
@@ -93,8 +94,10 @@ class Plan:
             raise InvalidRequest(f"stages are {self.stages}; give rising percentages up to 100")
         if self.egress_kbit_s is not None and self.egress_kbit_s <= 0:
             raise InvalidRequest(f"egress is {self.egress_kbit_s:g} kbit/s; it must be above 0")
-        if self.valid_s < 60:
-            raise InvalidRequest(f"orders are valid for {self.valid_s:g} s; give 60 or more")
+        if not 60 <= self.valid_s <= MAX_VALID_S:
+            raise InvalidRequest(
+                f"orders are valid for {self.valid_s:g} s; give a minute to ten years"
+            )
 
 
 @dataclass(frozen=True)

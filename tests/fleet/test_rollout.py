@@ -330,6 +330,8 @@ def test_what_makes_no_sense_is_refused(act: Any, message: str) -> None:
         lambda: Plan("o", stages=(1.0, 101.0)),
         lambda: Plan("o", egress_kbit_s=0.0),
         lambda: Plan("o", valid_s=1.0),
+        lambda: Plan("o", valid_s=1e300),
+        lambda: Plan("o", valid_s=float("nan")),
         lambda: Thresholds(success=1.1),
         lambda: Thresholds(lost=0),
     ],
