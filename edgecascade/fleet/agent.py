@@ -16,7 +16,6 @@ import contextlib
 import fcntl
 import importlib.metadata
 import logging
-import os
 import queue
 import time
 from collections.abc import Callable, Mapping
@@ -27,7 +26,7 @@ from typing import IO, Any
 
 from edgecascade.device.facts import facts
 from edgecascade.errors import InvalidRequest, NetworkError
-from edgecascade.files import write_file
+from edgecascade.files import replace_file
 from edgecascade.fleet import events as ev
 from edgecascade.fleet.executor import Answer, Executor
 from edgecascade.fleet.fs import RealFiles
@@ -383,10 +382,7 @@ def trusted_root(folder: Path, given: str | None) -> bytes:
         if given is None:
             raise InvalidRequest("trust is missing; give the repository's root.json, once")
         data = Path(given).read_bytes()
-        part = folder / f"{TRUST_ROOT}.part"
-        part.unlink(missing_ok=True)
-        write_file(part, data)
-        os.replace(part, kept)
+        replace_file(kept, data)
     data = kept.read_bytes()
     if len(data) > MAX_ROOT_BYTES:
         raise InvalidRequest(f"{kept} has {len(data)} bytes and is no root.json")

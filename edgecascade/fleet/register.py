@@ -8,14 +8,13 @@ broker. A revoked device stays in the file, so that its key is never enrolled ag
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from edgecascade.errors import FleetError, InvalidRequest
-from edgecascade.files import canonical_json, fsync_folder, write_file
+from edgecascade.files import canonical_json, replace_file
 from edgecascade.fleet import strict
 from edgecascade.fleet.locked import locked
 from edgecascade.fleet.reports import DeviceKey, Keyring
@@ -122,11 +121,7 @@ class Register:
             return devices
 
     def _write(self, devices: Devices) -> None:
-        part = self.path.with_suffix(".part")
-        part.unlink(missing_ok=True)
-        write_file(part, canonical_json({"schema": SCHEMA, **asdict(devices)}))
-        os.replace(part, self.path)
-        fsync_folder(self.path.parent)
+        replace_file(self.path, canonical_json({"schema": SCHEMA, **asdict(devices)}))
 
     @contextmanager
     def _locked(self) -> Iterator[None]:

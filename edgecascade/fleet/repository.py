@@ -453,7 +453,7 @@ def _version(
     if not fitting:
         known = ", ".join(one.version for one, _ in every) or "none"
         raise FleetError(
-            f"there is no release {name} {version or ''}; there are: {known}",
+            f"there is no release {f'{name} {version}' if version else name}; there are: {known}",
             reason="unknown-release",
         )
     return fitting[-1]
