@@ -250,13 +250,14 @@ def _chosen(args: argparse.Namespace, home: Home) -> Record:
 
 def _status(args: argparse.Namespace, home: Home) -> int:
     from edgecascade.fleet import rollout
-    from edgecascade.fleet.operator import Turn
+    from edgecascade.fleet.operator import Turn, order_trouble
 
     record = _chosen(args, home)
     with _control(args, home, record) as (_, operator):
         fleet, now = operator.look(), time.time()
         count = rollout.tally(record.plan, record.progress, fleet, now)
         doubts = operator.doubts()
+        trouble = order_trouble(record, operator.retained, home.signing())
         turn = Turn(record, count, True, sum(doubts.values()))
         if args.json:
             devices = {name: device(seen, now) for name, seen in sorted(fleet.items())}
@@ -264,10 +265,14 @@ def _status(args: argparse.Namespace, home: Home) -> int:
                 {"from": name, "reason": reason, "count": count}
                 for (name, reason), count in sorted(doubts.items())
             ]
-            print_json({**facts(turn), "not_believed": said, "devices": devices})
+            print_json(
+                {**facts(turn), "order_trouble": trouble, "not_believed": said, "devices": devices}
+            )
         else:
             with Screen(operator, as_json=False, whole=True) as screen:
                 screen.show(turn)
+            if trouble:
+                print(f"  {trouble}")
     return 0
 
 

@@ -377,6 +377,24 @@ class Controller:
         return self._operator.announce(envelope)
 
 
+def order_trouble(record: Record, retained: bytes | None, signing: Signing) -> str:
+    """Why devices may not obey what a rollout has come to: the broker does not show its order."""
+    if not record.progress.first and record.progress.state == "running":
+        return ""
+    order = record.to_order()
+    if retained is None:
+        return f"the broker retains no order for group {order.group!r}"
+    shown = signing.verified(retained)
+    if shown is None:
+        return f"what the broker retains for group {order.group!r} is no order that is in force"
+    named = f"order {shown.order!r}, seq {shown.seq} ({shown.action})"
+    if shown.seq > order.seq:
+        return f"overtaken: {named} was announced to group {order.group!r} later"
+    if shown.seq < order.seq:
+        return f"the broker shows an older order: {named}; the latest is seq {order.seq}"
+    return ""
+
+
 def _facts(record: Record, order: Order, envelope: bytes) -> dict[str, Any]:
     progress = record.progress
     return {

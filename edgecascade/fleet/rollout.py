@@ -341,9 +341,9 @@ def at_least(progress: Progress, first_seq: int, now: float) -> Progress:
 
 def pause(progress: Progress, now: float) -> Progress:
     """Hold everything that has not been activated."""
-    if progress.state != "running":
+    if progress.state not in ("running", "paused"):
         raise InvalidRequest(f"the rollout is {progress.state}; only a running one can be paused")
-    return _turn(progress, now, state="paused", reason="by the operator")
+    return _said(progress, now, "paused")
 
 
 def resume(plan: Plan, progress: Progress, fleet: Fleet, now: float) -> Progress:
@@ -356,18 +356,22 @@ def resume(plan: Plan, progress: Progress, fleet: Fleet, now: float) -> Progress
     return _turn(resumed, now, state="running", reason="")
 
 
-def abort(progress: Progress, now: float, reason: str = "by the operator") -> Progress:
+def abort(progress: Progress, now: float) -> Progress:
     """Nobody activates the new bundle any more; who has it keeps it."""
-    if progress.state in ("aborted", "rolled-back"):
-        raise InvalidRequest(f"the rollout is {progress.state} already")
-    return _turn(progress, now, state="aborted", reason=reason)
+    if progress.state == "rolled-back":
+        raise InvalidRequest("the rollout is rolled-back already")
+    return _said(progress, now, "aborted")
 
 
 def rollback(progress: Progress, now: float) -> Progress:
     """Who has the new bundle goes back to what it had."""
-    if progress.state == "rolled-back":
-        raise InvalidRequest("the rollout is rolled-back already")
-    return _turn(progress, now, state="rolled-back", reason="by the operator")
+    return _said(progress, now, "rolled-back")
+
+
+def _said(progress: Progress, now: float, state: State) -> Progress:
+    # Again, too: a broker may have lost the order, and its signature runs out.
+    reason = progress.reason if progress.state == state else "by the operator"
+    return _turn(progress, now, state=state, reason=reason)
 
 
 def going_back(fleet: Fleet) -> tuple[int, int]:
