@@ -14,11 +14,18 @@ import installed
 import pytest
 from securesystemslib.signer import CryptoSigner
 
-from edgecascade.fleet.keys import public_hex
+from edgecascade.fleet.agent import Agent
+from edgecascade.fleet.identity import enrolment, own_key
+from edgecascade.fleet.keys import KeyFolders, public_hex
 from edgecascade.fleet.line import Line
-from edgecascade.fleet.reports import DeviceKey, Keyring
+from edgecascade.fleet.operator import Operator
+from edgecascade.fleet.orders import Order
+from edgecascade.fleet.register import Devices
+from edgecascade.fleet.reports import DeviceKey, Keyring, read_enrolment
+from edgecascade.fleet.repository import Repository
 from edgecascade.fleet.settings import AgentSettings
 from edgecascade.fleet.standing import Standing
+from edgecascade.fleet.view import View
 from edgecascade.service.broker import LocalBroker
 from edgecascade.service.config import broker_address
 from edgecascade.service.mqtt import Link, LinkOptions
@@ -26,6 +33,7 @@ from edgecascade.service.protocol import Incoming
 from edgecascade.service.topics import Topics
 
 WAIT_S = 20.0
+FRESH_S = 8.0  # what is left of the metadata's time
 SIGNER = CryptoSigner.generate_ed25519()
 KEY = DeviceKey("robot-1", "robot-1-agent", public_hex(SIGNER.public_key), ("all",))
 
@@ -122,3 +130,41 @@ def test_a_device_speaks_again_when_nothing_changes(
     numbers = [word.number for word in said]
     assert numbers == sorted(set(numbers))
     assert said[-1].ts > said[0].ts
+
+
+def test_an_operator_sees_that_a_device_is_kept_from_news(
+    broker: LocalBroker, tmp_path: Path
+) -> None:
+    """The timestamp runs out and no new one comes, as when a mirror holds it back."""
+    made_at = time.time() - 30 * 86_400 + FRESH_S
+    keys = KeyFolders([tmp_path / "keys"])
+    repository = Repository.init(tmp_path / "repository", keys, made_at)
+    (tmp_path / "root.json").write_bytes(repository.root_json)
+    settings = AgentSettings(
+        root=str(tmp_path / "device"), device_id="robot-9", groups=("news",), mqtt=broker.url,
+        repository=(str(repository.folder),), trust=str(tmp_path / "root.json"),
+    )  # fmt: skip
+    agent = Agent(settings)
+    key = own_key(settings.folder)
+    devices = Devices().with_keys([read_enrolment(enrolment(settings, key))], 0.0)
+    order = Order("none", 1, "news", "tiny", "1", "ab" * 32, 0.0, 1e12)
+    seen: list[str] = []
+    with (
+        Operator(
+            broker_address(broker.url), "watcher", Topics(), View(order, devices),
+            group="news", order="none",
+        ) as operator,
+    ):  # fmt: skip
+
+        def told() -> bool:
+            now = time.time()
+            trouble = operator.look()["robot-9"].trouble(now)
+            if trouble not in seen[-1:]:
+                seen.append(trouble)
+            return seen[-2:] == ["", "stale"] or now > made_at + 30 * 86_400 + WAIT_S
+
+        agent.run(told)
+        standing = operator.look()["robot-9"].standing
+    assert seen[-2:] == ["", "stale"], "it was well until then"
+    assert standing is not None
+    assert standing.fresh_until == pytest.approx(made_at + 30 * 86_400, abs=2.0)
