@@ -169,4 +169,8 @@ def _parse(data: bytes, where: str) -> Record:
             raise ValueError("it was written by another version")
         return strict.read(Record, raw, "rollout")
     except (ValueError, TypeError, AttributeError, KeyError) as error:
-        raise FleetError(f"{where} is damaged: {error}", reason="record") from None
+        raise FleetError(
+            f"{where} is damaged: {error}; restore it from a copy, or move it away: the rollout is "
+            "forgotten then, and a new one can begin",
+            reason="record",
+        ) from None

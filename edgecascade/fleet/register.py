@@ -60,8 +60,11 @@ class Devices:
         """
         by_key = {each.key.public: each for each in self.entries}
         holders = {each.key.device: each for each in self.entries if each.revoked is None}
+        at_broker = {name: each for each in holders for name in (each, holders[each].key.agent)}
         for key in keys:
             _check(key, by_key.get(key.public), holders.get(key.device))
+            for name in (key.device, key.agent):
+                _check_free(name, key, at_broker.setdefault(name, key.device))
             holders[key.device] = by_key[key.public] = Enrolled(key, now)
         return _sorted(by_key.values())
 
@@ -152,6 +155,16 @@ def _check(key: DeviceKey, same: Enrolled | None, holder: Enrolled | None) -> No
         raise FleetError(
             f"{key.device} is enrolled with another key; if the new one is meant: "
             f"edgecascade fleet devices --revoke {key.device}, then enroll it again",
+            reason="exists",
+        )
+
+
+def _check_free(name: str, key: DeviceKey, holder: str) -> None:
+    """Whether a device or its agent can have a name at the broker that `holder` has there."""
+    if holder != key.device:
+        raise FleetError(
+            f"{name!r} cannot be a name of {key.device} at the broker: {holder} or its agent has "
+            "it; set another device_id or agent_id and enroll it again",
             reason="exists",
         )
 
