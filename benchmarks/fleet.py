@@ -204,6 +204,21 @@ class Fleet:
                 )
                 _check(f"{name} answers with {manifest}", answer.body["bundle"], manifest)
 
+    def status_shows(self, release: Release) -> None:
+        """`fleet status` says of every device that all is well, on this bundle, as it signed."""
+        end, expected = time.monotonic() + self.timeout_s, f"{NAME} {release.version}"
+        while True:
+            said = self._run("fleet", "status", *self._fleet(), "update", "--mqtt",
+                             self.broker.url, "--json")  # fmt: skip
+            found = {
+                name: (device["trouble"], (device["standing"] or {}).get("bundle"))
+                for name, device in json.loads(said)["devices"].items()
+            }
+            if set(found.values()) == {("", expected)}:
+                return
+            if time.monotonic() > end:
+                raise Failure(f"fleet status shows {found}, expected {expected}")
+
     def act(self, name: str, facts: dict[str, Any], began: float) -> None:
         facts["seconds"] = round(time.monotonic() - began, 1)
         self.results["acts"][name] = facts
@@ -369,11 +384,13 @@ def run(place: Path, devices: int, timeout_s: float) -> dict[str, Any]:
         fleet.first_installation(old)
         current = fleet.publish(balanced, "2")
         fleet.update(current)
+        fleet.status_shows(current)
         fleet.bad_bundle(speed, current)
         fleet.corrupted_mirror(quality, current)
         fleet.dead_mirror(exact, current)
         fleet.revoked_key(current)
         fleet.killed(old)
+        fleet.status_shows(old)
         fleet.results["seconds"] = round(time.monotonic() - began, 1)
         return fleet.results
 

@@ -31,6 +31,24 @@ def write_file(path: Path, data: bytes) -> None:
         os.fsync(out.fileno())
 
 
+def replace_file(path: Path, data: bytes) -> None:
+    """Write a file in place of the one that is there; it is on the disk when this returns.
+
+    Who is cut off leaves the old one, and nothing beside it where the disk is full. The caller
+    keeps other writers away.
+    """
+    part = path.with_name(f"{path.name}.part")
+    part.unlink(missing_ok=True)  # of a writer that was killed
+    try:
+        write_file(part, data)
+        os.replace(part, path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        error.filename = error.filename or str(path)  # a full disk does not say which
+        raise
+    fsync_folder(path.parent)
+
+
 def fsync_folder(path: Path) -> None:
     """Wait until the names in a folder are on the disk."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)

@@ -4,28 +4,27 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from edgecascade.cli.options import positive
+from edgecascade.cli.screen import Screen, device, facts
 from edgecascade.cli.show import print_json
 from edgecascade.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from edgecascade.fleet.home import Home
-    from edgecascade.fleet.operator import Controller, Operator, Turn
+    from edgecascade.fleet.operator import Controller, Operator
     from edgecascade.fleet.record import Record
-    from edgecascade.fleet.rollout import Progress, Seen
+    from edgecascade.fleet.rollout import Progress
     from edgecascade.service.config import BrokerAddress
 
 STOPPED = 3  # exit status of a rollout that ended before everybody had the bundle
-TROUBLES = 5  # devices that are shown with their reason
 BACK_S = 3600.0  # a rollback is watched for at most so long
 
 HomeOf = Callable[[argparse.Namespace], "Home"]
@@ -155,7 +154,9 @@ def _new_record(args: argparse.Namespace, home: Home, release: Any, sha256: str)
     now = time.time()
     name = args.order or order_id(release.name, release.version, now)
     health = release.health
-    lost_s = args.lost_s or 2 * (health.load_s + health.soak_s) + 300.0
+    lost_s = args.lost_s
+    if lost_s is None:
+        lost_s = 2 * (health.load_s + health.soak_s) + 300.0
     plan = Plan(
         name,
         stages=stages(args.stages),
@@ -249,46 +250,30 @@ def _chosen(args: argparse.Namespace, home: Home) -> Record:
 
 def _status(args: argparse.Namespace, home: Home) -> int:
     from edgecascade.fleet import rollout
-    from edgecascade.fleet.operator import Turn
+    from edgecascade.fleet.operator import Turn, order_trouble
 
     record = _chosen(args, home)
     with _control(args, home, record) as (_, operator):
-        fleet = operator.look()
-        count = rollout.tally(record.plan, record.progress, fleet, time.time())
+        fleet, now = operator.look(), time.time()
+        count = rollout.tally(record.plan, record.progress, fleet, now)
         doubts = operator.doubts()
+        trouble = order_trouble(record, operator.retained, home.signing())
         turn = Turn(record, count, True, sum(doubts.values()))
         if args.json:
-            devices = {
-                name: {
-                    "online": seen.online,
-                    "bundle": seen.bundle,
-                    "job": asdict(seen.job) if seen.job else None,
-                }
-                for name, seen in sorted(fleet.items())
-            }
+            devices = {name: device(seen, now) for name, seen in sorted(fleet.items())}
             said = [
                 {"from": name, "reason": reason, "count": count}
                 for (name, reason), count in sorted(doubts.items())
             ]
-            print_json({**facts(turn), "not_believed": said, "devices": devices})
+            print_json(
+                {**facts(turn), "order_trouble": trouble, "not_believed": said, "devices": devices}
+            )
         else:
-            with Screen(operator, as_json=False) as screen:
+            with Screen(operator, as_json=False, whole=True) as screen:
                 screen.show(turn)
-            for text in _silent(turn, fleet):
-                print(text)
+            if trouble:
+                print(f"  {trouble}")
     return 0
-
-
-def _silent(turn: Turn, fleet: Mapping[str, Seen]) -> Iterator[str]:
-    """Who of the stage has not said a word, if that may hold it up."""
-    from edgecascade.fleet import rollout
-
-    record = turn.record
-    fates = rollout.fates_of(record.plan, record.progress, fleet, time.time())
-    names = sorted(name for name, fate in fates.items() if fate == rollout.SILENT)
-    if names:
-        more = f" and {len(names) - TROUBLES} more" if len(names) > TROUBLES else ""
-        yield f"  silent: {', '.join(names[:TROUBLES])}{more}"
 
 
 def _act(
@@ -360,132 +345,3 @@ def _watch_back(args: argparse.Namespace, controller: Controller, operator: Oper
                 return STOPPED
             operator.wait(1.0)
             time.sleep(0.2)
-
-
-def facts(turn: Turn) -> dict[str, Any]:
-    """How a rollout stands, for programs."""
-    record, progress = turn.record, turn.record.progress
-    return {
-        "order": record.order.order,
-        "group": record.order.group,
-        "release": f"{record.order.bundle} {record.order.version}",
-        "state": progress.state,
-        "reason": progress.reason,
-        "seq": progress.seq,
-        "stage": progress.stage + 1,
-        "stages": len(record.plan.stages),
-        "percent": record.plan.stages[progress.stage],
-        "first": progress.first,
-        **asdict(turn.tally),
-        "doubts": turn.doubts,
-    }
-
-
-class Screen:
-    """Live on a terminal; else a line for each change, as text or JSON."""
-
-    def __init__(self, operator: Operator, *, as_json: bool) -> None:
-        self._operator, self._view, self._json = operator, operator.view, as_json
-        self._said: dict[str, Any] = {}
-        self._live: Any = None
-
-    def __enter__(self) -> Screen:
-        if not self._json and sys.stdout.isatty():
-            from rich.live import Live
-
-            self._live = Live(auto_refresh=False)
-            self._live.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._live is not None:
-            self._live.stop()
-
-    def show(self, turn: Turn) -> None:
-        """Show it if it is new."""
-        now = facts(turn)
-        if now == self._said or not turn.settled:
-            return
-        self._said = now
-        if self._json:
-            print(json.dumps({"ts": time.time(), **now}), flush=True)
-        elif self._live is not None:
-            self._live.update(self._table(turn), refresh=True)
-        else:
-            print(line(turn), flush=True)
-            for name, job in self._view.troubles()[:TROUBLES] if turn.record.progress.ended else ():
-                print(f"  {name} {job.state.lower()}: {_why(job)}", flush=True)
-            for text in self._not_believed() if turn.record.progress.ended else ():
-                print(f"  {text}", flush=True)
-
-    def _not_believed(self) -> list[str]:
-        """Who sent what was not believed, the most first."""
-        doubts = sorted(self._operator.doubts().items(), key=lambda each: (-each[1], each[0]))
-        return [
-            f"not believed: {name}, {reason}, {count} times"
-            for (name, reason), count in doubts[:TROUBLES]
-        ]
-
-    def _table(self, turn: Turn) -> Any:
-        from rich.console import Group
-        from rich.progress_bar import ProgressBar
-        from rich.table import Table
-
-        from edgecascade.fleet.rollout import FIRST, stage_s
-
-        plan, progress, count = turn.record.plan, turn.record.progress, turn.tally
-        table = Table(title=line(turn), title_justify="left", show_edge=False)
-        for name in ("stage", "", "about"):
-            table.add_column(name)
-        total = max(1, len(self._view.fleet))
-        for number, percent in enumerate(plan.stages):
-            done = 1.0 if number < progress.stage or progress.state == "done" else 0.0
-            if number == progress.stage and count.reachable:
-                done = count.succeeded / count.reachable
-            size = 1 if percent == FIRST else round(total * percent / 100)
-            name = "1 device" if percent == FIRST else f"{percent:g} %"
-            bar = ProgressBar(total=1.0, completed=done, width=40)
-            table.add_row(name, bar, _duration(stage_s(plan, size)))
-        phases = ", ".join(f"{n} {name}" for name, n in self._view.phases().most_common())
-        lines = [f"[red]{name}[/red] {_why(job)}" for name, job in self._view.troubles()[:TROUBLES]]
-        return Group(table, phases, *lines, *self._not_believed())
-
-
-def line(turn: Turn) -> str:
-    """One line on how it stands."""
-    from edgecascade.fleet.rollout import FIRST
-
-    record, progress, count = turn.record, turn.record.progress, turn.tally
-    percent = record.plan.stages[progress.stage]
-    stage = f"first device {progress.first}" if percent == FIRST else f"{percent:g} %"
-    if not progress.first:
-        stage = f"waiting for a device of group {record.order.group!r} to be online"
-    parts = {
-        "succeeded": count.succeeded,
-        "on the way": count.active,
-        "waiting": count.waiting,
-        "failed": count.failed,
-        "lost": count.lost,
-        "rejected": count.rejected,
-        "unfit": count.unfit,
-        "canceled": count.canceled,
-        "silent": count.silent,
-        "accepted": count.accepted,
-    }
-    shown = ", ".join(f"{number} {name}" for name, number in parts.items() if number)
-    because = f" ({progress.reason})" if progress.reason else ""
-    said = f"{stage}: {shown}" if shown else stage
-    doubts = f"; {turn.doubts} messages not believed" if turn.doubts else ""
-    return f"{record.order.order}: {progress.state}{because}; {said}{doubts}"
-
-
-def _why(job: Any) -> str:
-    evidence = job.evidence
-    text = evidence.get("message") or evidence.get("reason") or "no reason given"
-    return f"{evidence.get('reason', '')}: {text}" if evidence.get("message") else str(text)
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -3,7 +3,7 @@
 
     broker, stick --> intake --> executor (updater) --> host: downloads, trials, the service
                                       |
-    broker <------ reports, status ---+
+    broker <---- reports, standing ---+
 
 One thread decides and writes state; what blocks has threads of its own and comes back through the
 inbox. The agent may be killed anywhere: it goes on from the device's folder, and the service, which
@@ -16,7 +16,6 @@ import contextlib
 import fcntl
 import importlib.metadata
 import logging
-import os
 import queue
 import time
 from collections.abc import Callable, Mapping
@@ -27,7 +26,7 @@ from typing import IO, Any
 
 from edgecascade.device.facts import facts
 from edgecascade.errors import InvalidRequest, NetworkError
-from edgecascade.files import write_file
+from edgecascade.files import replace_file
 from edgecascade.fleet import events as ev
 from edgecascade.fleet.executor import Answer, Executor
 from edgecascade.fleet.fs import RealFiles
@@ -42,6 +41,7 @@ from edgecascade.fleet.relay import SCHEME, MqttSource
 from edgecascade.fleet.release import Release
 from edgecascade.fleet.settings import AgentSettings, foreign_config
 from edgecascade.fleet.sources import Patience, Source, SourceFault, read_file, source_of
+from edgecascade.fleet.standing import Refused, Standing
 from edgecascade.fleet.state import MAX_VERDICTS, Slot, Verdict
 from edgecascade.service import units
 from edgecascade.service.service import next_boot
@@ -166,7 +166,7 @@ class Agent:
         if time.monotonic() >= self._status_at:
             self._status_at = time.monotonic() + STATUS_S
             if self._line is not None:
-                self._line.tell_status()
+                self._line.tell_standing()
 
     def _post(self, work: Callable[[], None]) -> None:
         self._inbox.put(work)
@@ -318,31 +318,28 @@ class Agent:
         if self._line is not None:
             self._line.tell(job)
 
-    def _standing(self, word: str = "") -> dict[str, Any]:
-        """What the retained status says. `accepts` is for clients: an agent answers no request."""
+    def _standing(self, *, leaving: bool = False) -> Standing:
         active, update = self._executor.state.active, self._executor.state.update
         system = time.time()
-        self.now()
-        refusal = self._refusal
-        return {
-            "kind": "agent",
-            "status": word or ("updating" if update else "online"),
-            "boot": self._boot,
-            "accepts": False,
-            "device": self._settings.device_id,
-            "groups": list(self._settings.groups),
-            "bundle": f"{active.name} {active.version}" if active else "",
-            "manifest": active.manifest if active else "",
-            "order": update.order.order if update else "",
-            "phase": update.phase.value if update else "",
-            "service": self._service_word(),
-            "update_stale": self._intake.is_stale(system),
-            "repository": self._intake.outlook.message,
-            "clock_suspect": self._proven.suspect,
-            "refused": None if refusal is None else
-            {"order": refusal.order, "reason": refusal.reason, "message": refusal.message[:500]},
-            "ts": int(system),
-        }  # fmt: skip
+        now, refusal = self.now(), self._refusal
+        return Standing(
+            self._settings.device_id,
+            self._boot,
+            "offline" if leaving else "updating" if update else "online",
+            ts=round(now, 3),
+            bundle=f"{active.name} {active.version}" if active else "",
+            manifest=active.manifest if active else "",
+            order=update.order.order if update else "",
+            phase=update.phase.value if update else "",
+            service=self._service_word(),
+            update_stale=self._intake.is_stale(system),
+            fresh_until=self._intake.fresh_until,
+            repository=self._intake.outlook.message,
+            clock_suspect=self._proven.suspect,
+            refused=None
+            if refusal is None
+            else Refused(refusal.order, refusal.reason, refusal.message),
+        )
 
     def _service_word(self) -> str:
         state = self._host.child.state
@@ -385,10 +382,7 @@ def trusted_root(folder: Path, given: str | None) -> bytes:
         if given is None:
             raise InvalidRequest("trust is missing; give the repository's root.json, once")
         data = Path(given).read_bytes()
-        part = folder / f"{TRUST_ROOT}.part"
-        part.unlink(missing_ok=True)
-        write_file(part, data)
-        os.replace(part, kept)
+        replace_file(kept, data)
     data = kept.read_bytes()
     if len(data) > MAX_ROOT_BYTES:
         raise InvalidRequest(f"{kept} has {len(data)} bytes and is no root.json")

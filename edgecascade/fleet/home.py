@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from edgecascade.errors import InvalidRequest, UpdateRefused
-from edgecascade.files import fsync_folder, write_file
+from edgecascade.files import replace_file
 from edgecascade.fleet import audit, orders
 from edgecascade.fleet.keys import KeyFolders
 from edgecascade.fleet.operator import Signing
@@ -77,12 +77,7 @@ class Home:
 
     def put_root(self, repository: Repository) -> None:
         """Bring root.json up to date, for devices that are set up from now on."""
-        path = self.folder / "root.json"
-        part = path.with_suffix(".part")
-        part.unlink(missing_ok=True)
-        write_file(part, repository.root_json)
-        part.replace(path)
-        fsync_folder(self.folder)
+        replace_file(self.folder / "root.json", repository.root_json)
 
     def note(self, event: str, facts: Mapping[str, Any]) -> None:
         """A line in the audit log."""

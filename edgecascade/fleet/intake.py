@@ -136,6 +136,12 @@ class Intake:
         """Whether the repository may be hiding news."""
         return not self.trusts or self.trusts[0].is_stale(now)
 
+    @property
+    def fresh_until(self) -> float:
+        """When the metadata of the last good refresh expire; 0 when there was none."""
+        belief = self.trusts[0].belief if self.trusts else None
+        return 0.0 if belief is None else belief.fresh_until
+
     # From here on everything runs on the thread.
 
     def _run(self) -> None:

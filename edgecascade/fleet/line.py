@@ -1,25 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
 """An agent's line to its broker: orders in, reports and status out, and questions to the service.
 
-Reports are signed and retained, and a broker may forget what it retains. So the latest of each
-order is kept here and told again at every connection.
+What a device says is signed and retained, and a broker may forget what it retains. So the latest
+report of each order is kept here and told again at every connection. Only that a connection is gone
+nobody can sign: that is the broker's word.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import queue
+import random
 import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Protocol
 
 from edgecascade.fleet import reports
 from edgecascade.fleet.jobs import Job, first_to_forget
 from edgecascade.fleet.orders import MAX_ENVELOPE_BYTES
 from edgecascade.fleet.relay import read_block
 from edgecascade.fleet.settings import AgentSettings
+from edgecascade.fleet.standing import HEARTBEAT_S, Standing
 from edgecascade.fleet.state import MAX_VERDICTS
 from edgecascade.service import wire
 from edgecascade.service.mqtt import Link, LinkOptions
@@ -34,9 +39,14 @@ RESEND_S = 2.0  # a question that was not answered
 LAST_WORDS_S = 2.0
 MAX_ANSWERS = 16  # to one question, that nobody has read yet
 MAX_PACKET_BYTES = 128 << 10
-OFFLINE = "offline"
 
-Standing = Callable[[str], dict[str, Any]]  # the status, with this word if one is given
+
+class Stands(Protocol):
+    """How the device stands now, or as it leaves."""
+
+    def __call__(self, *, leaving: bool = False) -> Standing:
+        """With the last word's status if it is leaving."""
+        ...
 
 
 class Line:
@@ -45,17 +55,22 @@ class Line:
     def __init__(
         self,
         settings: AgentSettings,
-        standing: Standing,
+        standing: Stands,
         on_order: Callable[[bytes], None],
         signer: Signer,
     ) -> None:
         self._topics = Topics(settings.prefix)
         self._name, self._device = settings.name, settings.device_id
+        self._groups = settings.groups
         self._standing, self._on_order, self._signer = standing, on_order, signer
         self._lock = threading.Lock()  # of the reports
         self._jobs: dict[str, Job] = {}
         self._reports: dict[str, bytes] = {}  # the same, signed
-        self._told: dict[str, Any] = {}
+        self._numbers = itertools.count(1)
+        # Not all at once: devices that the same power cut ended start together.
+        self._heartbeat_s = HEARTBEAT_S * random.uniform(0.8, 1.0)
+        self._told: Standing | None = None
+        self._told_at = 0.0
         self._pending: dict[str, queue.Queue[bytes]] = {}
         self._blocks: dict[str, queue.Queue[bytes]] = {}
         filters = self._topics.agent_filters(self._name, settings.groups)
@@ -64,7 +79,7 @@ class Line:
                 settings.address(),
                 self._name,
                 (*filters, self._topics.reply(self._name, self._device, "+")),
-                will=self._status(standing(OFFLINE)),
+                will=self._presence(standing(leaving=True)),
                 session_expiry_s=settings.session_expiry_s,
                 max_packet_bytes=MAX_PACKET_BYTES,
             ),
@@ -88,7 +103,8 @@ class Line:
 
     def close(self) -> None:
         """Say goodbye and disconnect."""
-        self._link.publish(self._status(self._standing(OFFLINE)))
+        for message in self._words(self._standing(leaving=True)):
+            self._link.publish(message)
         self._link.flush(LAST_WORDS_S)
         self._link.stop()
 
@@ -107,13 +123,15 @@ class Line:
             for message in messages:
                 self._link.publish(message)
 
-    def tell_status(self) -> None:
-        """Publish the status if more than its time has changed."""
-        standing = self._standing("")
-        told = {**standing, "ts": 0}
-        if told != self._told and self._link.up:
-            self._told = told
-            self._link.publish(self._status(standing))
+    def tell_standing(self) -> None:
+        """Say how the device stands, if that has changed or was said long ago."""
+        standing, now = self._standing(), time.monotonic()
+        told = replace(standing, ts=0.0)
+        due = told != self._told or now - self._told_at >= self._heartbeat_s
+        if due and self._link.up:
+            self._told, self._told_at = told, now
+            for message in self._words(standing):
+                self._link.publish(message)
 
     def ask(self, messages: tuple[Mapping[str, Any], ...], timeout_s: float) -> dict[str, Any]:
         """Ask the service as a client; blocks. Which bundle answered, or why it was not asked."""
@@ -176,13 +194,28 @@ class Line:
     def _births(self) -> list[Outgoing]:
         with self._lock:
             told = list(self._reports.items())
-        return [self._status(self._standing("")), *(self._retained(*each) for each in told)]
+        return [*self._words(self._standing()), *(self._retained(*each) for each in told)]
 
     def _retained(self, order: str, report: bytes) -> Outgoing:
         return Outgoing(self._topics.job(self._name, order), report, retain=True)
 
-    def _status(self, standing: dict[str, Any]) -> Outgoing:
-        return Outgoing(self._topics.status(self._name), wire.encode(standing), retain=True)
+    def _words(self, standing: Standing) -> list[Outgoing]:
+        signed = reports.sign(replace(standing, number=next(self._numbers)), self._signer)
+        topic = self._topics.standing(self._name)
+        return [self._presence(standing), Outgoing(topic, signed, retain=True)]
+
+    def _presence(self, standing: Standing) -> Outgoing:
+        """Nobody believes it, but that we are gone. Clients see that an agent takes no request."""
+        body = {
+            "kind": "agent",
+            "status": standing.status,
+            "boot": standing.boot,
+            "accepts": False,
+            "device": self._device,
+            "groups": list(self._groups),
+            "ts": int(standing.ts),
+        }
+        return Outgoing(self._topics.status(self._name), wire.encode(body), retain=True)
 
 
 def _put(answers: queue.Queue[bytes], payload: bytes) -> None:

@@ -98,6 +98,7 @@ class Operator:
         self._acknowledged = threading.Event()
         filters = (
             topics.status("+"),
+            topics.standing("+"),
             topics.job("+", order),
             topics.announce(group),
             topics.command(name, "fence"),
@@ -204,7 +205,7 @@ class Operator:
     def look(self) -> dict[str, rollout.Seen]:
         """The devices as they are known now."""
         with self._lock:
-            return dict(self.view.fleet)
+            return self.view.at(time.time())
 
     def doubts(self) -> dict[tuple[str, str], int]:
         """How many messages were not believed, by who they came from and why."""
@@ -374,6 +375,24 @@ class Controller:
             audit.append(self._log, "announce", time.time(), _facts(record, order, envelope))
             self._noted = order
         return self._operator.announce(envelope)
+
+
+def order_trouble(record: Record, retained: bytes | None, signing: Signing) -> str:
+    """Why devices may not obey what a rollout has come to: the broker does not show its order."""
+    if not record.progress.first and record.progress.state == "running":
+        return ""
+    order = record.to_order()
+    if retained is None:
+        return f"the broker retains no order for group {order.group!r}"
+    shown = signing.verified(retained)
+    if shown is None:
+        return f"what the broker retains for group {order.group!r} is no order that is in force"
+    named = f"order {shown.order!r}, seq {shown.seq} ({shown.action})"
+    if shown.seq > order.seq:
+        return f"overtaken: {named} was announced to group {order.group!r} later"
+    if shown.seq < order.seq:
+        return f"the broker shows an older order: {named}; the latest is seq {order.seq}"
+    return ""
 
 
 def _facts(record: Record, order: Order, envelope: bytes) -> dict[str, Any]:

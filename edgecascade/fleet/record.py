@@ -8,7 +8,6 @@ is killed in between publishes the same order when it comes back.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from edgecascade.errors import FleetError, InvalidRequest
-from edgecascade.files import canonical_json, fsync_folder, write_file
+from edgecascade.files import canonical_json, replace_file
 from edgecascade.fleet import strict
 from edgecascade.fleet.locked import locked
 from edgecascade.fleet.orders import ID, Action, Cohort, Order
@@ -100,12 +99,8 @@ class Records:
 
     def write(self, record: Record) -> None:
         """Replace a record; it is on the disk when this returns."""
-        path = self._path(record.order.order)
-        part = path.with_suffix(".part")
-        part.unlink(missing_ok=True)
-        write_file(part, canonical_json({"schema": SCHEMA, **asdict(record)}))
-        os.replace(part, path)
-        fsync_folder(self.folder)
+        data = canonical_json({"schema": SCHEMA, **asdict(record)})
+        replace_file(self._path(record.order.order), data)
 
     def read(self, order: str) -> Record:
         """The record of an order.
@@ -174,4 +169,8 @@ def _parse(data: bytes, where: str) -> Record:
             raise ValueError("it was written by another version")
         return strict.read(Record, raw, "rollout")
     except (ValueError, TypeError, AttributeError, KeyError) as error:
-        raise FleetError(f"{where} is damaged: {error}", reason="record") from None
+        raise FleetError(
+            f"{where} is damaged: {error}; restore it from a copy, or move it away: the rollout is "
+            "forgotten then, and a new one can begin",
+            reason="record",
+        ) from None

@@ -8,14 +8,13 @@ broker. A revoked device stays in the file, so that its key is never enrolled ag
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from edgecascade.errors import FleetError, InvalidRequest
-from edgecascade.files import canonical_json, fsync_folder, write_file
+from edgecascade.files import canonical_json, replace_file
 from edgecascade.fleet import strict
 from edgecascade.fleet.locked import locked
 from edgecascade.fleet.reports import DeviceKey, Keyring
@@ -61,8 +60,11 @@ class Devices:
         """
         by_key = {each.key.public: each for each in self.entries}
         holders = {each.key.device: each for each in self.entries if each.revoked is None}
+        at_broker = {name: each for each in holders for name in (each, holders[each].key.agent)}
         for key in keys:
             _check(key, by_key.get(key.public), holders.get(key.device))
+            for name in (key.device, key.agent):
+                _check_free(name, key, at_broker.setdefault(name, key.device))
             holders[key.device] = by_key[key.public] = Enrolled(key, now)
         return _sorted(by_key.values())
 
@@ -122,11 +124,7 @@ class Register:
             return devices
 
     def _write(self, devices: Devices) -> None:
-        part = self.path.with_suffix(".part")
-        part.unlink(missing_ok=True)
-        write_file(part, canonical_json({"schema": SCHEMA, **asdict(devices)}))
-        os.replace(part, self.path)
-        fsync_folder(self.path.parent)
+        replace_file(self.path, canonical_json({"schema": SCHEMA, **asdict(devices)}))
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -157,6 +155,16 @@ def _check(key: DeviceKey, same: Enrolled | None, holder: Enrolled | None) -> No
         raise FleetError(
             f"{key.device} is enrolled with another key; if the new one is meant: "
             f"edgecascade fleet devices --revoke {key.device}, then enroll it again",
+            reason="exists",
+        )
+
+
+def _check_free(name: str, key: DeviceKey, holder: str) -> None:
+    """Whether a device or its agent can have a name at the broker that `holder` has there."""
+    if holder != key.device:
+        raise FleetError(
+            f"{name!r} cannot be a name of {key.device} at the broker: {holder} or its agent has "
+            "it; set another device_id or agent_id and enroll it again",
             reason="exists",
         )
 

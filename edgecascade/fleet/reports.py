@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a device signs: that this is its key (once), and how it stands with an order (always).
+"""What a device signs: that this is its key (once), how it stands, by itself and with an order.
 
 Whoever owns the broker could say of every device that it succeeded, and the rollout would go on. So
-a report counts only under the key that was enrolled for the device it speaks of, by hand and not
-over the broker. An envelope is a DSSE one, as an order's is. Nothing here does I/O.
+a word counts only under the key that was enrolled for the device it speaks of, by hand and not over
+the broker. An envelope is a DSSE one, as an order's is. Nothing here does I/O.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from edgecascade.fleet import envelopes, strict
 from edgecascade.fleet.jobs import Job, read_job
 from edgecascade.fleet.keys import public_key
 from edgecascade.fleet.orders import ID, SHA256
+from edgecascade.fleet.standing import Standing
 from edgecascade.service import wire
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 REPORT_TYPE = "application/vnd.edgecascade.report+json"
+STANDING_TYPE = "application/vnd.edgecascade.standing+json"
 ENROLMENT_TYPE = "application/vnd.edgecascade.enrolment+json"
 MAX_REPORT_BYTES = 5 << 10
 MAX_ENROLMENT_BYTES = 64 << 10
@@ -49,13 +51,14 @@ class DeviceKey:
             raise ValueError(f"public is {self.public!r:.80}; expected 64 hex digits")
 
 
-def sign(job: Job, signer: Signer) -> bytes:
-    """A report as published.
+def sign(word: Job | Standing, signer: Signer) -> bytes:
+    """A report, or how a device stands, as published.
 
     Raises:
         FleetError: when the extra `fleet` is not installed.
     """
-    return envelopes.seal(job.to_bytes(), REPORT_TYPE, [signer])
+    kind = REPORT_TYPE if isinstance(word, Job) else STANDING_TYPE
+    return envelopes.seal(word.to_bytes(), kind, [signer])
 
 
 def unproven(report: bytes) -> Job | None:
@@ -83,14 +86,39 @@ class Keyring:
             ReportRefused: with a `reason`: malformed, unknown-key, revoked, signature,
                 another-device.
         """
+        key, body = self._opened(report, REPORT_TYPE)
+        job = read_job(body)
+        if job is None:
+            raise ReportRefused(f"{key.device} signed what is no report", reason="malformed")
+        _check_own(key, job.device)
+        return job
+
+    def standing(self, word: bytes) -> Standing:
+        """How a device stands, when it says so itself.
+
+        Raises:
+            ReportRefused: see verify.
+        """
+        key, body = self._opened(word, STANDING_TYPE)
         try:
-            sealed = envelopes.read(report, REPORT_TYPE, MAX_REPORT_BYTES)
+            standing = Standing.parse(body)
+        except strict.BadDocument as error:
+            raise ReportRefused(
+                f"{key.device} signed nonsense: {error}", reason="malformed"
+            ) from None
+        _check_own(key, standing.device)
+        return standing
+
+    def _opened(self, word: bytes, kind: str) -> tuple[DeviceKey, bytes]:
+        """Whose word of a kind this is, and what it says."""
+        try:
+            sealed = envelopes.read(word, kind, MAX_REPORT_BYTES)
         except envelopes.BadEnvelope as error:
-            raise ReportRefused(f"this is no report: {error}", reason="malformed") from None
+            raise ReportRefused(f"no device says so: {error}", reason="malformed") from None
         signers = [self._known[keyid] for keyid in sealed.keyids if keyid in self._known]
         if len(signers) != 1:
             raise ReportRefused(
-                f"a report is signed with {len(signers)} keys that are enrolled, 1 is needed",
+                f"it is signed with {len(signers)} keys that are enrolled, 1 is needed",
                 reason="unknown-key",
             )
         public, key, good = signers[0]
@@ -98,14 +126,13 @@ class Keyring:
             raise ReportRefused(f"the key of {key.device} is revoked", reason="revoked")
         if not sealed.is_signed_by(public):
             raise ReportRefused(f"this is not {key.device}'s signature", reason="signature")
-        job = read_job(sealed.body)
-        if job is None:
-            raise ReportRefused(f"{key.device} signed what is no report", reason="malformed")
-        if job.device != key.device:
-            raise ReportRefused(
-                f"{key.device} reports about {job.device!r:.80}", reason="another-device"
-            )
-        return job
+        return key, sealed.body
+
+
+def _check_own(key: DeviceKey, device: str) -> None:
+    """A device speaks for itself only."""
+    if device != key.device:
+        raise ReportRefused(f"{key.device} reports about {device!r:.80}", reason="another-device")
 
 
 def sign_enrolment(key: DeviceKey, signer: Signer) -> bytes:

@@ -43,7 +43,7 @@ from edgecascade.fleet.metadata import (
     replace_file,
 )
 from edgecascade.fleet.needs import fleet_extra
-from edgecascade.fleet.orders import Order, OrderKey, OrderKeys
+from edgecascade.fleet.orders import NAME, Order, OrderKey, OrderKeys
 from edgecascade.fleet.release import FileRef, Health, Release, Requires
 
 with fleet_extra():
@@ -104,8 +104,9 @@ class Repository:
         """Make a repository and the keys that are missing.
 
         Raises:
-            FleetError: when there is something at `folder` already.
+            FleetError: when there is something at `folder` already, or an operator's name is none.
         """
+        _check_operators(operators)
         folder = Path(folder)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise FleetError(f"{folder} exists; choose another folder", reason="exists")
@@ -120,7 +121,8 @@ class Repository:
         for name in ("blobs", "orders", "targets/bundles", "targets/orders"):
             (part / name).mkdir(parents=True)
         made = keys.keys(ORDERS)
-        made += [keys.generate(ORDERS) for _ in range(plan[ORDERS].keys - len(made))]
+        count = max(plan[ORDERS].keys, len(operators))
+        made += [keys.generate(ORDERS) for _ in range(count - len(made))]
         names = [*operators, *(f"operator-{i}" for i in range(len(operators) + 1, 65))]
         owners = [OrderKey(n, key.public) for n, key in zip(names, made, strict=False)]
         new = cls(part, keys)
@@ -306,6 +308,7 @@ class Repository:
 
     def add_order_key(self, owner: str, now: float, groups: Sequence[str] = ()) -> Key:
         """Make a key for one more operator."""
+        _check_operators([owner], groups)
         with self._changing() as metadata:
             metadata.check_keys(["targets", "snapshot", "timestamp"], self.keys)
             known = self.order_keys()
@@ -340,6 +343,10 @@ class Repository:
     def delegate(self, name: str, now: float, plan: RolePlan | None = None) -> list[Key]:
         """Give a bundle's name keys of its own: BUNDLE-publisher-N.pem sign its releases."""
         plan = plan or RolePlan(1, 1, 90)
+        if not NAME.fullmatch(name):  # it becomes the name of a file, and a pattern of paths
+            raise FleetError(
+                f"{name!r:.80} is no bundle's name; expected {NAME.pattern}", reason="name"
+            )
         role = _bundle_role(name)
         with self._changing() as metadata:
             metadata.check_keys(["targets", "snapshot", "timestamp"], self.keys)
@@ -407,6 +414,17 @@ class Repository:
         return self.folder / "targets" / folder / f"{entry.hashes['sha256']}.{name}"
 
 
+def _check_operators(names: Sequence[str], groups: Sequence[str] = ()) -> None:
+    """Whether keys may be made for them; nothing has been written yet."""
+    for name in names:
+        try:
+            OrderKey(name, "0" * 64, tuple(groups))
+        except ValueError as error:
+            raise FleetError(f"no such operator can be: {error}", reason="name") from None
+    if len(set(names)) < len(names):
+        raise FleetError(f"operators are {', '.join(names)}; name each once", reason="exists")
+
+
 def _draft(folder: Path, offer: Offer, older: Sequence[tuple[Release, str]]) -> Release:
     """The release of a bundle; its files' hashes are those of its manifest."""
     with Bundle.open(folder, verify=False) as bundle:
@@ -435,7 +453,7 @@ def _version(
     if not fitting:
         known = ", ".join(one.version for one, _ in every) or "none"
         raise FleetError(
-            f"there is no release {name} {version or ''}; there are: {known}",
+            f"there is no release {f'{name} {version}' if version else name}; there are: {known}",
             reason="unknown-release",
         )
     return fitting[-1]

@@ -12,9 +12,9 @@ the same again when it comes back.
        +-- rolled-back  by the operator, from any of them
 
 A stage is a share of the devices that the operator enrolled, and only what they signed widens it.
-Presence is not signed: it chooses the first device and says whom to wait for. A silent device is no
-failure, but no success either: whoever owns the broker could silence those that failed. One order
-id serves the whole rollout; every change of it is a higher sequence number.
+Who is there chooses the first device and says whom to wait for. A silent device is no failure, but
+no success either: whoever owns the broker could silence those that failed. One order id serves the
+whole rollout; every change of it is a higher sequence number.
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ from typing import Literal, get_args
 
 from edgecascade.errors import InvalidRequest
 from edgecascade.fleet.jobs import Job
+from edgecascade.fleet.standing import Standing
 from edgecascade.fleet.state import ON_TRIAL
 
+Trouble = Literal["", "silent", "stale", "undated"]
 State = Literal["running", "paused", "aborted", "rolled-back", "done"]
 STATES: tuple[State, ...] = get_args(State)
 FIRST = 0.0  # the stage of one device
@@ -38,6 +40,7 @@ RISKY = frozenset(phase.value for phase in ON_TRIAL)
 # reasons can be brought about by whoever owns the broker or the mirror.
 UNFIT = frozenset({"requirements", "disk-full", "downgrade"})
 SILENT = "silent"
+MAX_VALID_S = 3653 * 86_400.0  # an order that is held back is as good as new for so long
 # What an operator who resumes accepts, device by device, until it does something else.
 ACCEPTABLE = frozenset({SILENT, "failed", "lost", "rejected", "canceled"})
 
@@ -91,8 +94,10 @@ class Plan:
             raise InvalidRequest(f"stages are {self.stages}; give rising percentages up to 100")
         if self.egress_kbit_s is not None and self.egress_kbit_s <= 0:
             raise InvalidRequest(f"egress is {self.egress_kbit_s:g} kbit/s; it must be above 0")
-        if self.valid_s < 60:
-            raise InvalidRequest(f"orders are valid for {self.valid_s:g} s; give 60 or more")
+        if not 60 <= self.valid_s <= MAX_VALID_S:
+            raise InvalidRequest(
+                f"orders are valid for {self.valid_s:g} s; give a minute to ten years"
+            )
 
 
 @dataclass(frozen=True)
@@ -123,18 +128,27 @@ class Progress:
 
 @dataclass(frozen=True)
 class Seen:
-    """What is known of an enrolled device: its place in cohorts, its last status, and its last
-    report that was proven to be its own, with its present `key`.
+    """What is known of an enrolled device: its place in cohorts, its last report and its last word
+    on how it stands that were proven to be its own, with its present `key`.
 
-    `heard` is when the report came in, by the controller's clock: a device's own may be wrong.
+    `online`: that word is not old, and the broker does not say that the device has gone. `heard` is
+    when the report came in, by the controller's clock: a device's own may be wrong.
     """
 
     point: float
     online: bool = False
-    bundle: str = ""
+    standing: Standing | None = None
     job: Job | None = None
     heard: float = 0.0
     key: str = ""
+
+    def trouble(self, now: float) -> Trouble:
+        """What keeps a device's operator from knowing that all is well with it."""
+        if not self.online or self.standing is None:
+            return "silent"
+        if self.standing.expired(now):
+            return "stale"
+        return "undated" if self.standing.clock_suspect else ""
 
 
 Fleet = Mapping[str, Seen]
@@ -327,9 +341,9 @@ def at_least(progress: Progress, first_seq: int, now: float) -> Progress:
 
 def pause(progress: Progress, now: float) -> Progress:
     """Hold everything that has not been activated."""
-    if progress.state != "running":
+    if progress.state not in ("running", "paused"):
         raise InvalidRequest(f"the rollout is {progress.state}; only a running one can be paused")
-    return _turn(progress, now, state="paused", reason="by the operator")
+    return _said(progress, now, "paused")
 
 
 def resume(plan: Plan, progress: Progress, fleet: Fleet, now: float) -> Progress:
@@ -342,18 +356,22 @@ def resume(plan: Plan, progress: Progress, fleet: Fleet, now: float) -> Progress
     return _turn(resumed, now, state="running", reason="")
 
 
-def abort(progress: Progress, now: float, reason: str = "by the operator") -> Progress:
+def abort(progress: Progress, now: float) -> Progress:
     """Nobody activates the new bundle any more; who has it keeps it."""
-    if progress.state in ("aborted", "rolled-back"):
-        raise InvalidRequest(f"the rollout is {progress.state} already")
-    return _turn(progress, now, state="aborted", reason=reason)
+    if progress.state == "rolled-back":
+        raise InvalidRequest("the rollout is rolled-back already")
+    return _said(progress, now, "aborted")
 
 
 def rollback(progress: Progress, now: float) -> Progress:
     """Who has the new bundle goes back to what it had."""
-    if progress.state == "rolled-back":
-        raise InvalidRequest("the rollout is rolled-back already")
-    return _turn(progress, now, state="rolled-back", reason="by the operator")
+    return _said(progress, now, "rolled-back")
+
+
+def _said(progress: Progress, now: float, state: State) -> Progress:
+    # Again, too: a broker may have lost the order, and its signature runs out.
+    reason = progress.reason if progress.state == state else "by the operator"
+    return _turn(progress, now, state=state, reason=reason)
 
 
 def going_back(fleet: Fleet) -> tuple[int, int]:

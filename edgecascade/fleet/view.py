@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an operator has heard of a group's devices: their retained states and reports.
+"""What an operator has heard of a group's devices: how they stand, and their reports.
 
 Messages in, a table out; no connection and no clock. The devices are those that were enrolled,
-whether they are heard of or not, and a report counts only if its device signed it, about this
-rollout, later than all that counted before. What does not count is counted.
+whether they are heard of or not, and a word counts only if its device signed it, later than all
+that counted before, and a report only if it is about this rollout. What does not count is counted.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from edgecascade.fleet.orders import Order, point
 from edgecascade.fleet.register import Devices
 from edgecascade.fleet.reports import DeviceKey
 from edgecascade.fleet.rollout import Seen
+from edgecascade.fleet.standing import OFFLINE, SILENT_S
 from edgecascade.service import wire
 from edgecascade.service.topics import Address
 
@@ -64,7 +65,8 @@ class View:
         self._order, self._believed = order, believed or {}
         self._keys: dict[str, DeviceKey] = {}
         self._names: dict[str, str] = {}  # of devices, by agent
-        self._last: dict[str, bytes] = {}  # digest of the report that counted last
+        self._last: dict[tuple[str, str], bytes] = {}  # digest of what counted last, of each kind
+        self._gone: set[str] = set()  # devices whose connection has ended, says the broker
         self.enroll(devices)
 
     def enroll(self, devices: Devices) -> None:
@@ -79,7 +81,7 @@ class View:
             if name not in known or known[name].public != key.public
         }
         kept = {name: seen for name, seen in self.fleet.items() if name in self._keys}
-        self._last = {name: said for name, said in self._last.items() if name not in fresh}
+        self._last = {each: said for each, said in self._last.items() if each[0] not in fresh}
         self.fleet = {**kept, **fresh}
 
     @property
@@ -90,32 +92,64 @@ class View:
     def hear(self, address: Address, payload: bytes, now: float) -> None:
         """Take in a message; what is none of ours, or not believed, changes no device."""
         if address.kind == "status":
-            self._status(address.device, _object(payload))
-        elif address.kind == "job" and address.order == self._order.order and payload:
-            name = self._names.get(address.device)
-            digest = hashlib.sha256(payload).digest()
-            if name is not None and self._last.get(name) == digest:
-                return  # the broker says it again
-            try:
-                job = self._proven(payload)
-                self._count(job, now)
-                self._last[job.device] = digest
-            except ReportRefused as error:
-                self.doubts.add(name or address.device, error.reason, known=name is not None)
+            self._presence(address.device, _object(payload))
+        elif payload and (address.kind == "standing" or address.order == self._order.order):
+            self._word(address, payload, now)
 
-    def _status(self, agent: str, body: Mapping[str, Any]) -> None:
+    def at(self, now: float) -> dict[str, Seen]:
+        """The devices as they are known at this time: who has not said a word lately has gone."""
+        for name, seen in self.fleet.items():
+            said = seen.standing is not None and seen.standing.present(now)
+            online = said and name not in self._gone
+            # A clock that was set back must not make a silence longer than it is.
+            if online != seen.online or seen.heard > now:
+                self.fleet[name] = replace(seen, online=online, heard=min(seen.heard, now))
+        return dict(self.fleet)
+
+    def _word(self, address: Address, payload: bytes, now: float) -> None:
+        name, kind = self._names.get(address.device), address.kind
+        if name is None and kind == "standing":
+            return  # of other groups, or of somebody else's fleet
+        digest = hashlib.sha256(payload).digest()
+        if name is not None and self._last.get((name, kind)) == digest:
+            return  # the broker says it again
+        try:
+            who = self._stand(payload, now) if kind == "standing" else self._report(payload, now)
+            self._last[who, kind] = digest
+        except ReportRefused as error:
+            self.doubts.add(name or address.device, error.reason, known=name is not None)
+
+    def _presence(self, agent: str, body: Mapping[str, Any]) -> None:
+        """Whether a connection has ended: the broker says so, and nobody could sign it."""
         groups, name = body.get("groups"), self._names.get(agent)
         if body.get("kind") != "agent" or not isinstance(groups, list):
             return
-        if self._order.group not in groups:
-            return
         if name is None or body.get("device") != name:
-            self.doubts.add(name or agent, "not-enrolled", known=name is not None)
-            return
-        bundle = body.get("bundle")
-        shown = bundle if isinstance(bundle, str) else ""
-        online = body.get("status") != "offline"
-        self.fleet[name] = replace(self.fleet[name], online=online, bundle=shown)
+            if self._order.group in groups:
+                self.doubts.add(name or agent, "not-enrolled", known=name is not None)
+        elif body.get("status") == OFFLINE:
+            self._gone.add(name)
+        else:
+            self._gone.discard(name)
+
+    def _stand(self, payload: bytes, now: float) -> str:
+        """Take in how a device stands, unless it is an old word or one of the future."""
+        standing = self._ring.standing(payload)
+        seen = self.fleet[standing.device]
+        before = seen.standing
+        if before is not None and standing != before and standing.turn <= before.turn:
+            raise ReportRefused(f"{standing.device} has spoken since", reason="replayed")
+        if standing.ts - now >= SILENT_S:
+            raise ReportRefused(
+                f"{standing.device} says it will be {standing.ts:.0f}", reason="future"
+            )
+        self.fleet[standing.device] = replace(seen, standing=standing)
+        return standing.device
+
+    def _report(self, payload: bytes, now: float) -> str:
+        job = self._proven(payload)
+        self._count(job, now)
+        return job.device
 
     def _proven(self, payload: bytes) -> Job:
         """The report, if it is an enrolled device's own, and about this rollout."""

@@ -350,10 +350,11 @@ pattern read {topics.cancel("%u", "+")}
 pattern read {topics.client_status("+")}
 pattern write {topics.reply("+", "%u", "+")}
 
-# everyone as an agent under its own name: reads orders, reports about them, asks for small files
+# everyone as an agent under its own name: reads orders, reports, asks for small files
 pattern read {topics.announce("+")}
 pattern read {topics.command("%u", "+")}
 pattern write {topics.job("%u", "+")}
+pattern write {topics.standing("%u")}
 pattern write {topics.repo_get("%u")}
 pattern read {topics.repo_rx("%u")}
 

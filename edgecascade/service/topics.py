@@ -8,7 +8,7 @@
 <prefix>/c/<client>/status                                      client -> devices
 <prefix>/g/<group>/announce                                     operator -> agents
 <prefix>/d/<agent>/cmd/<op>                                     operator -> agent
-<prefix>/d/<agent>/jobs/<order>                                 agent -> operator
+<prefix>/d/<agent>/jobs/<order>, <prefix>/d/<agent>/standing    agent -> operator
 <prefix>/repo/get/<agent>, <prefix>/repo/rx/<agent>             agent <-> repository
 
 An agent updates a device; it has an identity of its own, and is a device in this tree.
@@ -32,7 +32,7 @@ _PREFIX = re.compile(r"[A-Za-z0-9_-]+(/[A-Za-z0-9_-]+){0,3}")
 
 Kind = Literal[
     "chat", "pool", "cancel", "client-status", "status", "info", "telemetry", "reply",
-    "announce", "command", "job", "repo-get", "repo-rx",
+    "announce", "command", "job", "standing", "repo-get", "repo-rx",
 ]  # fmt: skip
 
 
@@ -107,6 +107,10 @@ class Topics:
         """Retained report of a device about an order; "+" for all."""
         return f"{self.prefix}/d/{agent}/jobs/{order}"
 
+    def standing(self, agent: str) -> str:
+        """Retained word of a device on how it stands; "+" for all."""
+        return f"{self.prefix}/d/{agent}/standing"
+
     def repo_get(self, agent: str) -> str:
         """Questions of an agent for small files; "+" for all agents."""
         return f"{self.prefix}/repo/get/{agent}"
@@ -151,6 +155,8 @@ class Topics:
                 return Address("command", device=agent, op=op)
             case ["d", agent, "jobs", order]:
                 return Address("job", device=agent, order=order)
+            case ["d", agent, "standing"]:
+                return Address("standing", device=agent)
             case ["repo", "get", agent]:
                 return Address("repo-get", device=agent)
             case ["repo", "rx", agent]:

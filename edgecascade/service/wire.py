@@ -77,6 +77,8 @@ def _fields(value: Any) -> dict[str, Any]:
 
 def _check_depth(payload: bytes) -> None:
     # Before the parser sees them: a hundred thousand brackets would exhaust its stack.
+    if payload.count(b"[") + payload.count(b"{") <= MAX_DEPTH:
+        return  # too few, wherever they are
     depth, inside = 0, False
     for match in _STRUCTURE.finditer(payload):
         mark = match.group()

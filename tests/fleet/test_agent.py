@@ -349,9 +349,12 @@ def test_a_device_that_is_kept_from_news_says_so(home: Home, tmp_path: Path) -> 
     """Whoever owns broker and mirror can hide a release, but only until the metadata expire."""
     made = Agent(settings(tmp_path / "device", home, repository=(str(home.served),)))
     try:
-        assert made._standing()["update_stale"] is True  # it has never heard anything
+        never = made._standing()
+        assert (never.update_stale, never.fresh_until) == (True, 0.0)
         made._intake.trusts[0].refresh(time.time())
-        assert made._standing()["update_stale"] is False
+        fresh = made._standing()
+        assert fresh.update_stale is False
+        assert 29 * 86_400 < fresh.fresh_until - time.time() < 31 * 86_400
         assert made._intake.is_stale(time.time() + 31 * 86_400)  # a timestamp is good for 30 days
     finally:
         made._host.close()

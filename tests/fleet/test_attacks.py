@@ -13,11 +13,13 @@ from typing import Any
 import pytest
 
 from edgecascade.errors import UpdateRefused
-from edgecascade.fleet import rollout
+from edgecascade.fleet import reports, rollout
 from edgecascade.fleet.envelopes import Sealed
 from edgecascade.fleet.faults import attacks, clocks, deceit
 from edgecascade.fleet.faults.siege import FOLDER, Camp
 from edgecascade.fleet.reports import Keyring
+from edgecascade.fleet.rollout import Seen
+from edgecascade.fleet.standing import Standing
 from edgecascade.fleet.view import Doubts, View
 
 
@@ -53,7 +55,7 @@ def without(where: Any, name: str, check: str, instead: str) -> Callable[..., An
 
 REFUSED = "except (UnverifiedSignatureError, VerificationError):\n        return False"
 PASSED = "except UnverifiedSignatureError:\n        pass"
-GHOST = "name = str(body['device']); self.fleet.setdefault(name, Seen(1.0))\n    if False:"
+GHOST = "name = str(body['device']); self.fleet.setdefault(name, Seen(1.0))\n        if False:"
 
 
 @pytest.mark.parametrize(
@@ -62,15 +64,30 @@ GHOST = "name = str(body['device']); self.fleet.setdefault(name, Seen(1.0))\n   
         (Sealed, "is_signed_by", REFUSED, PASSED, "success-under-a-known-key-id"),
         (Sealed, "is_signed_by", REFUSED, PASSED, "failure-turned-into-success"),
         (Sealed, "is_signed_by", REFUSED, PASSED, "kind-of-document-changed"),
-        (Keyring, "verify", "len(signers) != 1", "not signers", "captured-device-signs-along"),
-        (Keyring, "verify", "job.device != key.device", "False",
+        (Keyring, "_opened", "len(signers) != 1", "not signers", "captured-device-signs-along"),
+        (reports, "_check_own", "device != key.device", "False",
          "captured-device-speaks-for-others"),
-        (Keyring, "verify", "not good", "False", "revoked-key-of-a-device-with-a-new-one"),
+        (reports, "_check_own", "device != key.device", "False",
+         "captured-device-stands-for-others"),
+        (Keyring, "_opened", "not good", "False", "revoked-key-of-a-device-with-a-new-one"),
+        (Keyring, "_opened", "not good", "False", "standing-of-a-revoked-key"),
         (View, "enroll", "or known[name].public != key.public", "",
          "success-of-a-key-that-is-revoked-later"),
         (View, "enroll", "if name in self._keys", "", "revoked-device"),
-        (View, "_status", "if name is None or body.get(\"device\") != name:", GHOST, "ghosts"),
-        (View, "_status", "or body.get(\"device\") != name", "", "presence-under-another-name"),
+        (View, "_presence", "if self._order.group in groups:", GHOST, "ghosts"),
+        (View, "_presence", "or body.get(\"device\") != name", "", "presence-under-another-name"),
+        (View, "_stand", "standing.turn <= before.turn", "False", "standing-before-it-was-stale"),
+        (Standing, "turn", "self.boot", "0", "standing-of-an-earlier-start"),
+        (View, "_stand", "standing.ts - now >= SILENT_S", "False", "standing-of-the-future"),
+        (View, "enroll", "or known[name].public != key.public", "", "last-word-of-a-stolen-key"),
+        (Standing, "present", "now - self.ts >= SILENT_S", "False", "standing-held-back"),
+        (Standing, "present", "now - self.ts >= SILENT_S", "False", "standings-that-come-late"),
+        (Standing, "present", "now - self.ts >= SILENT_S", "False",
+         "dead-device-shown-to-a-new-command"),
+        (Standing, "expired", "or now >= self.fresh_until", "", "standings-recorded-ahead"),
+        (Standing, "expired", "self.update_stale or", "", "standing-before-it-was-stale"),
+        (Seen, "trouble", "self.standing.clock_suspect", "False", "standing-without-a-date"),
+        (Sealed, "is_signed_by", REFUSED, PASSED, "standing-with-another-date"),
         (View, "_proven", "not here or", "", "success-with-an-earlier-order"),
         (View, "_proven", "not here or", "", "success-in-another-group"),
         (View, "_proven", "or job.seq < order.seq", "", "success-with-an-order-of-the-same-name"),
@@ -100,6 +117,8 @@ def test_each_check_is_missed(
 ) -> None:
     """Without the check, the trick works, or at least shows."""
     changed: Any = without(where, name, check, instead)
+    if isinstance(getattr(where, name), property):
+        changed = property(changed)
     monkeypatch.setattr(where, name, changed)
     try:
         noticed = deceit.tried(f"{trick}:7")
@@ -133,7 +152,7 @@ def test_an_attack_that_succeeds_is_reported(camp: Camp, monkeypatch: pytest.Mon
 
 def test_there_are_as_many_attacks_as_promised() -> None:
     assert len(attacks.ATTACKS) >= 57
-    assert len(deceit.TRICKS) >= 31
+    assert len(deceit.TRICKS) >= 51
     assert len({one.act.__doc__ for one in deceit.TRICKS.values()}) == len(deceit.TRICKS)
     assert len(clocks.CASES) >= 24
     assert len({one.act.__doc__ for one in attacks.ATTACKS.values()}) == len(attacks.ATTACKS)

@@ -27,6 +27,10 @@ from edgecascade.fleet.faults.virtual import VirtualFleet
 from edgecascade.fleet.home import Home, rate, stages, window
 from edgecascade.fleet.orders import unverified
 from edgecascade.service.broker import LocalBroker
+from edgecascade.service.config import broker_address
+from edgecascade.service.mqtt import Link, LinkOptions
+from edgecascade.service.replies import Outgoing
+from edgecascade.service.topics import Topics
 
 DEVICES = 20
 QUICK = ("--soak", "0", "--lost-after", "60")
@@ -86,6 +90,22 @@ class Shell:
     def lines(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in self._out.readouterr().out.splitlines()]
 
+    def text(self) -> str:
+        said: str = self._out.readouterr().out
+        return said
+
+    def forget_order(self) -> None:
+        """Somebody who owns the broker takes the group's order away."""
+        options = LinkOptions(broker_address(self.broker.url), "owner", (), forget=True)
+        link = Link(options, lambda message: None)
+        link.start()
+        try:
+            assert link.wait_up(30.0)
+            link.publish(Outgoing(Topics().announce(self.group), b"", retain=True))
+            assert link.flush(30.0)
+        finally:
+            link.stop()
+
     def document(self) -> dict[str, Any]:
         value: dict[str, Any] = json.loads(self._out.readouterr().out)
         return value
@@ -122,6 +142,14 @@ def test_a_rollout_and_its_rollback(shell: Shell) -> None:
         assert {device["job"]["state"] for device in shown["devices"].values()} == {"SUCCEEDED"}
         assert shell.run("rollback") == 0
         assert {device.job.state for device in fleet.devices if device.job} == {"CANCELED"}
+        assert shell.run("status", "--json") == 0
+        assert shell.document()["order_trouble"] == ""
+        shell.forget_order()
+        assert shell.run("status") == 0
+        assert f"the broker retains no order for group '{shell.group}'" in shell.text()
+        assert shell.run("rollback") == 0
+        assert shell.run("status", "--json") == 0
+        assert shell.document()["order_trouble"] == "", "it was said again"
     envelope = (shell.home.served / "orders" / f"{shell.group}.json").read_bytes()
     assert unverified(envelope).action == "rollback", "for devices without a broker, too"
 

@@ -17,7 +17,7 @@ from virtual_devices import virtual_devices
 from edgecascade.errors import FleetError, InvalidRequest, NetworkError, UpdateRefused
 from edgecascade.fleet import audit, orders, rollout
 from edgecascade.fleet.faults.virtual import VirtualFleet
-from edgecascade.fleet.operator import Controller, Operator, Signing, Turn
+from edgecascade.fleet.operator import Controller, Operator, Signing, Turn, order_trouble
 from edgecascade.fleet.orders import Cohort, Order, OrderKey, OrderKeys
 from edgecascade.fleet.record import Record, Records
 from edgecascade.fleet.register import Register
@@ -213,6 +213,28 @@ def test_an_order_of_another_operator_ends_the_rollout(bench: Bench) -> None:
         ) as caught:
             controller.turn()
         assert caught.value.reason == "overtaken"
+
+
+def test_an_operator_is_told_what_the_broker_shows_in_place_of_his_order(bench: Bench) -> None:
+    bench.plan()
+    record = bench.records.read("first")
+    assert order_trouble(record, None, bench.signing) == "", "nothing has been announced yet"
+    paused = replace(record, progress=rollout.pause(record.progress, time.time()))
+    order = paused.to_order()
+
+    def trouble(retained: bytes | None) -> str:
+        return order_trouble(paused, retained, bench.signing)
+
+    def other(**changes: Any) -> str:
+        return trouble(bench.signing.sign(replace(order, **changes)))
+
+    assert trouble(bench.signing.sign(order)) == ""
+    assert trouble(None) == "the broker retains no order for group 'fleet'"
+    for nothing in (b"{}", b"\xff"):
+        assert "is no order that is in force" in trouble(nothing)
+    assert "is no order that is in force" in other(expires=time.time() - 1)
+    assert "an older order: order 'first', seq" in other(seq=order.seq - 1, action="install")
+    assert other(order="theirs", seq=order.seq + 1).startswith("overtaken: order 'theirs'")
 
 
 def test_only_the_newest_rollout_of_a_group_can_be_changed(bench: Bench) -> None:

@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import resource
+import signal
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -141,3 +144,29 @@ def test_damaged_and_unknown_records_are_named(tmp_path: Path) -> None:
     for name in ("../o-1", "o-2"):
         with pytest.raises(InvalidRequest):
             records.read(name)
+
+
+@pytest.fixture
+def small_files() -> Iterator[None]:
+    """No file may grow beyond 64 bytes: what a full disk does, in the middle of a write."""
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+
+
+def test_a_full_disk_leaves_the_record_that_was_there(
+    tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    records = Records(tmp_path / "rollouts")
+    with records.locked():
+        records.write(RECORD)
+    request.getfixturevalue("small_files")
+    with pytest.raises(OSError, match=r"o-1\.json"):
+        records.write(replace(RECORD, progress=replace(RECORD.progress, seq=9)))
+    assert records.read("o-1") == RECORD
+    assert sorted(path.name for path in records.folder.iterdir()) == ["lock", "o-1.json"]

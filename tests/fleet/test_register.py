@@ -109,6 +109,27 @@ def test_a_name_has_one_key_and_a_key_one_name(tmp_path: Path) -> None:
     assert register.enroll([fresh], 5.0).of("site") == (fresh,)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"device": "robot-1-agent", "agent": "other"},
+        {"device": "other", "agent": "robot-1-agent"},
+        {"device": "other", "agent": "robot-1"},
+    ],
+    ids=str,
+)
+def test_no_two_have_one_name_at_the_broker(change: dict[str, str]) -> None:
+    """They would take each other's connection, and one would speak under the other's topics."""
+    enrolled = Devices().with_keys([made("robot-1")[0]], 1.0)
+    second = replace(made("robot-2")[0], **change)
+    with pytest.raises(FleetError, match="robot-1 or its agent has it"):
+        enrolled.with_keys([second], 2.0)
+    with pytest.raises(FleetError, match="or its agent has it"):
+        Devices().with_keys([second, made("robot-1")[0]], 2.0)
+    after = enrolled.without("robot-1", 3.0).with_keys([second], 4.0)
+    assert [key.device for key in after.of("site")] == [second.device]
+
+
 def test_a_damaged_register_is_an_error_and_not_an_empty_one(tmp_path: Path) -> None:
     register = Register(tmp_path / "devices.json")
     register.enroll([made()[0]], 1.0)

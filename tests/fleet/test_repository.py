@@ -216,6 +216,39 @@ def test_init_goes_on_with_keys_that_are_there(tmp_path: Path) -> None:
     assert first.order_keys() == second.order_keys()
 
 
+def test_init_makes_a_key_for_each_operator(tmp_path: Path) -> None:
+    keys = KeyFolders([tmp_path / "keys"])
+    names = ("alice", "bob", "carol")
+    made = Repository.init(tmp_path / "one", keys, START, operators=names)
+    assert tuple(key.owner for key in made.order_keys().keys) == names
+    assert len(keys.keys("orders")) == 3
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [(["../x"], "owner is '../x'"), (["a b"], "owner"), ([""], "owner"), (["a", "a"], "each once")],
+    ids=str,
+)
+def test_operators_that_cannot_be_leave_nothing_behind(
+    tmp_path: Path, names: list[str], said: str
+) -> None:
+    with pytest.raises(FleetError, match=said):
+        Repository.init(tmp_path / "r", KeyFolders([tmp_path / "keys"]), START, operators=names)
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_key_is_made_for_a_name_that_cannot_be(repository: Repository) -> None:
+    before = sorted(repository.folder.parent.rglob("*.pem"))
+    for owner, groups in (("a b", ()), ("dora", ("a b",))):
+        with pytest.raises(FleetError, match="no such operator can be"):
+            repository.add_order_key(owner, START, groups)
+    # A pattern would take in other names' releases; a path would leave the folder of keys.
+    for name in ("*", "tiny*", "../tiny", "a/b", ""):
+        with pytest.raises(FleetError, match="is no bundle's name"):
+            repository.delegate(name, START)
+    assert sorted(repository.folder.parent.rglob("*.pem")) == before
+
+
 def order(repository: Repository, **changes: object) -> Order:
     base = Order("one", repository.next_seq(GROUP), GROUP, NAME, "1.0", "0" * 64, START, START + 9)
     return replace(base, **changes)  # type: ignore[arg-type]

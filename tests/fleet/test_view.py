@@ -19,6 +19,7 @@ from edgecascade.fleet.orders import Cohort, Order, point
 from edgecascade.fleet.register import Devices
 from edgecascade.fleet.reports import DeviceKey
 from edgecascade.fleet.rollout import Seen
+from edgecascade.fleet.standing import SILENT_S, Standing
 from edgecascade.fleet.view import MAX_STRANGERS, OTHERS, View
 from edgecascade.service import wire
 from edgecascade.service.topics import Address
@@ -41,10 +42,7 @@ JOB = Job(
 
 
 def status(device: str = "robot-1", **changes: Any) -> bytes:
-    body = {
-        "kind": "agent", "status": "online", "device": device, "groups": ["site-7"],
-        "bundle": "tiny 1.0",
-    }  # fmt: skip
+    body = {"kind": "agent", "status": "online", "device": device, "groups": ["site-7"]}
     return wire.encode({**body, **changes})
 
 
@@ -58,6 +56,14 @@ def say(view: View, job: Job, now: float = 1.0, *, by: str = "", over: str = "")
     view.hear(from_agent(f"{over or job.device}-agent", "job"), signed, now)
 
 
+def stand(view: View, now: float, name: str = "robot-1", **changes: Any) -> Standing:
+    """A word of a device on itself, signed by it, heard at once."""
+    plain = Standing(name, 1, number=int(now), ts=now, fresh_until=1e6, bundle="tiny 1.0")
+    word = replace(plain, **changes)
+    view.hear(from_agent(f"{name}-agent", "standing"), reports.sign(word, SIGNERS[name]), now)
+    return word
+
+
 @pytest.fixture
 def view() -> View:
     return View(ORDER, DEVICES)
@@ -65,11 +71,68 @@ def view() -> View:
 
 def test_the_devices_are_the_enrolled_ones(view: View) -> None:
     assert view.fleet == {name: Seen(point("salt", name), key=key(name).public) for name in NAMES}
-    view.hear(from_agent("robot-1-agent"), status(), 10.0)
-    assert (view.fleet["robot-1"].online, view.fleet["robot-1"].bundle) == (True, "tiny 1.0")
-    view.hear(from_agent("robot-1-agent"), status(status="offline"), 11.0)
-    assert not view.fleet["robot-1"].online
+    word = stand(view, 10.0)
+    seen = view.at(10.0)["robot-1"]
+    assert (seen.online, seen.standing, seen.trouble(10.0)) == (True, word, "")
     assert not view.doubts.total
+
+
+def test_a_device_is_there_while_it_speaks_and_nobody_says_that_it_has_gone(view: View) -> None:
+    view.hear(from_agent("robot-1-agent"), status(), 10.0)
+    assert not view.at(10.0)["robot-1"].online, "it has not said so itself"
+    stand(view, 10.0)
+    assert view.at(10.0 + SILENT_S - 1)["robot-1"].online
+    assert view.at(10.0 + SILENT_S)["robot-1"].trouble(10.0 + SILENT_S) == "silent"
+    stand(view, 2000.0)
+    for changes in ({}, {"groups": ["site-8"]}):  # an agent that does not know its new groups yet
+        view.hear(from_agent("robot-1-agent"), status(status="offline", **changes), 2001.0)
+        assert not view.at(2001.0)["robot-1"].online
+        view.hear(from_agent("robot-1-agent"), status(**changes), 2002.0)
+        assert view.at(2002.0)["robot-1"].online
+    stand(view, 2003.0, status="offline")
+    assert not view.at(2003.0)["robot-1"].online
+
+
+def test_a_device_without_a_clock_is_there_but_its_word_has_no_date(view: View) -> None:
+    stand(view, 10.0, ts=5.0, clock_suspect=True)
+    seen = view.at(5000.0)["robot-1"]
+    assert (seen.online, seen.trouble(5000.0)) == (True, "undated")
+
+
+def test_words_of_other_groups_and_fleets_are_nobody_s_business() -> None:
+    guest = DeviceKey("guest", "guest-agent", key("robot-2").public, ("site-8",))
+    view = View(ORDER, Devices().with_keys([key("robot-1"), guest], 0.0))
+    for name in ("guest", "stranger"):
+        word = Standing(name, 1, number=1, ts=1.0, fresh_until=1e6)
+        address = from_agent(f"{name}-agent", "standing")
+        view.hear(address, reports.sign(word, SIGNERS["robot-2"]), 1.0)
+    assert (set(view.fleet), view.doubts.total) == ({"robot-1"}, 0)
+
+
+def test_a_clock_that_was_set_back_hides_no_silence(view: View) -> None:
+    trial = replace(JOB, phase="probation")
+    say(view, trial, 9000.0)
+    assert view.at(100.0)["robot-1"].heard == 100.0
+    assert view.at(100.0 + 50.0)["robot-1"].heard == 100.0
+
+
+@pytest.mark.parametrize(
+    ("now", "changes", "trouble"),
+    [
+        (100.0, {}, ""),
+        (100.0, {"fresh_until": 100.0}, "stale"),
+        (100.0, {"update_stale": True}, "stale"),
+        (100.0, {"update_stale": True, "clock_suspect": True}, "stale"),
+        (100.0, {"update_stale": True, "status": "offline"}, "silent"),
+    ],
+    ids=str,
+)
+def test_what_troubles_a_device(
+    view: View, now: float, changes: dict[str, Any], trouble: str
+) -> None:
+    stand(view, now, **changes)
+    assert view.at(now)["robot-1"].trouble(now) == trouble
+    assert view.at(now)["robot-2"].trouble(now) == "silent"
 
 
 def test_a_ghost_is_counted_but_not_as_a_device(view: View) -> None:
@@ -101,9 +164,9 @@ def test_others_are_not_of_this_rollout(view: View) -> None:
 
 
 def test_a_status_is_its_own_agent_s(view: View) -> None:
-    view.hear(from_agent("robot-1-agent"), status(), 1.0)
+    stand(view, 1.0)
     view.hear(from_agent("robot-2-agent"), status(status="offline"), 3.0)
-    assert view.fleet["robot-1"].online
+    assert view.at(3.0)["robot-1"].online
     assert view.doubts.counts == {("robot-2", "not-enrolled"): 1}
 
 
@@ -210,7 +273,8 @@ bodies = values | st.dictionaries(
     values | st.lists(values, max_size=3),
     max_size=5,
 )
-agents, kinds = st.sampled_from(["robot-1-agent", "b"]), st.sampled_from(["status", "job"])
+agents = st.sampled_from(["robot-1-agent", "b"])
+kinds = st.sampled_from(["status", "job", "standing"])
 
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -220,4 +284,4 @@ def test_anything_may_be_said(messages: list[tuple[str, Any, Any]]) -> None:
     for agent, kind, body in messages:
         view.hear(from_agent(agent, kind), json.dumps(body).encode(), 1.0)
     assert set(view.fleet) == set(NAMES)
-    assert not any(seen.job for seen in view.fleet.values())
+    assert not any(seen.job or seen.standing for seen in view.at(1.0).values())

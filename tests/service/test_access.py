@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The printed Mosquitto configuration holds: real certificates, 42 acts, and who is let in."""
+"""The printed Mosquitto configuration holds: real certificates, 45 acts, and who is let in."""
 
 from __future__ import annotations
 
@@ -195,6 +195,7 @@ MAY_PUBLISH = [
     ("agent-7", f"{P}/pool/lab/chat/agent-7"),
     (AGENT, f"{P}/d/{AGENT}/status"),
     (AGENT, f"{P}/d/{AGENT}/jobs/order-1"),
+    (AGENT, f"{P}/d/{AGENT}/standing"),
     (AGENT, f"{P}/repo/get/{AGENT}"),
     ("boss", f"{P}/g/all/announce"),
     ("boss", f"{P}/d/{AGENT}/cmd/install"),
@@ -211,6 +212,8 @@ MUST_NOT_PUBLISH = [
     (AGENT, f"{P}/g/all/announce"),
     (AGENT, f"{P}/d/{AGENT}/cmd/install"),
     (AGENT, f"{P}/d/{OTHER}/jobs/order-1"),
+    (AGENT, f"{P}/d/{OTHER}/standing"),
+    ("dev-0001", f"{P}/d/{AGENT}/standing"),
     (AGENT, f"{P}/repo/get/{OTHER}"),
     (AGENT, f"{P}/repo/rx/{AGENT}"),
 ]
@@ -235,9 +238,9 @@ MUST_NOT_READ = [
 ]
 
 
-def test_the_matrix_has_42_acts() -> None:
+def test_the_matrix_has_45_acts() -> None:
     lists = (MAY_PUBLISH, MUST_NOT_PUBLISH, MAY_READ, MUST_NOT_READ)
-    assert sum(map(len, lists)) + 3 == 42  # the last will, the client id, the foreign prefix
+    assert sum(map(len, lists)) + 3 == 45  # the last will, the client id, the foreign prefix
 
 
 @pytest.mark.parametrize(("who", "topic"), MAY_PUBLISH)

@@ -33,7 +33,7 @@ from edgecascade.fleet.state import DeviceState
 from edgecascade.service import wire
 
 TITLE = "attacks on metadata, orders and reports"
-FULL = 264
+FULL = 324
 SHORT = 29  # tests/fleet/test_attacks.py makes a test of each
 
 MAX_FETCHED = 8 << 20  # bytes that one attempt may cost: all limits of metadata together

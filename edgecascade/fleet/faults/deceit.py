@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attacks on an operator's controller by somebody who owns the broker, and perhaps a device.
 
-He sees every report, and decides which of them the controller hears, when, how often, and what
-else. Each act tries to make a rollout go on that should not. It must stay where it is, say what it
-did not believe, and go on as soon as the honest reports come through.
+He sees every word of a device, and decides which of them the controller hears, when, how often, and
+what else. Each act tries to make a rollout go on that should not, or a device look well that is
+not. The rollout must stay where it is, the operator see which devices are silent or kept from news,
+and what was not believed; and it must go on as soon as honest words come through.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from edgecascade.fleet.orders import Cohort, Order
 from edgecascade.fleet.record import Record
 from edgecascade.fleet.register import Devices
 from edgecascade.fleet.reports import DeviceKey
-from edgecascade.fleet.rollout import Plan, Progress, Thresholds
+from edgecascade.fleet.rollout import Plan, Progress, Thresholds, Trouble
+from edgecascade.fleet.standing import HEARTBEAT_S, SILENT_S, Standing
 from edgecascade.fleet.view import MAX_STRANGERS, View
 from edgecascade.service import wire
 from edgecascade.service.topics import Address
@@ -36,6 +38,8 @@ GROUP = "site-7"
 QUARTER = 3  # the stage of 25 %
 LOST_S = 900.0
 HOUR_S = 3600.0
+DAY_S = 24 * HOUR_S
+FRESH_S = 30 * DAY_S  # what a device's metadata are good for
 RELEASE = "ab" * 32
 ORDER = Order("rollout", 500, GROUP, "tiny", "2.0", RELEASE, 0.0, 1e12)
 
@@ -55,6 +59,9 @@ class Desk:
     now: float = 1e6
     signers: dict[str, CryptoSigner] = field(default_factory=dict)
     latest: dict[str, Job] = field(default_factory=dict)  # what each device last signed, in truth
+    boot: int = 1
+    words: int = 0
+    victims: dict[str, Trouble] = field(default_factory=dict)  # what an operator must see
 
     def __post_init__(self) -> None:
         self.signers = {f"robot-{n}": new_signer() for n in range(DEVICES)}
@@ -66,7 +73,7 @@ class Desk:
         progress = Progress(500, QUARTER, first, since=self.now, signed_at=self.now)
         self.record = Record(order, plan, progress)
         for name in self.signers:
-            self.presence(name, "online")
+            self.present(name)
         for name in self.members:
             self.show(name, self.says(name, "IN_PROGRESS", phase="downloading"))
         self.show(first, self.says(first, "SUCCEEDED"))
@@ -106,13 +113,49 @@ class Desk:
 
     def presence(self, name: str, word: str) -> None:
         """The broker says how a device is."""
-        body = {"kind": "agent", "status": word, "device": name, "groups": [GROUP], "bundle": ""}
+        body = {"kind": "agent", "status": word, "device": name, "groups": [GROUP]}
         self.view.hear(Address("status", device=f"{name}-agent"), wire.encode(body), self.now)
+
+    def stands(self, name: str, **more: Any) -> Standing:
+        """How a device stands now, later than all words before; not signed."""
+        self.words += 1
+        plain = Standing(
+            name, self.boot, number=self.words, ts=self.now, fresh_until=self.now + FRESH_S
+        )
+        return replace(plain, **more)
+
+    def word(self, name: str, **more: Any) -> bytes:
+        """The same in a device's own words."""
+        return reports.sign(self.stands(name, **more), self.signers[name])
+
+    def show_word(self, over: str, payload: bytes) -> None:
+        """The broker hands the controller a word as if it came from this device's agent."""
+        self.view.hear(Address("standing", device=f"{over}-agent"), payload, self.now)
+
+    def present(self, name: str) -> bytes:
+        """A device says that it is there, and is heard; who owns the broker keeps its word."""
+        word = self.word(name)
+        self.presence(name, "online")
+        self.show_word(name, word)
+        return word
+
+    def heartbeats(self, seconds: float, *, but: str) -> None:
+        """Time passes, and everybody is heard, except for one."""
+        end = self.now + seconds
+        while self.now < end:
+            self.now += HEARTBEAT_S
+            for name in self.signers:
+                if name != but:
+                    self.present(name)
+
+    def seen_as(self, name: str) -> Trouble:
+        """What the operator sees of a device."""
+        return self.view.at(self.now)[name].trouble(self.now)
 
     def step(self, times: int = 3) -> None:
         """The controller decides."""
         for _ in range(times):
-            record, fleet = self.record, self.view.fleet
+            record, fleet = self.record, self.view.at(self.now)
             after = rollout.step(record.plan, record.progress, fleet, self.now)
             self.record = record.moved(after, fleet)
             self.now += 1.0
@@ -131,7 +174,7 @@ class Desk:
         known = {key.device for key in self.devices.of(GROUP)}
         for name in sorted(known & self.latest.keys()):
             done = self.latest[name].state == "SUCCEEDED"
-            self.presence(name, "online")
+            self.present(name)
             self.show(
                 name,
                 reports.sign(self.latest[name], self.signers[name])
@@ -180,6 +223,9 @@ def tried(case: str) -> str:
     found = {reason for _, reason in desk.view.doubts.counts}
     if found != one.reasons:
         return f"not believed: {sorted(found)}; expected {sorted(one.reasons)}"
+    for name, truth in desk.victims.items():
+        if (shown := desk.seen_as(name)) != truth:
+            return f"{name} is shown as {shown or 'well'}; it is {truth}"
     if len(desk.view.fleet) > DEVICES or len(desk.record.believed) > DEVICES:
         return f"{len(desk.view.fleet)} devices of {DEVICES}"
     if progress.state == "running":
@@ -187,6 +233,9 @@ def tried(case: str) -> str:
         desk.step()
         if desk.record.progress.stage == QUARTER:
             return "afterwards honest reports do not count"
+        known = {key.device for key in desk.devices.of(GROUP)}
+        if hidden := [name for name in desk.victims.keys() & known if desk.seen_as(name)]:
+            return f"afterwards {hidden} are not heard"
     return ""
 
 
@@ -340,6 +389,7 @@ def ghosts(desk: Desk) -> None:
         name = f"ghost-{number}"
         desk.presence(name, "online")
         desk.show(name, reports.sign(desk.job(name, "SUCCEEDED"), new_signer()))
+        desk.show_word(name, reports.sign(desk.stands(name), desk.signers[desk.members[0]]))
     assert len(desk.view.doubts.counts) <= 2 * (MAX_STRANGERS + 1), "it fills the memory"
 
 
@@ -487,3 +537,201 @@ def device_of_another_group(desk: Desk) -> None:
     guest = DeviceKey("guest", "guest-agent", public_hex(signer.public_key), ("site-8",))
     desk.enroll(desk.devices.with_keys([guest], desk.now))
     desk.show("guest", reports.sign(desk.job("guest", "SUCCEEDED"), signer))
+
+
+def _quiet(desk: Desk, seconds: float = HOUR_S) -> str:
+    """A device from which nothing comes any more, while all others are heard; its name."""
+    name: str = desk.rng.choice(desk.others)
+    desk.heartbeats(seconds, but=name)
+    desk.victims[name] = "silent"
+    return name
+
+
+@trick()
+def standing_held_back(desk: Desk) -> None:
+    """A device cannot refresh and says so: no word of it passes any more."""
+    name = _quiet(desk, SILENT_S)
+    desk.word(name, update_stale=True)
+
+
+@trick()
+def dead_device_without_a_will(desk: Desk) -> None:
+    """A device died; the broker keeps its last will back, and says again that it is there."""
+    last = desk.present(name := desk.rng.choice(desk.others))
+    desk.heartbeats(HOUR_S, but=name)
+    desk.presence(name, "online")
+    desk.show_word(name, last)
+    desk.victims[name] = "silent"
+
+
+@trick()
+def dead_device_shown_to_a_new_command(desk: Desk) -> None:
+    """The same to `fleet status`, which was not there before and hears that one word only."""
+    last = desk.present(name := desk.rng.choice(desk.others))
+    desk.now += SILENT_S
+    desk.restart()
+    desk.presence(name, "online")
+    desk.show_word(name, last)
+    desk.victims[name] = "silent"
+
+
+@trick("unknown-key")
+def forged_standing(desk: Desk) -> None:
+    """The attacker signs for a dead device, with a key of his own."""
+    name = _quiet(desk)
+    desk.show_word(name, reports.sign(desk.stands(name), new_signer()))
+
+
+@trick("malformed")
+def bare_standing(desk: Desk) -> None:
+    """He does not sign at all, as if it were a status."""
+    name = _quiet(desk)
+    desk.show_word(name, desk.stands(name).to_bytes())
+
+
+@trick("signature")
+def standing_with_another_date(desk: Desk) -> None:
+    """He changes the date of a true word."""
+    old = json.loads(desk.present(name := desk.rng.choice(desk.others)))
+    desk.heartbeats(HOUR_S, but=name)
+    body = json.loads(b64decode(old["payload"])) | {"ts": desk.now, "number": desk.words + 1}
+    desk.show_word(name, wire.encode({**old, "payload": b64encode(wire.encode(body)).decode()}))
+    desk.victims[name] = "silent"
+
+
+@trick("malformed")
+def report_shown_as_standing(desk: Desk) -> None:
+    """He shows what a device signed about an order as its word on itself, and the reverse."""
+    name = _quiet(desk)
+    desk.show_word(name, desk.says(name, "IN_PROGRESS", phase="downloading"))
+    desk.show(name, desk.word(name))
+
+
+@trick("signature")
+def report_renamed_to_standing(desk: Desk) -> None:
+    """The same, and he changes what kind of document it says it is."""
+    name = _quiet(desk)
+    sealed = envelopes.seal(desk.stands(name).to_bytes(), reports.REPORT_TYPE, [desk.signers[name]])
+    desk.show_word(name, wire.encode({**json.loads(sealed), "payloadType": reports.STANDING_TYPE}))
+
+
+@trick("replayed")
+def standing_before_it_was_stale(desk: Desk) -> None:
+    """A device says that its metadata have expired: he repeats what it said before."""
+    well = desk.present(name := desk.rng.choice(desk.others))
+    desk.now += HEARTBEAT_S
+    desk.show_word(name, desk.word(name, update_stale=True))
+    desk.show_word(name, well)
+    desk.victims[name] = "stale"
+
+
+@trick("replayed")
+def standing_of_an_earlier_start(desk: Desk) -> None:
+    """The device was started anew since: the number is higher, but of the start before."""
+    well = desk.word(name := desk.rng.choice(desk.others), number=9999)
+    desk.show_word(name, well)
+    desk.boot = 2
+    desk.show_word(name, desk.word(name, update_stale=True))
+    desk.show_word(name, well)
+    desk.victims[name] = "stale"
+
+
+@trick()
+def standings_that_come_late(desk: Desk) -> None:
+    """Every word passes, in order and for the first time, but later than it may."""
+    name = desk.rng.choice(desk.others)
+    words = [desk.word(name, ts=desk.now + at * HEARTBEAT_S) for at in range(20)]
+    desk.heartbeats(SILENT_S, but=name)
+    for word in words:
+        desk.show_word(name, word)
+        desk.heartbeats(HEARTBEAT_S, but=name)
+    desk.victims[name] = "silent"
+
+
+@trick()
+def standing_moved_to_another_device(desk: Desk) -> None:
+    """The word of a device that is well, under the name of one that is not."""
+    name = _quiet(desk)
+    desk.presence(name, "online")
+    desk.show_word(name, desk.word(desk.members[0]))
+
+
+@trick("another-device")
+def captured_device_stands_for_others(desk: Desk) -> None:
+    """A device in the attacker's hands says how another one stands."""
+    name = _quiet(desk)
+    desk.show_word(name, reports.sign(desk.stands(name), desk.signers[desk.members[0]]))
+
+
+@trick("malformed")
+def captured_device_says_nonsense(desk: Desk) -> None:
+    """It signs dates that no calendar has, and texts where numbers belong."""
+    name = _quiet(desk)
+    good = json.loads(desk.stands(name).to_bytes())
+    for change in ({"fresh_until": 1e300}, {"ts": -1.0}, {"number": "9"}, {"more": 1}):
+        body = wire.encode(good | change)
+        desk.show_word(name, envelopes.seal(body, reports.STANDING_TYPE, [desk.signers[name]]))
+
+
+@trick("revoked")
+def standing_of_a_revoked_key(desk: Desk) -> None:
+    """A device has a new key and says with it that it is stale; the thief of the old one, well."""
+    name = desk.rng.choice(desk.others)
+    stolen, desk.signers[name] = desk.signers[name], new_signer()
+    desk.enroll(desk.devices.without(name, desk.now).with_keys([desk.key(name)], desk.now))
+    desk.show_word(name, desk.word(name, update_stale=True))
+    desk.show_word(name, reports.sign(desk.stands(name), stolen))
+    desk.victims[name] = "stale"
+
+
+@trick()
+def last_word_of_a_stolen_key(desk: Desk) -> None:
+    """A thief signs the highest number there is, so that the device's new key is not heard."""
+    name = desk.rng.choice(desk.others)
+    desk.show_word(name, desk.word(name, boot=2**53, number=2**53))
+    desk.signers[name] = new_signer()
+    desk.enroll(desk.devices.without(name, desk.now).with_keys([desk.key(name)], desk.now))
+    desk.victims[name] = "silent"
+
+
+@trick("future")
+def standing_of_the_future(desk: Desk) -> None:
+    """The device's clock was put ahead for a while, and what it signed is shown for years."""
+    name = desk.rng.choice(desk.others)
+    words = [desk.word(name, ts=desk.now + years * 365 * DAY_S) for years in (1, 2)]
+    desk.heartbeats(SILENT_S, but=name)
+    for word in words:
+        desk.show_word(name, word)
+    desk.victims[name] = "silent"
+
+
+@trick()
+def standings_recorded_ahead(desk: Desk) -> None:
+    """The same, each shown when its time has come: it is good until the metadata expire."""
+    name, until = desk.rng.choice(desk.others), desk.now + FRESH_S
+    words = [desk.word(name, ts=until - late, fresh_until=until) for late in (200.0, 100.0)]
+    desk.now = until - 150.0
+    desk.show_word(name, words[0])
+    assert desk.seen_as(name) == "", "nobody could know"
+    desk.now = until
+    desk.show_word(name, words[1])
+    desk.victims[name] = "stale"
+
+
+@trick()
+def standing_without_a_date(desk: Desk) -> None:
+    """A word of when the device had no clock is shown for ever: it does not pass as a new one."""
+    last = desk.word(name := desk.rng.choice(desk.others), clock_suspect=True, fresh_until=1e9)
+    desk.heartbeats(HOUR_S, but=name)
+    desk.show_word(name, last)
+    desk.victims[name] = "undated"
+
+
+@trick()
+def standing_in_another_group(desk: Desk) -> None:
+    """A device that is enrolled elsewhere looks like one more of this group: it is none of ours."""
+    signer = new_signer()
+    guest = DeviceKey("guest", "guest-agent", public_hex(signer.public_key), ("site-8",))
+    desk.enroll(desk.devices.with_keys([guest], desk.now))
+    desk.show_word("guest", reports.sign(desk.stands("guest"), signer))
+    assert "guest" not in desk.view.fleet

@@ -148,7 +148,7 @@ class Simulation:
         while self._events and self._events[0][0] <= self.now:
             _, _, name, job = heapq.heappop(self._events)
             point = self.true[name].point
-            self.true[name] = Seen(point, True, "", job, self.now)
+            self.true[name] = Seen(point, True, job=job, heard=self.now)
             shown = job is SUCCEEDED or not self.world.censored
             self.fleet[name] = self.true[name] if shown else Seen(point)
             if job is ON_TRIAL:

@@ -8,7 +8,6 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import Any
 
 from edgecascade.fleet import reports
 from edgecascade.fleet.faults.wire import until
@@ -16,6 +15,7 @@ from edgecascade.fleet.jobs import Job
 from edgecascade.fleet.line import Line
 from edgecascade.fleet.needs import fleet_extra
 from edgecascade.fleet.settings import AgentSettings
+from edgecascade.fleet.standing import Standing
 from edgecascade.service.broker import LocalBroker
 from edgecascade.service.config import broker_address
 from edgecascade.service.mqtt import Link, LinkOptions
@@ -57,8 +57,8 @@ class Spoke:
         """End it."""
         self.line.close()
 
-    def _standing(self, word: str) -> dict[str, Any]:
-        return {"kind": "agent", "status": word or "online", "boot": 1, "ts": 0}
+    def _standing(self, *, leaving: bool = False) -> Standing:
+        return Standing(self.settings.device_id, 1, "offline" if leaving else "online")
 
     def hear(self, data: bytes) -> None:
         """An order came: report that."""

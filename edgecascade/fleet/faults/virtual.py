@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import struct
+import time
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from random import Random
@@ -23,6 +24,7 @@ from edgecascade.fleet.keys import public_hex
 from edgecascade.fleet.needs import fleet_extra
 from edgecascade.fleet.orders import Order, OrderKeys, verify
 from edgecascade.fleet.reports import DeviceKey
+from edgecascade.fleet.standing import HEARTBEAT_S, Standing
 from edgecascade.fleet.state import Phase
 from edgecascade.service import wire
 from edgecascade.service.topics import DEFAULT_PREFIX, Topics
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from securesystemslib.signer import CryptoSigner
 
 KEEPALIVE_S = 600
+FRESH_S = 86_400.0  # what a device's metadata are good for
 AT_ONCE = 200  # connections that are being made
 WAY = (
     Phase.DOWNLOADING,
@@ -121,6 +124,8 @@ class Device(asyncio.Protocol):
         self._buffer = bytearray()
         self._transport: asyncio.Transport | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._heart: asyncio.TimerHandle | None = None
+        self._number = self._acknowledged = 0
 
     async def open(self) -> Device:
         """Connect, subscribe, publish the retained status."""
@@ -131,8 +136,9 @@ class Device(asyncio.Protocol):
 
     def cut(self) -> None:
         """Lose power."""
-        if self._timer is not None:
-            self._timer.cancel()
+        for timer in (self._timer, self._heart):
+            if timer is not None:
+                timer.cancel()
         if self._transport is not None:
             self._transport.abort()
 
@@ -168,8 +174,11 @@ class Device(asyncio.Protocol):
                 self._connected(body)
             elif kind == SUBACK:
                 self._publish(self.fleet.topics.status(self.agent), self._status("online"))
-            elif kind == PUBACK and not self._ready.done():
-                self._ready.set_result(None)
+                self._stand()
+            elif kind == PUBACK:
+                self._acknowledged += 1
+                if self._acknowledged == 2:  # presence and standing
+                    self._ready.set_result(None)
             elif kind & 0xF0 == PUBLISH:
                 self._message(kind, body)
 
@@ -253,11 +262,19 @@ class Device(asyncio.Protocol):
         signed = reports.sign(self.job, self._signer)
         self._publish(self.fleet.topics.job(self.agent, job.order), signed)
 
+    def _stand(self) -> None:
+        self._number += 1
+        now = time.time()
+        word = Standing(self.name, 1, number=self._number, ts=now, fresh_until=now + FRESH_S)
+        topic = self.fleet.topics.standing(self.agent)
+        self._publish(topic, reports.sign(word, self._signer))
+        self._heart = asyncio.get_running_loop().call_later(
+            HEARTBEAT_S * self.fleet.random.uniform(0.8, 1.0), self._stand
+        )
+
     def _status(self, word: str) -> bytes:
         groups = [self.fleet.group]
-        return wire.encode(
-            {"kind": "agent", "status": word, "device": self.name, "groups": groups, "bundle": ""}
-        )
+        return wire.encode({"kind": "agent", "status": word, "device": self.name, "groups": groups})
 
     def _publish(self, topic: str, payload: bytes) -> None:
         body = _text(topic.encode()) + struct.pack("!H", 1) + b"\0" + payload
