@@ -73,6 +73,7 @@ class Model(Protocol):
         params: SamplingParams | None,
         priority: int,
         deadline_s: float | None,
+        since: float,
         client: str,
         on_event: Callable[[Event], None],
     ) -> Ticket:
@@ -135,7 +136,7 @@ class Core:
         self._runs = 0
 
     def receive(self, message: Incoming, now: float) -> list[Outgoing]:
-        """A message from the broker."""
+        """A message from the broker that came at this time: its deadline counts from there."""
         match read(message, self.identity.device, self.topics, self.limits):
             case Chat() as chat:
                 return self._chat(chat, now)
@@ -246,6 +247,7 @@ class Core:
                 params=chat.params,
                 priority=(chat.priority > 0) - (chat.priority < 0) + 1,
                 deadline_s=chat.timeout_s,
+                since=now,
                 client=chat.client,
                 on_event=partial(self._arrived, live),
             )

@@ -15,7 +15,9 @@ import random
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -62,7 +64,7 @@ class Service:
         self._topics = Topics(config.prefix)
         self._monitor = monitor or Monitor()
         self._own_monitor = monitor is None
-        self._inbox: deque[Incoming | tuple[Live, Event]] = deque()
+        self._inbox: deque[Callable[[float], list[Outgoing]]] = deque()  # given the time
         self._incoming = 0
         self._lost_incoming = 0
         self._wake = threading.Event()
@@ -183,15 +185,17 @@ class Service:
         self._report(now)
         return now
 
-    def _handle(self, item: Incoming | tuple[Live, Event], now: float) -> list[Outgoing]:
+    def _handle(self, item: Callable[[float], list[Outgoing]], now: float) -> list[Outgoing]:
         try:
-            if isinstance(item, tuple):
-                return self._core.tell(*item, now)
-            self._incoming -= 1
-            return self._core.receive(item, now)
+            return item(now)
         except Exception:  # one message must not silence the device for all others
             log.exception("a message is not handled")
             return []
+
+    def _receive(self, message: Incoming, arrived: float, now: float) -> list[Outgoing]:
+        # At the time when it came: it may have waited while long prompts were read.
+        self._incoming -= 1
+        return self._core.receive(message, arrived)
 
     def _can_stream(self) -> bool:
         return self._link.can_stream
@@ -207,12 +211,12 @@ class Service:
             self._lost_incoming += 1
             return
         self._incoming += 1
-        self._inbox.append(message)
+        self._inbox.append(partial(self._receive, message, time.monotonic()))
         self._wake.set()
 
     def _post(self, live: Live, event: Event) -> None:
         # On the engine's thread.
-        self._inbox.append((live, event))
+        self._inbox.append(partial(self._core.tell, live, event))
         self._wake.set()
 
     def _births(self) -> list[Outgoing]:

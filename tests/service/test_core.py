@@ -115,7 +115,8 @@ def test_a_request_is_submitted_and_ends_with_one_final(desk: Desk) -> None:
     assert desk.ask(temperature=0, timeout_s=9, seed=3) == []
     (asked,) = desk.model.asked
     assert asked["messages"] == [{"role": "user", "content": "go"}]
-    assert (asked["priority"], asked["deadline_s"], asked["client"]) == (1, 9, "robot")
+    assert (asked["priority"], asked["client"]) == (1, "robot")
+    assert (asked["since"], asked["deadline_s"]) == (desk.now, 9)
     assert (asked["params"].temperature, asked["params"].seed) == (0, 3)
     assert desk.happens(Accepted(0)) == []
     assert desk.happens(piece("for")) == []
