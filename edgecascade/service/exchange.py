@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from edgecascade.errors import DeadlineExceeded, EdgeCascadeError, RemoteError
+from edgecascade.errors import Cancelled, DeadlineExceeded, EdgeCascadeError, RemoteError
 from edgecascade.service.parameters import Problem
 from edgecascade.service.replies import Chunk, Failed, Final, Part, Queued, Reply, Status
 
@@ -25,10 +25,14 @@ NO_MATCHING_SUBSCRIBERS = 0x10
 
 @dataclass(frozen=True)
 class Send:
-    """Publish the request: to a device, or to the pool where there is none yet."""
+    """Publish the request: to a device, or to the pool where there is none yet.
+
+    `cancel`: publish its cancellation instead.
+    """
 
     device: str | None
     remaining_s: float
+    cancel: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,14 +84,18 @@ class Exchange:
     def __post_init__(self) -> None:
         self._fixed = self.device is not None
 
-    def step(self, now: float, *, up: bool) -> Send | None:
-        """What to send now, if anything; `due` says when to ask again."""
+    def step(self, now: float, *, away: str | None = None) -> Send | None:
+        """What to send now, if anything; `due` says when to ask again.
+
+        `away`: why there is no connection, None where there is one.
+        """
         if now > self.deadline + GRACE_S:
             self._end(error=DeadlineExceeded(f"no answer within the deadline; {self._last}"))
+        self.take_back(now)
         if self.over or now < self.due:
             return None
-        if not up or now >= self.deadline:
-            self._last = self._last if up else "the broker cannot be reached"
+        if away is not None or now >= self.deadline:
+            self._last = self._last if away is None else f"the broker cannot be reached ({away})"
             self.due = min(now + ABSENT_S, self.deadline + GRACE_S + 0.01)
             return None
         if self.device is None and not self.pool:
@@ -99,16 +107,30 @@ class Exchange:
                 self._last = "no device says that it accepts requests"
                 self.due = now + ABSENT_S
                 return None
-        self.sends += 1
         self.due = now + ACKNOWLEDGE_S
-        return Send(self.device, self.deadline - now)
+        if self.cancelled and self.device is None:
+            return None  # whoever of the pool has it will say so
+        self.sends += 1
+        return Send(self.device, self.deadline - now, self.cancelled)
+
+    def take_back(self, now: float) -> None:
+        """End at once if it is cancelled and no device can have it."""
+        if self.cancelled and not (self.sends and (self.device or self.pool)):
+            self.fail(Cancelled("the request was taken back before a device had begun to answer"))
 
     def hear(self, device: str, reply: Reply, now: float) -> Shown | None:
         """A reply to this request; what to show of it."""
         if self.over:
             return None
-        if self.pool and self.device is None and not isinstance(reply, Failed):
+        found = self.pool and self.device is None and not isinstance(reply, Failed)
+        if found:
             self.device = device
+        shown = self._hear(device, reply, now)
+        if found and self.cancelled:
+            self.due = now  # only now it is known whom to tell
+        return shown
+
+    def _hear(self, device: str, reply: Reply, now: float) -> Shown | None:
         if isinstance(reply, Final):
             return self._final(device, reply, now)
         if device != self.device and not (self.pool and self.device is None):
@@ -182,7 +204,8 @@ class Exchange:
         return self._show(text, reasoning)
 
     def _failed(self, device: str, problem: Problem, now: float) -> None:
-        if self.cancelled and problem.code == "not_found":
+        if self.cancelled and problem.code == "not_found":  # it began anew, and forgot
+            self._end(error=Cancelled(f"the request was taken back; {device} does not know it"))
             return
         retryable = problem.retryable or problem.status in (429, 503)
         self._engine_errors += problem.status >= 500 and problem.status != 503

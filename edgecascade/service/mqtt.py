@@ -49,6 +49,17 @@ MANY_SHORT = 4
 
 UNSUPPORTED_VERSION = 0x84
 SESSION_TAKEN_OVER = 0x8E
+# Refusals that another try does not change, and what does. All others may pass, as "Server busy".
+WAY_OUT = {
+    0x84: "let the protocol be auto",
+    0x85: "give another client id",
+    0x86: "check the user name and the password",
+    0x87: "check the user name, the password or the certificate, and the broker's access list",
+    0x8A: "ask who runs the broker",
+    0x8C: "give a user name and a password, or a certificate",
+    0x9C: "connect to that server",
+    0x9D: "connect to that server",
+}
 PROTOCOLS = {"5": paho.MQTTv5, "3.1.1": paho.MQTTv311}
 
 
@@ -120,10 +131,13 @@ class Link:
         self._on_up, self._on_result = on_up, on_result
         self._version = options.address.protocol.replace("auto", "5")
         self._unanswered = self._short = 0
-        self._lock = threading.Lock()  # of the queue; never held while paho runs
+        # Of the queue; never held while paho runs. The garbage collector may end a client's stream
+        # while we hold it, and that publishes a cancellation.
+        self._lock = threading.RLock()
         self._waiting: deque[Outgoing] = deque()
         self._in_flight = 0
         self._up = threading.Event()
+        self._decided = threading.Event()  # the broker took us, or refused and will not change
         self._stopping = threading.Event()
         self._again = threading.Event()  # subscribe once more
         self._beat = time.monotonic()
@@ -137,6 +151,7 @@ class Link:
         if self._thread is not None:
             return
         self._stopping.clear()
+        self._decided.clear()
         self.fatal, self._beat = None, time.monotonic()
         self._bell = socket.socketpair()
         for end in self._bell:
@@ -151,6 +166,21 @@ class Link:
     def started(self) -> bool:
         """Whether it connects, or tries to."""
         return self._thread is not None and not self._stopping.is_set()
+
+    def connect(self, timeout_s: float) -> None:
+        """start(), and wait until the broker has accepted the connection.
+
+        Raises:
+            NetworkError: when it does not, with the reason and stopped; at once where no further
+                try would be answered otherwise.
+        """
+        self.start()
+        self._decided.wait(timeout_s)
+        if not self._up.is_set():
+            reason = self.fatal or self.reason
+            self.stop()
+            shown = self._options.address.shown
+            raise NetworkError(f"no connection to the broker at {shown}: {reason}")
 
     def wait_up(self, timeout_s: float) -> bool:
         """Whether it is connected, within a time."""
@@ -240,18 +270,31 @@ class Link:
             worked = False
             try:
                 worked = self._connection(bell)
-            except (OSError, NetworkError) as error:
+            except (ssl.SSLEOFError, ssl.SSLSyscallError) as error:  # cut meanwhile
+                self.reason = str(error)
+            except ssl.SSLError as error:
+                self._refused(_untrusted(error))
+            except NetworkError as error:  # files of ours that cannot be used
+                self._refused(str(error))
+            except OSError as error:
                 self.reason = str(error) or type(error).__name__
             except Exception as error:  # a dead network thread would be silence
                 self.reason = f"{type(error).__name__}: {error}"
                 log.exception("the connection to %s failed", self._options.address.shown)
             failures = 0 if worked else failures + 1
-            if not self._stopping.is_set() and self.fatal is None:
+            if self.fatal is not None:
+                self._decided.set()
+            elif not self._stopping.is_set():
                 # Jitter over the whole span: a thousand devices must not come back together.
                 delay = random.uniform(0, min(MAX_DELAY_S, 2.0**failures))
                 log.info("broker: %s; next try in %.1f s", self.reason, delay)
                 self._beat = time.monotonic()
                 self._pause(delay)
+
+    def _refused(self, reason: str) -> None:
+        """Go on trying, as a password may be renewed; but who waits to begin need not wait."""
+        self.reason = reason
+        self._decided.set()
 
     def _pause(self, delay_s: float) -> None:
         end = time.monotonic() + delay_s
@@ -368,6 +411,9 @@ class Link:
         def disconnected(_c: Any, _u: Any, _flags: Any, reason: Any, _p: Any) -> None:
             if connection.acknowledged:
                 self.reason = f"lost: {reason}"
+            elif connection.refusal is None:
+                wants = "; does it want a client certificate?" if self._options.address.tls else ""
+                self.reason = f"it hangs up without an answer{wants}"
             if reason.value == SESSION_TAKEN_OVER:
                 self.fatal = (
                     f"another client connected as {self._options.client_id!r}; give each its own id"
@@ -382,8 +428,8 @@ class Link:
 
     def _answered(self, connection: _Connection, reason: Any, properties: Any) -> None:
         if reason.is_failure:
-            self.reason = f"refused: {reason}"
             connection.refusal = reason.value
+            self._not_accepted(reason, properties)
             return
         asked = getattr(properties, "ReceiveMaximum", MAX_IN_FLIGHT)
         connection.window = min(MAX_IN_FLIGHT, asked)
@@ -395,6 +441,14 @@ class Link:
         else:
             self._subscribed(connection)
 
+    def _not_accepted(self, reason: Any, properties: Any) -> None:
+        said = [getattr(properties, name, None) for name in ("ReasonString", "ServerReference")]
+        words = [str(word)[:200] for word in said if word]
+        self.reason = ": ".join(["refused", str(reason), *words])
+        auto = self._options.address.protocol == "auto"
+        if reason.value in WAY_OUT and not (auto and reason.value == UNSUPPORTED_VERSION):
+            self._refused(f"{self.reason}; {WAY_OUT[reason.value]}")
+
     def _subscribed(self, connection: _Connection) -> None:
         """From here on nothing that is sent to us is missed: say that we are there."""
         with self._lock:
@@ -405,6 +459,7 @@ class Link:
         self.counters.connects += 1
         self.reason = "connected"
         self._up.set()
+        self._decided.set()
         log.info("connected to %s with MQTT %s", self._options.address.shown, self._version)
         if self._on_up is not None:
             self._on_up()
@@ -508,6 +563,7 @@ class Link:
         self._up.clear()
         self._settle(connection)
         if connection.acknowledged:
+            self._decided.clear()
             self.counters.losses += 1
         with self._lock:
             # Tokens of the past are of no use; finals are. A birth is made anew.
@@ -551,6 +607,14 @@ def _tls(address: BrokerAddress) -> ssl.SSLContext:
     except (OSError, ssl.SSLError) as error:
         raise NetworkError(f"the certificates cannot be used: {error}") from error
     return context
+
+
+def _untrusted(error: ssl.SSLError) -> str:
+    if isinstance(error, ssl.SSLCertVerificationError):
+        said = error.verify_message
+        return f"the broker's certificate is not trusted: {said}; give what vouches for it as ca"
+    said = (error.reason or str(error)).replace("_", " ").lower()
+    return f"the TLS handshake fails: {said}; check the port, and the client certificate"
 
 
 def _acknowledge_soon(client: paho.Client) -> None:

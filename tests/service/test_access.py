@@ -23,6 +23,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from edgecascade.client import Client
+from edgecascade.errors import NetworkError
 from edgecascade.service import mqtt
 from edgecascade.service.broker import (
     BrokerSetup,
@@ -338,6 +340,10 @@ def test_a_broker_that_nobody_vouches_for_is_not_trusted(broker: Broker) -> None
         assert "certificate" in link.reason.lower()
     finally:
         link.stop()
+    began = time.monotonic()
+    with pytest.raises(NetworkError, match=r"is not trusted: .*; give what vouches for it as ca"):
+        Client(broker.url).connect(WAIT_S)
+    assert time.monotonic() - began < WAIT_S / 2
 
 
 def test_passwords_are_the_other_way() -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import queue
 import subprocess
@@ -26,7 +27,13 @@ from proxy import Proxy
 
 from edgecascade import LLM
 from edgecascade.client import Client
-from edgecascade.errors import DeadlineExceeded, InvalidRequest, NetworkError, RemoteError
+from edgecascade.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    InvalidRequest,
+    NetworkError,
+    RemoteError,
+)
 from edgecascade.service import mqtt
 from edgecascade.service.broker import LocalBroker
 from edgecascade.service.config import ServiceConfig
@@ -37,6 +44,7 @@ from edgecascade.snapshots import MIN_PIECE_TOKENS
 TOPICS = Topics()
 ASK = [{"role": "user", "content": "go to the dock"}]
 GREEDY = {"temperature": 0, "max_completion_tokens": 24, "seed": 5}
+GREEDY_HERE = {"temperature": 0, "max_tokens": 24, "seed": 5}
 
 
 def direct(llm: LLM, **params: Any) -> Any:
@@ -171,6 +179,101 @@ def test_a_stream_that_is_closed_early_frees_the_device(serve: Serve, connect: C
     next(iter(stream))
     stream.close()
     assert until(lambda: client.devices()["dev-1"].busy == 0)
+
+
+def test_a_stream_that_nobody_reads_is_never_sent(serve: Serve, connect: Connect, llm: LLM) -> None:
+    service = serve()
+    client = connect("robot")
+    stream = client.stream("dev-1", ASK, request_id="request-1", **GREEDY)
+    assert client._pending == {}
+    del stream
+    again = client.stream("dev-1", ASK, request_id="request-1", **GREEDY)
+    assert "".join(piece.text for piece in again) == direct(llm, **GREEDY_HERE).text
+    closed = client.stream("dev-1", ASK, **GREEDY)
+    closed.close()
+    assert list(closed) == []
+    assert service._link.counters.received == 1
+    assert client._pending == {}
+
+
+def test_a_stream_that_is_dropped_half_way_frees_the_device(serve: Serve, connect: Connect) -> None:
+    service = serve()
+    client = connect("robot")
+    stream = client.stream("dev-1", ASK, max_completion_tokens=2000, timeout_s=600, flush_ms=0)
+    next(stream)
+    del stream
+    assert client._pending == {}
+    assert until(lambda: service._core.busy == 0)
+    assert service._core.figures.finished == {"cancelled": 1}
+
+
+def test_a_stream_that_the_garbage_collector_ends_blocks_nobody(
+    serve: Serve, connect: Connect
+) -> None:
+    serve()
+    client = connect("robot")
+    stream = client.stream("dev-1", ASK, max_completion_tokens=2000, timeout_s=600, flush_ms=0)
+    next(stream)
+    circle: list[Any] = [stream]
+    circle.append(circle)
+    del stream, circle
+    with client._lock, client._link._lock:  # wherever this thread happens to be
+        gc.collect()
+    assert client._pending == {}
+    assert client.chat("dev-1", ASK, **GREEDY).finish_reason
+
+
+def test_a_timeout_counts_from_the_call(connect: Connect) -> None:
+    stream = connect("robot").stream("dev-1", ASK, timeout_s=0.1)
+    time.sleep(1.3)  # beyond the grace for a device's own word
+    with pytest.raises(DeadlineExceeded, match="nothing was heard"):
+        next(stream)
+
+
+def test_a_request_that_no_device_has_is_taken_back_at_once(serve: Serve, connect: Connect) -> None:
+    client = connect("robot")
+    ends: queue.Queue[Exception] = queue.Queue()
+
+    def wait() -> None:
+        try:
+            client.chat(None, ASK, timeout_s=600, request_id="request-1")
+        except Cancelled as error:
+            ends.put(error)
+
+    waiter = threading.Thread(target=wait)
+    waiter.start()
+    assert until(lambda: "request-1" in client._pending)
+    client.cancel("request-1")
+    assert "taken back" in str(ends.get(timeout=WAIT_S))
+    waiter.join()
+    service = serve()  # and it is not sent to who comes later
+    assert until(lambda: "dev-1" in client.devices())
+    assert client.chat(None, ASK, **GREEDY).device == "dev-1"
+    assert service._link.counters.received == 1
+
+
+def test_a_deadline_counts_from_the_arrival_whatever_is_read_before(
+    serve: Serve, connect: Connect, llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = serve()
+    client = connect("robot")
+    real = llm.prompter.from_messages
+
+    def late(messages: Any, *args: Any, **options: Any) -> Any:
+        if messages[0]["content"] == "a long one":
+            assert until(lambda: service._link.counters.received == 2)
+            time.sleep(0.5)
+        return real(messages, *args, **options)
+
+    monkeypatch.setattr(llm.prompter, "from_messages", late)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(client.chat, "dev-1", "a long one", timeout_s=60, **GREEDY)
+        assert until(lambda: service._link.counters.received == 1)
+        second = pool.submit(client.chat, "dev-1", ASK, timeout_s=0.4, **GREEDY)
+        with pytest.raises(RemoteError) as caught:
+            second.result()
+        assert (caught.value.status, caught.value.reason) == (408, "deadline_exceeded")
+        assert first.result().finish_reason
 
 
 def test_a_cancelled_request_ends_with_what_there_is(serve: Serve, connect: Connect) -> None:
@@ -508,13 +611,16 @@ def test_a_client_that_dies_frees_the_device(
     with Proxy(mosquitto.port) as proxy, Client(proxy.url, client_id="mortal") as client:
         options = {"max_completion_tokens": 2000, "timeout_s": 600, "temperature": 0, "seed": 5}
         streams = [client.stream("dev-1", f"{number}", **options) for number in range(12)]
-        assert until(lambda: service._core.busy > 0)
-        proxy.closed = True
-        proxy.cut()
-        assert until(lambda: service._core.busy == 0)
-        assert service._core.figures.errors["client_gone"] > 0
-        for stream in streams:
-            stream.close()
+        with ThreadPoolExecutor(12) as pool:
+            readers = [pool.submit(list, stream) for stream in streams]
+            assert until(lambda: service._core.busy > 0)
+            proxy.closed = True
+            proxy.cut()
+            assert until(lambda: service._core.busy == 0)
+            assert service._core.figures.errors["client_gone"] > 0
+            client.close()
+            for reader in readers:
+                assert reader.exception() is None or isinstance(reader.exception(), NetworkError)
 
 
 def test_a_long_answer_comes_through_a_small_broker(llm: LLM, bundle: Path, tmp_path: Path) -> None:
