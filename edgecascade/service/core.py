@@ -14,7 +14,7 @@ import logging
 import math
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -24,6 +24,7 @@ from edgecascade.errors import (
     Cancelled,
     DeadlineExceeded,
     EdgeCascadeError,
+    InvalidRequest,
 )
 from edgecascade.sampling import SamplingParams
 from edgecascade.service import replies
@@ -39,6 +40,7 @@ from edgecascade.service.protocol import (
     Limits,
     Refusal,
     ReplyTo,
+    Request,
     read,
 )
 from edgecascade.service.replies import Head, Outgoing
@@ -137,7 +139,10 @@ class Core:
 
     def receive(self, message: Incoming, now: float) -> list[Outgoing]:
         """A message from the broker that came at this time: its deadline counts from there."""
-        match read(message, self.identity.device, self.topics, self.limits):
+        asked = read(message, self.identity.device, self.topics, self.limits)
+        if len(message.correlation or b"") > self.max_message_bytes // 4:
+            asked = self._without_correlation(asked)
+        match asked:
             case Chat() as chat:
                 return self._chat(chat, now)
             case Cancel() as cancel:
@@ -149,6 +154,16 @@ class Core:
             case Dropped(reason):
                 self.figures.dropped[reason] += 1
         return []
+
+    def _without_correlation(self, asked: Request) -> Request:
+        """A refusal: what cannot be sent back is no mark for an answer."""
+        if not isinstance(asked, Chat | Cancel | Refusal):
+            return asked
+        most = self.max_message_bytes // 4
+        size = len(asked.reply.correlation or b"")
+        message = f"the correlation data has {size} bytes; at most {most} are sent back"
+        problem = Problem(413, "request_too_large", message)
+        return Refusal(asked.client, asked.id, replace(asked.reply, correlation=None), problem)
 
     def tell(self, live: Live, event: Event, now: float) -> list[Outgoing]:
         """An event of a request's generation."""
@@ -206,7 +221,7 @@ class Core:
             return []  # a retry of what runs: its final comes
         if (answer := self._answers.get(key, now)) is not None:
             if answer.fingerprint == chat.fingerprint:
-                return answer.again(chat.reply)
+                return answer.again(chat.reply, self.max_message_bytes)
             problem = Problem(
                 409, "idempotency_conflict", f"id {chat.id!r} was used for another request", "id"
             )
@@ -254,6 +269,8 @@ class Core:
         except Exception as error:
             live.over = True
             del self._live[live.key]
+            if isinstance(error, InvalidRequest):  # it was read, and that is work
+                self._requests.charge(chat.client, now, 1.0)
             if not isinstance(error, EdgeCascadeError):
                 log.exception("a request of %s fails", chat.client)  # and must not end the service
             return [self._refused(chat.id, chat.reply, problem_of(error))]

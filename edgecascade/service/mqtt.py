@@ -31,14 +31,13 @@ from paho.mqtt.subscribeoptions import SubscribeOptions
 from edgecascade.errors import NetworkError
 from edgecascade.service.config import BrokerAddress
 from edgecascade.service.protocol import Incoming
-from edgecascade.service.replies import Outgoing
+from edgecascade.service.replies import PACKET_HEAD_BYTES, Outgoing
 
 log = logging.getLogger(__name__)
 
 MAX_WAITING = 1000  # messages of QoS 1 that wait for the broker
 MAX_CHUNKS = 128  # beyond this many waiting messages, tokens are held back and sent together
 MAX_IN_FLIGHT = 20  # unacknowledged; a broker may ask for less
-PACKET_HEAD_BYTES = 512  # topic and properties beside a payload
 CONNECT_S = 5.0
 ANSWER_S = 10.0  # from CONNECT to CONNACK
 STALE_S = 60.0  # a network thread that has not turned for so long is stuck
@@ -46,6 +45,8 @@ MAX_DELAY_S = 30.0
 WILL_DELAY_S = 5
 STEADY_S = 1.0  # a connection lost sooner counts as a failed one
 MANY_SHORT = 4
+NO_LIMIT = 1 << 28  # bytes of the largest packet of MQTT
+LEAST_LIMIT = 4096  # no broker takes less
 
 UNSUPPORTED_VERSION = 0x84
 SESSION_TAKEN_OVER = 0x8E
@@ -101,6 +102,7 @@ class _Connection:
     opened_at: float
     acknowledged: bool = False
     refusal: int | None = None
+    gave_up: bool = False
     window: int = MAX_IN_FLIGHT
     unacked: dict[int, Outgoing] = field(default_factory=dict)
     acks: deque[tuple[int, int]] = field(default_factory=deque)
@@ -125,7 +127,9 @@ class Link:
         self.counters = LinkCounters()
         self.fatal: str | None = None
         self.reason = "not tried yet"
-        self.max_payload_bytes = 1 << 28
+        self.max_payload_bytes = NO_LIMIT
+        self._learned_limit = NO_LIMIT
+        self._largest_acked = 0
         self._options = options
         self._on_message, self._births = on_message, births
         self._on_up, self._on_result = on_up, on_result
@@ -211,11 +215,9 @@ class Link:
     def publish(self, message: Outgoing) -> bool:
         """Queue a message; False if the queue is full or it is a chunk and nobody is connected."""
         room = MAX_WAITING if message.qos else MAX_CHUNKS
-        if len(message.payload) > self.max_payload_bytes:
+        if message.size > self.max_payload_bytes:
             self.counters.oversize += 1
-            log.error(
-                "%d bytes for %s exceed the broker's limit", len(message.payload), message.topic
-            )
+            log.error("%d bytes for %s exceed the broker's limit", message.size, message.topic)
             return False
         with self._lock:
             if len(self._waiting) >= room or not (message.qos or self._up.is_set()):
@@ -323,7 +325,7 @@ class Link:
                 self._options.address.shown,
                 self._options.client_id,
             )
-        return connection.acknowledged and steady
+        return connection.acknowledged and (steady or connection.gave_up)
 
     def _choose_version(self, connection: _Connection) -> None:
         """MQTT 3.1.1 after a refusal of 5, and after two connections closed without a word."""
@@ -334,7 +336,7 @@ class Link:
         if connection.refusal == UNSUPPORTED_VERSION or self._unanswered == 2:
             self._unanswered = 0
             self._version = "3.1.1" if self._version == "5" else "5"
-            self.reason = f"the broker does not speak this version; next MQTT {self._version}"
+            self.reason = f"{self.reason}; next MQTT {self._version}"
 
     def _client(self) -> paho.Client:
         options, address = self._options, self._options.address
@@ -433,8 +435,8 @@ class Link:
             return
         asked = getattr(properties, "ReceiveMaximum", MAX_IN_FLIGHT)
         connection.window = min(MAX_IN_FLIGHT, asked)
-        largest = getattr(properties, "MaximumPacketSize", 1 << 28)
-        self.max_payload_bytes = largest - PACKET_HEAD_BYTES
+        largest = getattr(properties, "MaximumPacketSize", NO_LIMIT)
+        self.max_payload_bytes = min(largest - PACKET_HEAD_BYTES, self._learned_limit)
         # Always: the session may be gone with the broker's memory, whatever it says.
         if self._options.filters:
             connection.client.subscribe(self._subscriptions())
@@ -553,6 +555,7 @@ class Link:
                 continue
             with self._lock:
                 self._in_flight -= 1
+            self._largest_acked = max(self._largest_acked, message.size)
             if reason >= 0x80:
                 self.counters.denied += 1
                 log.warning("the broker refuses a message to %s: 0x%02x", message.topic, reason)
@@ -565,15 +568,29 @@ class Link:
         if connection.acknowledged:
             self._decided.clear()
             self.counters.losses += 1
+        if self._short >= MANY_SHORT and connection.unacked:
+            self._give_up_largest(connection)
         with self._lock:
             # Tokens of the past are of no use; finals are. A birth is made anew.
-            kept = [m for m in connection.unacked.values() if not m.retain]
-            kept += [m for m in self._waiting if m.qos and not m.retain]
-            self._waiting = deque(kept)
+            kept = [*connection.unacked.values(), *(m for m in self._waiting if m.qos)]
+            most = self.max_payload_bytes
+            self._waiting = deque(m for m in kept if not m.retain and m.size <= most)
             self._in_flight = 0
         if (lost := connection.client.socket()) is not None:
             with contextlib.suppress(OSError):
                 lost.close()
+
+    def _give_up_largest(self, connection: _Connection) -> None:
+        """Connections end as soon as we send: MQTT 3.1.1 has no other word for "too large"."""
+        number, suspect = max(connection.unacked.items(), key=lambda item: item[1].size)
+        del connection.unacked[number]
+        connection.gave_up = True
+        self.counters.oversize += 1
+        log.error("%d bytes for %s are given up: connections end", suspect.size, suspect.topic)
+        least = max(self._largest_acked, LEAST_LIMIT)
+        if suspect.size > least:
+            self._learned_limit = max(least, suspect.size // 2)
+            self.max_payload_bytes = min(self.max_payload_bytes, self._learned_limit)
 
 
 def _wait(sock: Any, bell: socket.socket, *, writing: bool) -> bool:

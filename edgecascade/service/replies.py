@@ -20,6 +20,7 @@ from edgecascade.service.protocol import ReplyTo
 from edgecascade.text.tools import ToolCall
 
 MAX_MESSAGE_BYTES = 96 << 10  # with topic and properties below AWS IoT Core's 128 KB
+PACKET_HEAD_BYTES = 512  # topic and small properties beside a payload
 MAX_PARTS = 256
 IMPOSSIBLE = -9999.0  # log probability of a masked token: JSON has no infinity
 STATES = ("online", "draining", "updating", "offline")
@@ -38,6 +39,11 @@ class Outgoing:
     response_topic: str | None = None
     expiry_s: int | None = None
     tag: str = ""
+
+    @property
+    def size(self) -> int:
+        """Bytes of what has no bound of its own; PACKET_HEAD_BYTES are beside it."""
+        return len(self.payload) + len(self.correlation or b"")
 
 
 @dataclass(frozen=True)
@@ -142,12 +148,12 @@ def completion_body(
 
 def final(reply: ReplyTo, body: Mapping[str, Any], max_bytes: int) -> tuple[Outgoing, ...]:
     """The final, after parts that carry its choice where it is too long for one message."""
-    whole = wire.encode(body)
-    if len(whole) <= max_bytes:
-        return (_last(reply, whole),)
+    whole = _last(reply, wire.encode(body))
+    if whole.size <= max_bytes:
+        return (whole,)
     # ASCII, so that a cut never splits a character.
     choice = json.dumps(body["choices"][0], ensure_ascii=True, separators=(",", ":"))
-    size = max_bytes // 2 - 256  # in JSON again: each quote and backslash doubles
+    size = max(64, max_bytes // 2 - 256)  # in JSON again: each quote and backslash doubles
     cuts = range(0, len(choice), size)
     parts = [
         {"id": body["id"], "part": i, "parts": len(cuts), "text": choice[at : at + size]}

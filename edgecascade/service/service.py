@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 MAX_INBOX = 4096  # messages from the broker that wait; beyond, a client's retry must do
 STATUS_PERIOD_S = 1.0
 LAST_WORDS_S = 2.0
+HASTY_S = 0.5
 TURN_S = 0.25  # so soon stop() is seen
 DEFAULT_MODEL = "default"
 
@@ -107,6 +108,7 @@ class Service:
             self._deliver,
             births=self._births,
         )
+        self._told_end = False
         self._told_status = b""
         self._told_reason = self._link.reason
         self._status_at = 0.0
@@ -124,6 +126,9 @@ class Service:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if not self._told_end and self._link.up:
+            # It was interrupted. The broker speaks no last will for who disconnects in order.
+            self._say_goodbye(HASTY_S)
         self._link.stop()
         if self._own_monitor:
             self._monitor.close()
@@ -261,10 +266,11 @@ class Service:
         }
         return Outgoing(self._topics.telemetry(self._config.device_id), wire.encode(values), qos=0)
 
-    def _say_goodbye(self) -> None:
-        self._link.flush(LAST_WORDS_S)
+    def _say_goodbye(self, patience_s: float = LAST_WORDS_S) -> None:
+        self._told_end = True
+        self._link.flush(patience_s)
         self._link.publish(self._status("offline"))
-        self._link.flush(LAST_WORDS_S)
+        self._link.flush(patience_s)
 
 
 def next_boot(folder: Path, device: str) -> int:

@@ -69,8 +69,8 @@ def connect() -> Iterator[Opener]:
         box.link.stop()
 
 
-def until(holds: Callable[[], bool]) -> bool:
-    end = time.monotonic() + WAIT_S
+def until(holds: Callable[[], bool], within_s: float = WAIT_S) -> bool:
+    end = time.monotonic() + within_s
     while time.monotonic() < end:
         if holds():
             return True
@@ -194,6 +194,38 @@ def test_a_message_over_the_broker_s_limit_is_not_sent(
     assert box.link.counters.oversize == 1
     assert box.link.publish(Outgoing("t/a", b"small"))
     assert box.next().payload == b"small"
+    assert box.link.counters.losses == 0
+
+
+def test_a_message_that_ends_each_connection_is_given_up(tmp_path: Path) -> None:
+    small = LocalBroker(installed.broker("mosquitto"), extra_config="max_packet_size 8192\n")
+    with small as broker:
+        box = Box(broker.url, "one", "t/#", protocol="3.1.1")  # which has no word for the limit
+        box.link.start()
+        try:
+            assert box.link.wait_up(WAIT_S)
+            ready(box, "t/a")
+            assert box.link.publish(Outgoing("t/large", b"x" * 20_000))
+            assert box.link.publish(Outgoing("t/small", b"after it"))
+            assert until(lambda: box.link.counters.oversize == 1, 90.0)
+            assert until(lambda: "t/small" in {message.topic for message in list(box.got.queue)})
+            assert box.link.max_payload_bytes == 10_000
+            assert not box.link.publish(Outgoing("t/large", b"x" * 20_000))
+            assert box.link.flush(WAIT_S)
+        finally:
+            box.link.stop()
+
+
+def test_correlation_data_counts_to_a_message_s_size(
+    mosquitto: LocalBroker, connect: Opener
+) -> None:
+    box = connect(mosquitto.url, "one", "t/#")
+    ready(box, "t/a")
+    most = box.link.max_payload_bytes
+    correlation = b"x" * 1000
+    assert not box.link.publish(Outgoing("t/a", b"x" * (most - 999), correlation=correlation))
+    assert box.link.publish(Outgoing("t/a", b"x" * (most - 1000), correlation=correlation))
+    assert box.next().correlation == correlation
     assert box.link.counters.losses == 0
 
 
