@@ -432,8 +432,13 @@ class Client:
     def _status(self, device: str, payload: bytes) -> None:
         status = read_status(payload)
         with self._lock:
+            if not payload:
+                self._devices.pop(device, None)  # somebody removed what was retained
+            if status is None:
+                return
             known = self._devices.get(device)
-            if status is None or (known is not None and status.boot < known.boot):
+            gone = status.status == "offline"
+            if gone and known is not None and status.boot < known.boot:
                 return  # a late last will of an earlier start
             self._devices[device] = status
         self._any_status.set()

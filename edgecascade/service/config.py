@@ -41,7 +41,8 @@ class BrokerAddress:
     @property
     def shown(self) -> str:
         """For logs: without the password."""
-        return f"{'mqtts' if self.tls else 'mqtt'}://{self.host}:{self.port}"
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{'mqtts' if self.tls else 'mqtt'}://{host}:{self.port}"
 
     def secret(self) -> str | None:
         """The password as it is now: its file may have been renewed.
@@ -79,10 +80,13 @@ def broker_address(
         port = parts.port
     except ValueError as error:
         raise InvalidRequest(f"broker {url!r} is not an address: {error}") from error
-    if parts.scheme not in SCHEMES or not parts.hostname or parts.path not in ("", "/"):
+    more = parts.path not in ("", "/") or parts.query or parts.fragment
+    if parts.scheme not in SCHEMES or not parts.hostname or more or port == 0:
         raise InvalidRequest(f"broker is {url!r}; give mqtt://host:port or mqtts://host:port")
     if protocol not in ("auto", "5", "3.1.1"):
         raise InvalidRequest(f"protocol is {protocol!r}; it must be auto, 5 or 3.1.1")
+    if password_file is not None and not (username or parts.username):
+        raise InvalidRequest("password_file is given without a username, and would not be sent")
     tls = parts.scheme == "mqtts"
     paths = [_readable(name, path) for name, path in
              (("ca", ca_file), ("cert", cert_file), ("key", key_file))]  # fmt: skip
@@ -170,6 +174,8 @@ class ServiceConfig:
             value = getattr(self, name)
             if not low <= value <= high:
                 raise InvalidRequest(f"{name} is {value}; it must be in [{low}, {high}]")
+        if self.model == "":
+            raise InvalidRequest("model is ''; leave it out to serve under the bundle's name")
         if self.profile not in ("lan", "aws"):
             raise InvalidRequest(f"profile is {self.profile!r}; it must be lan or aws")
         for name in (*(self.clients or ()), *self.priority_clients):

@@ -158,8 +158,8 @@ class Exchange:
             self._last = f"{device} is offline"
             self._elsewhere(device)
             self.due = now if not self._fixed else self.due
-        elif self._boot is not None and status.boot > self._boot:
-            self.due = now  # restarted: it has forgotten
+        elif self._boot is not None and status.boot != self._boot and status.status != "offline":
+            self.due = now  # restarted, perhaps without its counter: it has forgotten
         if status.status != "offline":
             self._boot = status.boot
 
@@ -171,7 +171,10 @@ class Exchange:
                 self._elsewhere(self.device)
             self.due = min(self.due, now + ABSENT_S)
         elif reason >= 0x80:
-            message = f"the broker refuses the request with reason 0x{reason:02x}; check its ACL"
+            message = (
+                f"the broker refuses the request with reason 0x{reason:02x}; check its ACL, and "
+                "that the client id is the name of the user or of the certificate"
+            )
             self._end(error=RemoteError(message, status=403, reason="denied", param=None))
 
     def connected(self, now: float) -> None:

@@ -96,6 +96,10 @@ def test_with_a_name_it_waits_for_that_device() -> None:
     assert exchange.step(4.2) is None
     exchange.seen("a", Status("online", 4), 4.3)  # restarted: it has forgotten
     assert sent(exchange, 4.3).device == "a"
+    exchange.seen("a", Status("offline", 3), 4.4)  # a late last will
+    assert exchange.step(4.4) is None
+    exchange.seen("a", Status("online", 1), 4.5)  # restarted, and lost its counter
+    assert sent(exchange, 4.5).device == "a"
 
 
 def test_what_was_never_sent_is_taken_back_at_once() -> None:

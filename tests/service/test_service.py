@@ -431,6 +431,35 @@ def test_status_and_info_are_retained_and_the_end_is_told(
     assert until(lambda: client.devices()["dev-1"].status == "offline")
 
 
+def test_a_device_that_lost_its_counter_is_seen_again(
+    serve: Serve, connect: Connect, tmp_path: Path
+) -> None:
+    (tmp_path / "dev-1.boot").write_text("41\n")
+    first = serve()
+    client = connect("robot")
+    assert client.devices()["dev-1"].boot == 42
+    first.stop()
+    assert until(lambda: client.devices()["dev-1"].status == "offline")
+    serve(state_dir=str(tmp_path / "reinstalled"))
+    assert until(lambda: client.devices()["dev-1"].boot == 1)
+    assert client.chat(None, ASK, timeout_s=WAIT_S, **GREEDY).device == "dev-1"
+
+
+def test_a_device_that_was_removed_is_forgotten(connect: Connect, raw: Raw) -> None:
+    client = connect("robot")
+    said = b'{"status":"online","boot":%d,"accepts":true}'
+    topic = TOPICS.status("dev-7")
+    raw.publish(topic, said % 2, retain=True)
+    assert until(lambda: "dev-7" in client.devices())
+    raw.publish(topic, said.replace(b"online", b"offline") % 1)  # a late last will
+    raw.publish(topic, b"no status")
+    raw.publish(TOPICS.status("dev-8"), said % 1)
+    assert until(lambda: "dev-8" in client.devices())
+    assert client.devices()["dev-7"].status == "online"
+    raw.publish(topic, b"", retain=True)
+    assert until(lambda: "dev-7" not in client.devices())
+
+
 def test_a_pool_answers(serve: Serve, connect: Connect) -> None:
     serve(pool="lab")
     answer = connect("robot").chat(None, ASK, pool="lab", **GREEDY)
