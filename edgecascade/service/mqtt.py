@@ -103,9 +103,33 @@ class _Connection:
     acknowledged: bool = False
     refusal: int | None = None
     gave_up: bool = False
+    socket: Any = None
     window: int = MAX_IN_FLIGHT
     unacked: dict[int, Outgoing] = field(default_factory=dict)
     acks: deque[tuple[int, int]] = field(default_factory=deque)
+
+    @property
+    def alert(self) -> ssl.SSLError | None:
+        """What TLS said when it ended."""
+        return self.socket.alert if isinstance(self.socket, _SecureSocket) else None
+
+
+class _SecureSocket(ssl.SSLSocket):
+    """Remembers the alert that it ended with: in TLS 1.3 a certificate is refused after the
+    handshake, where paho only logs it.
+    """
+
+    alert: ssl.SSLError | None = None
+
+    def recv(self, *args: Any, **options: Any) -> bytes:
+        """See socket."""
+        try:
+            return super().recv(*args, **options)
+        except (ssl.SSLWantReadError, ssl.SSLWantWriteError, ssl.SSLEOFError):
+            raise
+        except ssl.SSLError as error:
+            self.alert = error
+            raise
 
 
 class Link:
@@ -311,6 +335,7 @@ class Link:
         connection = _Connection(client, time.monotonic())
         self._install(connection)
         self._open(client)
+        connection.socket = client.socket()
         try:
             self._turn(connection, bell)
         finally:
@@ -413,9 +438,10 @@ class Link:
         def disconnected(_c: Any, _u: Any, _flags: Any, reason: Any, _p: Any) -> None:
             if connection.acknowledged:
                 self.reason = f"lost: {reason}"
+            elif connection.alert is not None:
+                self._refused(_untrusted(connection.alert))
             elif connection.refusal is None:
-                wants = "; does it want a client certificate?" if self._options.address.tls else ""
-                self.reason = f"it hangs up without an answer{wants}"
+                self.reason = "it hangs up without an answer"
             if reason.value == SESSION_TAKEN_OVER:
                 self.fatal = (
                     f"another client connected as {self._options.client_id!r}; give each its own id"
@@ -619,6 +645,7 @@ def _tls(address: BrokerAddress) -> ssl.SSLContext:
             cafile=str(address.ca_file) if address.ca_file else None
         )
         context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.sslsocket_class = _SecureSocket
         if address.cert_file is not None:
             context.load_cert_chain(str(address.cert_file), str(address.key_file))
     except (OSError, ssl.SSLError) as error:

@@ -318,6 +318,8 @@ def test_a_bad_certificate_is_not_let_in(broker: Broker, file: str) -> None:
         assert not peer.link.wait_up(2.0)
     finally:
         peer.link.stop()
+    own = {"cert": str(broker.folder / f"{file}.crt"), "key": str(broker.folder / f"{file}.key")}
+    refused_at_once(broker, "certificate expired" if file == "expired" else "unknown ca", **own)
 
 
 @pytest.mark.filterwarnings(UNCLOSED)
@@ -329,6 +331,14 @@ def test_none_is_not_let_in(broker: Broker) -> None:
         assert not link.wait_up(2.0)
     finally:
         link.stop()
+    refused_at_once(broker, "certificate required")
+
+
+def refused_at_once(broker: Broker, word: str, **own: str) -> None:
+    began = time.monotonic()
+    with pytest.raises(NetworkError, match=rf"{word}; check the port, and the client certificate"):
+        Client(broker.url, ca=str(broker.folder / "ca.crt"), **own).connect(WAIT_S)
+    assert time.monotonic() - began < WAIT_S / 2
 
 
 @pytest.mark.filterwarnings(UNCLOSED)
