@@ -28,6 +28,7 @@ from edgecascade.errors import InvalidRequest, NetworkError
 from edgecascade.service import report, units, wire
 from edgecascade.service.config import ServiceConfig, state_folder
 from edgecascade.service.core import Core, Live, Model
+from edgecascade.service.inbox import Inbox
 from edgecascade.service.mqtt import Link, LinkOptions
 from edgecascade.service.protocol import Incoming, Limits
 from edgecascade.service.replies import MAX_MESSAGE_BYTES, Outgoing
@@ -35,11 +36,11 @@ from edgecascade.service.topics import Topics
 
 log = logging.getLogger(__name__)
 
-MAX_INBOX = 4096  # messages from the broker that wait; beyond, a client's retry must do
 STATUS_PERIOD_S = 1.0
 LAST_WORDS_S = 2.0
 HASTY_S = 0.5
 TURN_S = 0.25  # so soon stop() is seen
+SLICE_S = 0.01  # requests are read for so long before chunks are sent, whatever a client floods
 DEFAULT_MODEL = "default"
 
 
@@ -65,9 +66,8 @@ class Service:
         self._topics = Topics(config.prefix)
         self._monitor = monitor or Monitor()
         self._own_monitor = monitor is None
-        self._inbox: deque[Callable[[float], list[Outgoing]]] = deque()  # given the time
-        self._incoming = 0
-        self._lost_incoming = 0
+        self._events: deque[tuple[Live, Event]] = deque()
+        self._inbox = Inbox()
         self._wake = threading.Event()
         self._stopping = False
         name = config.model or llm.bundle.path.name
@@ -180,48 +180,49 @@ class Service:
 
     def _turn(self) -> float:
         """Everything that is to be done now."""
-        now = time.monotonic()
-        while self._inbox:
-            for message in self._handle(self._inbox.popleft(), now):
-                self._link.publish(message)
         self._core.max_message_bytes = min(MAX_MESSAGE_BYTES, self._link.max_payload_bytes)
+        self._hear()
+        now = time.monotonic()
         for message in self._core.tick(now, can_stream=self._can_stream):
             self._link.publish(message)
         self._report(now)
         return now
 
-    def _handle(self, item: Callable[[float], list[Outgoing]], now: float) -> list[Outgoing]:
+    def _hear(self) -> None:
+        """What the engine tells; then requests, for as long as running streams can wait."""
+        now = time.monotonic()
+        for _ in range(len(self._events)):
+            self._perform(partial(self._core.tell, *self._events.popleft(), now))
+        while time.monotonic() < now + SLICE_S and (arrived := self._inbox.take()) is not None:
+            self._perform(partial(self._core.receive, *arrived))
+
+    def _perform(self, decide: Callable[[], list[Outgoing]]) -> None:
         try:
-            return item(now)
+            messages = decide()
         except Exception:  # one message must not silence the device for all others
             log.exception("a message is not handled")
-            return []
-
-    def _receive(self, message: Incoming, arrived: float, now: float) -> list[Outgoing]:
-        # At the time when it came: it may have waited while long prompts were read.
-        self._incoming -= 1
-        return self._core.receive(message, arrived)
+            return
+        for message in messages:
+            self._link.publish(message)
 
     def _can_stream(self) -> bool:
         return self._link.can_stream
 
     def _sleep(self, now: float) -> None:
+        if self._inbox or self._events:
+            return
         due = min(self._core.next_due(now), self._telemetry_at, now + TURN_S)
         self._wake.wait(max(0.0, due - time.monotonic()))
         self._wake.clear()
 
     def _deliver(self, message: Incoming) -> None:
         # On the network thread.
-        if self._incoming >= MAX_INBOX:
-            self._lost_incoming += 1
-            return
-        self._incoming += 1
-        self._inbox.append(partial(self._receive, message, time.monotonic()))
+        self._inbox.put(message, time.monotonic())
         self._wake.set()
 
     def _post(self, live: Live, event: Event) -> None:
         # On the engine's thread.
-        self._inbox.append(partial(self._core.tell, live, event))
+        self._events.append((live, event))
         self._wake.set()
 
     def _births(self) -> list[Outgoing]:
@@ -261,7 +262,7 @@ class Service:
             "busy": min(live, slots),
             "queue": max(0, live - slots),
             **self._core.figures.telemetry(),
-            "net": {**asdict(self._link.counters), "lost_incoming": self._lost_incoming},
+            "net": {**asdict(self._link.counters), "lost_incoming": self._inbox.lost},
             **self._monitor.facts().telemetry(),
         }
         return Outgoing(self._topics.telemetry(self._config.device_id), wire.encode(values), qos=0)

@@ -576,6 +576,36 @@ def test_the_same_id_runs_once(serve: Serve, raw: Raw) -> None:
     assert last["error"]["code"] == "idempotency_conflict"
 
 
+def test_a_flood_holds_up_neither_streams_nor_the_end(
+    serve: Serve, raw: Raw, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = serve()
+    real, slow_s = service._core.receive, 0.02
+
+    def slow(message: Any, now: float) -> Any:
+        time.sleep(slow_s)
+        return real(message, now)
+
+    monkeypatch.setattr(service._core, "receive", slow)
+    for number in range(1000):  # 20 s of work
+        raw.publish(raw.chat, b'{"id":"invalid-%04d"}' % number)
+    assert until(lambda: len(service._inbox) > 500)
+    body = json.dumps({"id": "request-1", "messages": ASK, "stream": True, **GREEDY}).encode()
+    raw.client.subscribe("edgecascade/v1/c/neighbour/#", 1)
+    raw.publish(TOPICS.chat("dev-1", "neighbour"), body)
+    kinds = []
+    while "chat.completion" not in kinds:
+        message = raw.got.get(timeout=WAIT_S)
+        if "/neighbour/" in message.topic:
+            kinds.append(json.loads(message.payload).get("object"))
+    assert "chat.completion.chunk" in kinds
+    assert len(service._inbox) > 100  # all that while the flood goes on
+    service.stop()
+    assert until(lambda: service._core.draining)
+    assert len(service._inbox) > 100
+    slow_s = 0.0
+
+
 def test_nothing_is_left_behind(serve: Serve, connect: Connect, llm: LLM) -> None:
     before = threading.active_count()
     service = serve()
@@ -585,7 +615,7 @@ def test_nothing_is_left_behind(serve: Serve, connect: Connect, llm: LLM) -> Non
         with suppress(RemoteError):
             client.chat("dev-1", ASK, temperature=9)
     assert client._pending == {}
-    assert (service._core.busy, len(service._inbox)) == (0, 0)
+    assert (service._core.busy, len(service._inbox), len(service._events)) == (0, 0, 0)
     assert service._core._per_client == {}
     assert threading.active_count() <= before + 3  # one runs the service, two the connections
 
