@@ -49,6 +49,7 @@ from edgecascade.text.tools import ToolCall
 CONNECT_S = 10.0
 STATUS_S = 0.3  # retained states arrive within this after the subscription
 TIMEOUT_S = 60.0
+MAX_EXPIRY_S = 2**32 - 1  # of a message of MQTT 5
 
 Messages = str | Sequence[Mapping[str, Any]]
 Heard = Callable[[float], Shown | None]  # given the time, what to show of what was heard
@@ -388,7 +389,7 @@ class Client:
             else topics.pool_chat(str(pending.pool), self.id)
         )
         body = {**pending.body, "timeout_s": round(send.remaining_s, 3)}
-        expiry_s = max(1, round(send.remaining_s))
+        expiry_s = min(max(1, round(send.remaining_s)), MAX_EXPIRY_S)
         return Outgoing(topic, wire.encode(body), expiry_s=expiry_s, tag=pending.id)
 
     def _forget(self, pending: _Pending) -> None:

@@ -21,10 +21,12 @@ from typing import Any, Protocol
 from edgecascade.completion import Accepted, Completion, Event, Failure, Piece
 from edgecascade.device.monitor import Cost, Monitor, Span
 from edgecascade.errors import (
+    BackendError,
     Cancelled,
     DeadlineExceeded,
     EdgeCascadeError,
     InvalidRequest,
+    OutOfMemory,
 )
 from edgecascade.sampling import SamplingParams
 from edgecascade.service import replies
@@ -107,7 +109,10 @@ class Live:
 
 
 class Core:
-    """Decides what each message and event leads to. One thread calls it."""
+    """Decides what each message and event leads to. One thread calls it.
+
+    `now` is of the clock that the model counts deadlines by, time.monotonic().
+    """
 
     def __init__(
         self,
@@ -126,6 +131,7 @@ class Core:
         self.identity, self.topics, self.limits = identity, topics, limits
         self.figures = Figures()
         self.draining = False
+        self.failures = 0  # requests in a row that the engine failed
         self.max_message_bytes = replies.MAX_MESSAGE_BYTES
         self._model, self._post, self._monitor = model, post, monitor
         self._wall_clock = wall_clock
@@ -271,12 +277,18 @@ class Core:
             del self._live[live.key]
             if isinstance(error, InvalidRequest):  # it was read, and that is work
                 self._requests.charge(chat.client, now, 1.0)
+            self._count_failure(error)
             if not isinstance(error, EdgeCascadeError):
                 log.exception("a request of %s fails", chat.client)  # and must not end the service
             return [self._refused(chat.id, chat.reply, problem_of(error))]
         self._per_client[chat.client] += 1
         self._requests.charge(chat.client, now, 1.0)
         return []
+
+    def _count_failure(self, error: Exception) -> None:
+        # A request may be too large for the memory; of all others the device is to blame.
+        if isinstance(error, BackendError) and not isinstance(error, OutOfMemory):
+            self.failures += 1
 
     def _cancel(self, cancel: Cancel, now: float) -> list[Outgoing]:
         key = (cancel.client, cancel.id)
@@ -348,6 +360,7 @@ class Core:
         self._prompt_tokens.charge(live.chat.client, now, done.usage.prompt_tokens)
         self.figures.completion_tokens += done.usage.completion_tokens
         if done.token_ids:
+            self.failures = 0
             self.figures.ttft_s.append(done.timings.first_token_s)
         return [*out, *finals]
 
@@ -378,6 +391,7 @@ class Core:
     def _failed(self, live: Live, error: EdgeCascadeError, now: float) -> list[Outgoing]:
         if live.taken_back == "client" and isinstance(error, Cancelled):
             return self._cancelled_unstarted(live, now)
+        self._count_failure(error)
         problem = problem_of(error)
         if live.taken_back == "gone":
             message = "the client's connection was lost; ask again"

@@ -24,7 +24,7 @@ from typing import Any, Protocol
 
 from edgecascade.completion import Event
 from edgecascade.device.monitor import Monitor
-from edgecascade.errors import InvalidRequest, NetworkError
+from edgecascade.errors import BackendError, InvalidRequest, NetworkError
 from edgecascade.service import report, units, wire
 from edgecascade.service.config import ServiceConfig, state_folder
 from edgecascade.service.core import Core, Live, Model
@@ -42,6 +42,7 @@ HASTY_S = 0.5
 TURN_S = 0.25  # so soon stop() is seen
 SLICE_S = 0.01  # requests are read for so long before chunks are sent, whatever a client floods
 DEFAULT_MODEL = "default"
+MAX_FAILURES = 8  # in a row; one that succeeds begins the count anew
 
 
 class Served(Model, Protocol):
@@ -151,6 +152,7 @@ class Service:
 
         Raises:
             NetworkError: when another client took this device's name at the broker.
+            BackendError: when no request succeeds any more: only a new start may help.
         """
         units.notify("STATUS=loaded")  # though the broker may be out of reach
         drained_at: float | None = None
@@ -170,6 +172,10 @@ class Service:
                     drained_at = now + LAST_WORDS_S + self._config.drain_s
             if self._link.fatal:
                 raise NetworkError(self._link.fatal)
+            if self._core.failures >= MAX_FAILURES:
+                raise BackendError(
+                    f"{self._core.failures} requests in a row failed; start the service again"
+                )
             if self._link.up and not told:
                 told = units.notify("READY=1")
             if period_s is not None and now >= alive_at and self._link.alive:

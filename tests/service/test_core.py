@@ -18,6 +18,7 @@ from edgecascade.errors import (
     DeadlineExceeded,
     EdgeCascadeError,
     InvalidRequest,
+    OutOfMemory,
     Overloaded,
 )
 from edgecascade.service import answers
@@ -148,6 +149,19 @@ def test_an_answer_is_repeated_in_parts_where_it_no_longer_fits(desk: Desk) -> N
     *parts, (_, _, last) = desk.ask()
     assert len(parts) == last["parts"] > 0
     assert json.loads("".join(part["text"] for _, _, part in parts)) == whole[2]["choices"][0]
+
+
+def test_failures_in_a_row_are_counted(desk: Desk) -> None:
+    for number, error in enumerate((BackendError("lost"), OutOfMemory("full"))):
+        desk.ask(f"request-{number}")
+        desk.happens(Failure(error))
+    desk.model.refuses = BackendError("closed")
+    desk.ask("request-2")
+    assert desk.core.failures == 2  # a request too large for the memory is its own fault
+    desk.model.refuses = None
+    desk.ask("request-3")
+    desk.happens(completion())
+    assert desk.core.failures == 0
 
 
 def test_requests_that_were_read_in_vain_count(desk: Desk) -> None:

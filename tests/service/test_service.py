@@ -223,6 +223,13 @@ def test_a_stream_that_the_garbage_collector_ends_blocks_nobody(
     assert client.chat("dev-1", ASK, **GREEDY).finish_reason
 
 
+def test_a_timeout_may_be_longer_than_any_message_lives(serve: Serve, connect: Connect) -> None:
+    service = serve()
+    client = connect("robot")
+    assert client.chat("dev-1", ASK, timeout_s=1e12, **GREEDY).finish_reason
+    assert client._link.counters.losses == service._link.counters.losses == 0
+
+
 def test_a_timeout_counts_from_the_call(connect: Connect) -> None:
     stream = connect("robot").stream("dev-1", ASK, timeout_s=0.1)
     time.sleep(1.3)  # beyond the grace for a device's own word
