@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
@@ -79,10 +80,11 @@ def broker_address(
         parts = urlsplit(url)
         port = parts.port
     except ValueError as error:
-        raise InvalidRequest(f"broker {url!r} is not an address: {error}") from error
+        raise InvalidRequest(f"broker {_masked(url)!r} is not an address: {error}") from error
     more = parts.path not in ("", "/") or parts.query or parts.fragment
     if parts.scheme not in SCHEMES or not parts.hostname or more or port == 0:
-        raise InvalidRequest(f"broker is {url!r}; give mqtt://host:port or mqtts://host:port")
+        shown = _masked(url)
+        raise InvalidRequest(f"broker is {shown!r}; give mqtt://host:port or mqtts://host:port")
     if protocol not in ("auto", "5", "3.1.1"):
         raise InvalidRequest(f"protocol is {protocol!r}; it must be auto, 5 or 3.1.1")
     if password_file is not None and not (username or parts.username):
@@ -91,7 +93,7 @@ def broker_address(
     paths = [_readable(name, path) for name, path in
              (("ca", ca_file), ("cert", cert_file), ("key", key_file))]  # fmt: skip
     if any(paths) and not tls:
-        raise InvalidRequest(f"certificates are given, but {url!r} is not mqtts://")
+        raise InvalidRequest(f"certificates are given, but {_masked(url)!r} is not mqtts://")
     if (paths[1] is None) != (paths[2] is None):
         raise InvalidRequest("a client certificate needs both cert and key")
     return BrokerAddress(
@@ -107,6 +109,11 @@ def broker_address(
         protocol=protocol,  # type: ignore[arg-type]
         keepalive_s=keepalive_s,
     )
+
+
+def _masked(url: str) -> str:
+    """For messages: without the password."""
+    return re.sub(r":[^:/@]*@", ":***@", url)
 
 
 def _readable(name: str, path: str | Path | None) -> Path | None:

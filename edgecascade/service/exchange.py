@@ -226,7 +226,9 @@ class Exchange:
         self._run = _Run()
         self._elsewhere(device)
         pause_s = 1.0 if problem.retry_after_ms is None else problem.retry_after_ms / 1000
-        self.due = now + (pause_s if self._fixed or self.pool else min(pause_s, ABSENT_S))
+        if not (self._fixed or self.pool or self.choose(frozenset(self._avoid)) is None):
+            pause_s = min(pause_s, ABSENT_S)  # another one may have room
+        self.due = now + pause_s
 
     def _chunk(self, device: str, chunk: Chunk) -> Shown | None:
         run = self._run

@@ -122,6 +122,15 @@ def test_an_address_that_cannot_be_is_refused(url: str) -> None:
         broker_address(url)
 
 
+@pytest.mark.parametrize(
+    "url", ["mqtt://me:secret@b:0", "mqtt://me:secret@b:99999", "x://:secret@"]
+)
+def test_a_refused_address_is_shown_without_its_password(url: str) -> None:
+    with pytest.raises(InvalidRequest, match="broker") as caught:
+        broker_address(url)
+    assert "secret" not in str(caught.value)
+
+
 def test_addresses() -> None:
     plain = broker_address("mqtt://me:p%40ss@broker")
     assert (plain.port, plain.tls, plain.username, plain.password) == (1883, False, "me", "p@ss")

@@ -86,6 +86,14 @@ def test_without_a_name_a_silent_device_is_left() -> None:
     assert sent(exchange, 2.0).device == "a"  # all were tried: from the start
 
 
+def test_without_another_device_it_waits_as_long_as_it_is_told() -> None:
+    exchange = Exchange(60.0, lambda avoid: None if "a" in avoid else "a")
+    assert sent(exchange, 0.0).device == "a"
+    exchange.hear("a", BUSY, 1.0)
+    assert exchange.step(3.9) is None
+    assert sent(exchange, 4.0).device == "a"
+
+
 def test_with_a_name_it_waits_for_that_device() -> None:
     exchange = named("a")
     sent(exchange, 0.0)
