@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 from conftest import WAIT_S, Connect
+from proxy import Proxy
 from test_service import until
 
 from edgecascade.cli import main
@@ -69,6 +70,18 @@ def test_ask_prints_the_answer(start: Start, mosquitto: LocalBroker) -> None:
     message = json.loads(asked.stdout)["choices"][0]["message"]
     assert done.stdout == message["content"] + "\n"
     assert message.get("reasoning_content", "") in done.stderr
+
+
+def test_ask_says_at_once_that_it_is_not_let_in(
+    mosquitto: LocalBroker, capsys: pytest.CaptureFixture[str]
+) -> None:
+    not_authorized = b"\x20\x03\x00\x87\x00"
+    with Proxy(mosquitto.port, refusals=[not_authorized]) as proxy:
+        assert main(["ask", "--mqtt", proxy.url, "--timeout", "60", ASK]) == 1
+        assert len(proxy.versions) == 1  # no second try
+    told = capsys.readouterr().err
+    assert "error [network-failed]" in told
+    assert "Not authorized; check the user name" in told
 
 
 @contextmanager
