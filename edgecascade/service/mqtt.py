@@ -609,14 +609,15 @@ class Link:
     def _give_up_largest(self, connection: _Connection) -> None:
         """Connections end as soon as we send: MQTT 3.1.1 has no other word for "too large"."""
         number, suspect = max(connection.unacked.items(), key=lambda item: item[1].size)
+        least = max(self._largest_acked, LEAST_LIMIT)
+        if suspect.size <= least:
+            return  # as large ones went through
         del connection.unacked[number]
         connection.gave_up = True
+        self._learned_limit = max(least, suspect.size // 2)
+        self.max_payload_bytes = min(self.max_payload_bytes, self._learned_limit)
         self.counters.oversize += 1
         log.error("%d bytes for %s are given up: connections end", suspect.size, suspect.topic)
-        least = max(self._largest_acked, LEAST_LIMIT)
-        if suspect.size > least:
-            self._learned_limit = max(least, suspect.size // 2)
-            self.max_payload_bytes = min(self.max_payload_bytes, self._learned_limit)
 
 
 def _wait(sock: Any, bell: socket.socket, *, writing: bool) -> bool:

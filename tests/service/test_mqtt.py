@@ -21,6 +21,7 @@ from proxy import Proxy
 
 from edgecascade.client import Client
 from edgecascade.errors import NetworkError
+from edgecascade.service import mqtt
 from edgecascade.service.broker import LocalBroker, free_port
 from edgecascade.service.config import broker_address
 from edgecascade.service.mqtt import MAX_WAITING, Link, LinkOptions
@@ -214,6 +215,16 @@ def test_a_message_that_ends_each_connection_is_given_up(tmp_path: Path) -> None
             assert box.link.flush(WAIT_S)
         finally:
             box.link.stop()
+
+
+@pytest.mark.parametrize(("sizes", "acked"), [((200, 4096), 0), ((200, 9000), 9000)])
+def test_nothing_is_given_up_that_a_broker_takes(sizes: tuple[int, ...], acked: int) -> None:
+    link = Link(LinkOptions(broker_address("mqtt://broker"), "one", ()), print)
+    link._short, link._largest_acked = 100, acked  # a network that keeps failing
+    sent = {number: Outgoing("t", b"x" * size) for number, size in enumerate(sizes)}
+    link._lost(mqtt._Connection(link._client(), 0.0, unacked=dict(sent)))
+    assert list(link._waiting) == list(sent.values())
+    assert link.counters.oversize == 0
 
 
 def test_correlation_data_counts_to_a_message_s_size(
