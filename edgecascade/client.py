@@ -357,9 +357,10 @@ class Client:
             exchange.fail(NetworkError("this client was closed before the answer came"))
         away = None if self._link.up else self._link.reason
         if (send := exchange.step(now, away=away)) is not None:
-            if not send.cancel:
-                self._send(pending, send)
-            if exchange.cancelled:  # perhaps while it was being sent
+            self._send(pending, send)
+            if exchange.cancelled:
+                # After it: a device that has ended it tells the end again, one that forgot it ends
+                # it at once, and one that runs it ignores the retry.
                 self._send_cancel(pending)
             if (status := self._devices.get(send.device or "")) is not None:
                 exchange.seen(str(send.device), status, now)  # so that a restart is noticed

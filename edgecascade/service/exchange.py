@@ -25,14 +25,10 @@ NO_MATCHING_SUBSCRIBERS = 0x10
 
 @dataclass(frozen=True)
 class Send:
-    """Publish the request: to a device, or to the pool where there is none yet.
-
-    `cancel`: publish its cancellation instead.
-    """
+    """Publish the request: to a device, or to the pool where there is none yet."""
 
     device: str | None
     remaining_s: float
-    cancel: bool = False
 
 
 @dataclass(frozen=True)
@@ -111,7 +107,7 @@ class Exchange:
         if self.cancelled and self.device is None:
             return None  # whoever of the pool has it will say so
         self.sends += 1
-        return Send(self.device, self.deadline - now, self.cancelled)
+        return Send(self.device, self.deadline - now)
 
     def take_back(self, now: float) -> None:
         """End at once if it is cancelled and no device can have it."""
@@ -207,9 +203,8 @@ class Exchange:
         return self._show(text, reasoning)
 
     def _failed(self, device: str, problem: Problem, now: float) -> None:
-        if self.cancelled and problem.code == "not_found":  # it began anew, and forgot
-            self._end(error=Cancelled(f"the request was taken back; {device} does not know it"))
-            return
+        if self.cancelled and problem.code == "not_found":
+            return  # it began anew, and forgot: the retry, which is cancelled at once, ends it
         retryable = problem.retryable or problem.status in (429, 503)
         self._engine_errors += problem.status >= 500 and problem.status != 503
         if not retryable or self._engine_errors >= MAX_ENGINE_ERRORS:

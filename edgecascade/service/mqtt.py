@@ -44,6 +44,7 @@ STALE_S = 60.0  # a network thread that has not turned for so long is stuck
 MAX_DELAY_S = 30.0
 WILL_DELAY_S = 5
 STEADY_S = 1.0  # a connection lost sooner counts as a failed one
+SHORT_FAILURES = 2  # that count after it: the next try is within 8 s
 MANY_SHORT = 4
 NO_LIMIT = 1 << 28  # bytes of the largest packet of MQTT
 LEAST_LIMIT = 4096  # no broker takes less
@@ -293,7 +294,7 @@ class Link:
     def _run(self, bell: socket.socket) -> None:
         failures = 0
         while not self._stopping.is_set() and self.fatal is None:
-            worked = False
+            worked, connects = False, self.counters.connects
             try:
                 worked = self._connection(bell)
             except (ssl.SSLEOFError, ssl.SSLSyscallError) as error:  # cut meanwhile
@@ -307,6 +308,8 @@ class Link:
             except Exception as error:  # a dead network thread would be silence
                 self.reason = f"{type(error).__name__}: {error}"
                 log.exception("the connection to %s failed", self._options.address.shown)
+            if self.counters.connects > connects:  # it took us, so it is there: not long away
+                failures = min(failures, SHORT_FAILURES)
             failures = 0 if worked else failures + 1
             if self.fatal is not None:
                 self._decided.set()

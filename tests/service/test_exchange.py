@@ -118,15 +118,16 @@ def test_what_was_never_sent_is_taken_back_at_once() -> None:
     assert isinstance(exchange.error, Cancelled)
 
 
-def test_a_cancellation_is_sent_again_instead_of_the_request() -> None:
+def test_a_cancelled_request_is_sent_again_until_its_end_is_heard() -> None:
     exchange = named("a")
     sent(exchange, 0.0)
     exchange.cancelled = True
     exchange.take_back(0.1)
-    assert not exchange.over
-    assert sent(exchange, ACKNOWLEDGE_S) == Send("a", 60.0 - ACKNOWLEDGE_S, cancel=True)
-    exchange.hear("a", Failed(Problem(404, "not_found", "unknown")), 3.0)
-    assert isinstance(exchange.error, Cancelled)
+    exchange.hear("a", Failed(Problem(404, "not_found", "unknown")), 0.2)
+    assert sent(exchange, ACKNOWLEDGE_S).device == "a"
+    exchange.hear("a", final("what there is"), 3.0)
+    assert exchange.over
+    assert exchange.error is None
 
 
 def test_a_cancelled_request_does_not_go_to_another_device() -> None:
@@ -144,7 +145,7 @@ def test_a_cancelled_request_of_a_pool_waits_for_who_has_it() -> None:
     exchange.cancelled = True
     assert exchange.step(ACKNOWLEDGE_S) is None
     exchange.hear("b", Queued(1), 3.0)
-    assert sent(exchange, 3.0) == Send("b", 57.0, cancel=True)
+    assert sent(exchange, 3.0) == Send("b", 57.0)
 
 
 def test_a_refusal_ends_it() -> None:

@@ -237,6 +237,30 @@ def test_a_timeout_counts_from_the_call(connect: Connect) -> None:
         next(stream)
 
 
+def test_a_cancelled_request_whose_end_was_lost_is_told_again(
+    serve: Serve, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = serve()
+    client = connect("robot")
+    publish, lost = service._link.publish, threading.Event()
+
+    def loses_the_first_final(message: Any) -> bool:
+        if b'"chat.completion"' in message.payload and not lost.is_set():
+            lost.set()
+            return True
+        return publish(message)
+
+    monkeypatch.setattr(service._link, "publish", loses_the_first_final)
+    stream = client.stream("dev-1", ASK, timeout_s=600, flush_ms=0, max_completion_tokens=2000)
+    next(stream)
+    client.cancel(stream.id)
+    assert lost.wait(WAIT_S)
+    for _ in stream:
+        pass
+    assert stream.answer.finish_reason in ("cancelled", "stop")
+    assert sum(service._core.figures.finished.values()) == 1
+
+
 def test_a_request_that_no_device_has_is_taken_back_at_once(serve: Serve, connect: Connect) -> None:
     client = connect("robot")
     ends: queue.Queue[Exception] = queue.Queue()
