@@ -49,6 +49,7 @@ from edgecascade.text.tools import ToolCall
 CONNECT_S = 10.0
 STATUS_S = 0.3  # retained states arrive within this after the subscription
 TIMEOUT_S = 60.0
+MAX_EXPIRY_S = 2**32 - 1  # of a message of MQTT 5
 
 Messages = str | Sequence[Mapping[str, Any]]
 Heard = Callable[[float], Shown | None]  # given the time, what to show of what was heard
@@ -80,12 +81,14 @@ class _Pending:
 
 
 class Stream:
-    """What is to be shown of an answer, piece by piece; `answer` is there at the end."""
+    """What is to be shown of an answer, piece by piece; `answer` is there at the end.
 
-    def __init__(
-        self, pending: _Pending, pieces: Generator[Shown], forget: Callable[[_Pending], None]
-    ) -> None:
-        self._pending, self._pieces, self._forget = pending, pieces, forget
+    Nothing is sent before the first piece is asked for. Closed early, or dropped, it takes the
+    request back.
+    """
+
+    def __init__(self, pending: _Pending, pieces: Generator[Shown]) -> None:
+        self._pending, self._pieces = pending, pieces
 
     @property
     def id(self) -> str:
@@ -98,9 +101,8 @@ class Stream:
         return _answer(self._pending)
 
     def close(self) -> None:
-        """Stop early: the device stops, too."""
+        """Stop early: the device stops, too. While another thread waits, use Client.cancel."""
         self._pieces.close()
-        self._forget(self._pending)  # a generator that never ran has no end
 
     def __iter__(self) -> Iterator[Shown]:
         return self
@@ -165,13 +167,9 @@ class Client:
         """Connect, and wait until the broker has accepted it; also again after close().
 
         Raises:
-            NetworkError: with the reason when it does not.
+            NetworkError: with the reason when it does not; at once where it refuses for good.
         """
-        self._link.start()
-        if not self._link.wait_up(timeout_s):
-            reason = self._link.fatal or self._link.reason
-            self._link.stop()
-            raise NetworkError(f"no connection to the broker: {reason}")
+        self._link.connect(timeout_s)
         self._any_status.wait(STATUS_S)
         return self
 
@@ -205,7 +203,9 @@ class Client:
         return stream.answer
 
     def stream(self, device: str | None, messages: Messages, **options: Any) -> Stream:
-        """As chat(), piece by piece."""
+        """As chat(), piece by piece. What cannot be asked is refused now, and `timeout_s` counts
+        from now; the request is sent when the first piece is asked for.
+        """
         return self._stream(device, messages, options, stream=True)
 
     async def achat(self, device: str | None, messages: Messages, **options: Any) -> Answer:
@@ -226,14 +226,16 @@ class Client:
         _answer(pending)
 
     def cancel(self, request_id: str) -> None:
-        """Take a request back; it ends with what there is of its answer."""
+        """Take a request back; it ends with what there is of its answer.
+
+        Its stream raises Cancelled where no device has anything of it.
+        """
         pending = self._pending.get(request_id)
         if pending is None or pending.exchange.over:
             return
         pending.exchange.cancelled = True
-        if (device := pending.exchange.device) is not None:
-            topic = self._topics.cancel(device, self.id)
-            self._link.publish(Outgoing(topic, wire.encode({"id": request_id})))
+        self._send_cancel(pending)
+        pending.put(pending.exchange.take_back)
 
     def __enter__(self) -> Client:
         return self.connect()
@@ -262,10 +264,10 @@ class Client:
     ) -> Stream:
         inbox: queue.SimpleQueue[Heard] = queue.SimpleQueue()
         pending = self._open(device, messages, options, inbox.put, stream=stream)
-        self._step(pending)
-        return Stream(pending, self._pieces(pending, inbox), self._forget)
+        return Stream(pending, self._pieces(pending, inbox))
 
     def _pieces(self, pending: _Pending, inbox: queue.SimpleQueue[Heard]) -> Generator[Shown]:
+        self._register(pending)
         try:
             while (wait_s := self._step(pending)) is not None:
                 try:
@@ -288,12 +290,12 @@ class Client:
                 loop.call_soon_threadsafe(inbox.put_nowait, heard)
 
         pending = self._open(device, messages, options, put, stream=stream)
-        self._step(pending)
         return pending, self._apieces(pending, inbox)
 
     async def _apieces(
         self, pending: _Pending, inbox: asyncio.Queue[Heard]
     ) -> AsyncGenerator[Shown]:
+        self._register(pending)
         try:
             while (wait_s := self._step(pending)) is not None:
                 try:
@@ -338,12 +340,13 @@ class Client:
         exchange = Exchange(
             time.monotonic() + timeout_s, self._choose, device, pool=pool is not None
         )
-        pending = _Pending(request_id, exchange, body, pool, put)
+        return _Pending(request_id, exchange, body, pool, put)
+
+    def _register(self, pending: _Pending) -> None:
         with self._lock:
-            if request_id in self._pending:
-                raise InvalidRequest(f"request {request_id!r} is running already")
-            self._pending[request_id] = pending
-        return pending
+            if pending.id in self._pending:
+                raise InvalidRequest(f"request {pending.id!r} is running already")
+            self._pending[pending.id] = pending
 
     def _step(self, pending: _Pending) -> float | None:
         """Send what is due; seconds until there is more to do, None at the end."""
@@ -352,20 +355,32 @@ class Client:
             exchange.fail(NetworkError(self._link.fatal))
         elif not self._link.started:
             exchange.fail(NetworkError("this client was closed before the answer came"))
-        if (send := exchange.step(now, up=self._link.up)) is not None:
-            request = self._request(pending, send)
-            most = self._link.max_payload_bytes
-            if not self._link.publish(request) and len(request.payload) > most:
-                exchange.fail(
-                    InvalidRequest(
-                        f"the request has {len(request.payload)} bytes; this broker takes {most}"
-                    )
-                )
+        away = None if self._link.up else self._link.reason
+        if (send := exchange.step(now, away=away)) is not None:
+            self._send(pending, send)
+            if exchange.cancelled:
+                # After it: a device that has ended it tells the end again, one that forgot it ends
+                # it at once, and one that runs it ignores the retry.
+                self._send_cancel(pending)
             if (status := self._devices.get(send.device or "")) is not None:
                 exchange.seen(str(send.device), status, now)  # so that a restart is noticed
         if exchange.over:
             return None
         return max(0.0, min(exchange.due, exchange.deadline + GRACE_S + 0.01) - now)
+
+    def _send(self, pending: _Pending, send: Send) -> None:
+        request, most = self._request(pending, send), self._link.max_payload_bytes
+        if not self._link.publish(request) and len(request.payload) > most:
+            pending.exchange.fail(
+                InvalidRequest(
+                    f"the request has {len(request.payload)} bytes; this broker takes {most}"
+                )
+            )
+
+    def _send_cancel(self, pending: _Pending) -> None:
+        if (device := pending.exchange.device) is not None:
+            topic = self._topics.cancel(device, self.id)
+            self._link.publish(Outgoing(topic, wire.encode({"id": pending.id})))
 
     def _request(self, pending: _Pending, send: Send) -> Outgoing:
         topics = self._topics
@@ -375,13 +390,13 @@ class Client:
             else topics.pool_chat(str(pending.pool), self.id)
         )
         body = {**pending.body, "timeout_s": round(send.remaining_s, 3)}
-        expiry_s = max(1, round(send.remaining_s))
+        expiry_s = min(max(1, round(send.remaining_s)), MAX_EXPIRY_S)
         return Outgoing(topic, wire.encode(body), expiry_s=expiry_s, tag=pending.id)
 
     def _forget(self, pending: _Pending) -> None:
+        # Without our lock: a dropped stream ends wherever the garbage collector happens to run.
         self.cancel(pending.id)
-        with self._lock:
-            self._pending.pop(pending.id, None)
+        self._pending.pop(pending.id, None)
 
     def _choose(self, avoid: frozenset[str]) -> str | None:
         """The least busy device that accepts requests."""
@@ -419,8 +434,13 @@ class Client:
     def _status(self, device: str, payload: bytes) -> None:
         status = read_status(payload)
         with self._lock:
+            if not payload:
+                self._devices.pop(device, None)  # somebody removed what was retained
+            if status is None:
+                return
             known = self._devices.get(device)
-            if status is None or (known is not None and status.boot < known.boot):
+            gone = status.status == "offline"
+            if gone and known is not None and status.boot < known.boot:
                 return  # a late last will of an earlier start
             self._devices[device] = status
         self._any_status.set()

@@ -187,7 +187,7 @@ class LLM:
         Raises:
             InvalidRequest: for a prompt or parameter that cannot be; ContextExceeded if too long.
         """
-        params, how = self._options(params, options)
+        params, how = self._options(params, options)  # first: a deadline counts from here
         batch = prompt if messages is None and _is_batch(prompt) else [prompt]
         asked = [self._prompt(one, messages, tools, params, raw) for one in batch]
         tickets = [self.ticket(one, params) for one in asked]

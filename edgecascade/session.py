@@ -109,9 +109,9 @@ class Session:
     ) -> Generator[Piece, None, None]:
         """As generate(), token by token. A turn that is closed early leaves no trace."""
         params = self._llm.merged(params, overrides)
+        how = Queueing(priority=priority, deadline_s=deadline_s)
         messages = self._messages + _new_messages(content)
         prompt = self._llm.prompter.from_messages(messages, self._tools, thinking=params.thinking)
-        how = Queueing(priority=priority, deadline_s=deadline_s)
         return self._turn(messages, self._llm.pieces(prompt, params, how))
 
     def save(self, path: str | Path) -> None:

@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
+import time
 from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import partial
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
@@ -32,9 +34,9 @@ class Queueing:
     """How a request is queued.
 
     `priority`: lower runs first, and may interrupt what is higher. `client`: those who ask take
-    turns. `deadline_s`: from now; what is not done by then ends as it is. `reuse` False: neither
-    start from a kept state nor leave one. `read_ahead` False: do not read a conversation's answer
-    for its next turn.
+    turns. `deadline_s`: from `since`, which time.monotonic() tells and is now if not given; what is
+    not done by then ends as it is. `reuse` False: neither start from a kept state nor leave one.
+    `read_ahead` False: do not read a conversation's answer for its next turn.
     """
 
     priority: int = 1
@@ -42,6 +44,7 @@ class Queueing:
     deadline_s: float | None = None
     reuse: bool = True
     read_ahead: bool = True
+    since: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
         if isinstance(self.priority, bool) or not isinstance(self.priority, int):
@@ -55,6 +58,14 @@ class Queueing:
             if not isinstance(getattr(self, name), bool):
                 value = getattr(self, name)
                 raise InvalidRequest(f"{name} is {value!r}; it must be True or False")
+        since = self.since
+        if isinstance(since, bool) or not isinstance(since, int | float) or not since < math.inf:
+            raise InvalidRequest(f"since is {since!r}; give a time of time.monotonic()")
+
+    def left_s(self) -> float | None:
+        """Seconds until the deadline, below 0 after it."""
+        late = self.deadline_s
+        return None if late is None else self.since + late - time.monotonic()
 
     @classmethod
     def names(cls) -> frozenset[str]:
@@ -98,7 +109,7 @@ class Ticket:
             self,
             priority=how.priority,
             client=how.client,
-            deadline_s=how.deadline_s,
+            deadline_s=how.left_s(),
             reuse=how.reuse,
             wait=wait,
         )

@@ -115,6 +115,47 @@ def test_a_deadline_gives_what_there_is_or_says_that_nothing_began(load: Load) -
     assert llm.generate([5], deadline_s=30, **SHORT).finish_reason == "length"
 
 
+def slow_to_read(llm: LLM, monkeypatch: pytest.MonkeyPatch, delay_s: float) -> None:
+    """Reading a prompt takes so much longer."""
+    for name in ("from_text", "from_messages"):
+        real = getattr(llm.prompter, name)
+
+        def late(*args: Any, real: Any = real, **options: Any) -> Any:
+            time.sleep(delay_s)
+            return real(*args, **options)
+
+        monkeypatch.setattr(llm.prompter, name, late)
+
+
+def test_a_deadline_counts_from_the_call_whatever_the_prompt_takes_to_read(
+    load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = load()
+    slow_to_read(llm, monkeypatch, 0.3)
+    options: dict[str, Any] = {"deadline_s": 0.2, **SHORT}
+    with pytest.raises(DeadlineExceeded):
+        llm.generate("Go.", **options)
+    with pytest.raises(DeadlineExceeded):
+        llm.generate(messages=[{"role": "user", "content": "Go."}], **options)
+    with pytest.raises(DeadlineExceeded):
+        next(llm.stream("Go.", **options))
+    with pytest.raises(DeadlineExceeded):
+        llm.submit("Go.", on_event=print, **options)
+    with pytest.raises(DeadlineExceeded):
+        asyncio.run(llm.agenerate("Go.", **options))
+    with pytest.raises(DeadlineExceeded):
+        llm.session().generate("Go.", **options)
+    assert llm.generate("Go.", **{**options, "deadline_s": 60}).finish_reason == "length"
+
+
+def test_a_deadline_counts_from_the_time_that_is_given(load: Load) -> None:
+    llm = load()
+    earlier = time.monotonic() - 10
+    with pytest.raises(DeadlineExceeded):
+        llm.generate([5], deadline_s=9, since=earlier, **SHORT)
+    assert llm.generate([5], deadline_s=70, since=earlier, **SHORT).finish_reason == "length"
+
+
 def test_a_high_priority_interrupts_a_low_one_which_ends_with_the_same_tokens(load: Load) -> None:
     llm = load(slots=1)
     alone = llm.generate("Go.", max_tokens=60, **ENDLESS).token_ids
@@ -179,6 +220,8 @@ def test_a_result_that_takes_too_long_is_a_timeout(load: Load) -> None:
         {"deadline_s": "soon"},
         {"deadline_s": float("nan")},
         {"reuse": 1},
+        {"since": "now"},
+        {"since": float("nan")},
     ],
 )
 def test_ways_to_queue_that_cannot_be_are_refused_by_name(load: Load, option: Any) -> None:

@@ -115,11 +115,7 @@ class Operator:
         self._link = self._new_link()
 
     def __enter__(self) -> Operator:
-        self._link.start()
-        if not self._link.wait_up(CONNECT_S):
-            reason = self._link.fatal or self._link.reason
-            self._link.stop()
-            raise NetworkError(f"no connection to the broker: {reason}")
+        self._link.connect(CONNECT_S)
         return self
 
     def __exit__(

@@ -6,8 +6,9 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass, replace
 
+from edgecascade.service import wire
 from edgecascade.service.protocol import ReplyTo
-from edgecascade.service.replies import Outgoing
+from edgecascade.service.replies import Outgoing, final
 
 MAX_ANSWERS = 4096
 MAX_BYTES = 32 << 20
@@ -28,8 +29,11 @@ class Answer:
         """Bytes it takes."""
         return sum(len(message.payload) for message in self.messages)
 
-    def again(self, reply: ReplyTo) -> list[Outgoing]:
-        """The same for whoever asks now."""
+    def again(self, reply: ReplyTo, max_bytes: int) -> list[Outgoing]:
+        """The same for whoever asks now, in parts where it no longer fits."""
+        whole = self.messages[0]
+        if len(self.messages) == 1 and len(whole.payload) > max_bytes:
+            return list(final(reply, wire.decode(whole.payload), max_bytes))
         return [
             replace(message, topic=reply.topic, correlation=reply.correlation)
             for message in self.messages

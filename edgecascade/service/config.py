@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
@@ -41,7 +42,8 @@ class BrokerAddress:
     @property
     def shown(self) -> str:
         """For logs: without the password."""
-        return f"{'mqtts' if self.tls else 'mqtt'}://{self.host}:{self.port}"
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{'mqtts' if self.tls else 'mqtt'}://{host}:{self.port}"
 
     def secret(self) -> str | None:
         """The password as it is now: its file may have been renewed.
@@ -78,16 +80,20 @@ def broker_address(
         parts = urlsplit(url)
         port = parts.port
     except ValueError as error:
-        raise InvalidRequest(f"broker {url!r} is not an address: {error}") from error
-    if parts.scheme not in SCHEMES or not parts.hostname or parts.path not in ("", "/"):
-        raise InvalidRequest(f"broker is {url!r}; give mqtt://host:port or mqtts://host:port")
+        raise InvalidRequest(f"broker {_masked(url)!r} is not an address: {error}") from error
+    more = parts.path not in ("", "/") or parts.query or parts.fragment
+    if parts.scheme not in SCHEMES or not parts.hostname or more or port == 0:
+        shown = _masked(url)
+        raise InvalidRequest(f"broker is {shown!r}; give mqtt://host:port or mqtts://host:port")
     if protocol not in ("auto", "5", "3.1.1"):
         raise InvalidRequest(f"protocol is {protocol!r}; it must be auto, 5 or 3.1.1")
+    if password_file is not None and not (username or parts.username):
+        raise InvalidRequest("password_file is given without a username, and would not be sent")
     tls = parts.scheme == "mqtts"
     paths = [_readable(name, path) for name, path in
              (("ca", ca_file), ("cert", cert_file), ("key", key_file))]  # fmt: skip
     if any(paths) and not tls:
-        raise InvalidRequest(f"certificates are given, but {url!r} is not mqtts://")
+        raise InvalidRequest(f"certificates are given, but {_masked(url)!r} is not mqtts://")
     if (paths[1] is None) != (paths[2] is None):
         raise InvalidRequest("a client certificate needs both cert and key")
     return BrokerAddress(
@@ -103,6 +109,11 @@ def broker_address(
         protocol=protocol,  # type: ignore[arg-type]
         keepalive_s=keepalive_s,
     )
+
+
+def _masked(url: str) -> str:
+    """For messages: without the password."""
+    return re.sub(r":[^:/@]*@", ":***@", url)
 
 
 def _readable(name: str, path: str | Path | None) -> Path | None:
@@ -170,6 +181,8 @@ class ServiceConfig:
             value = getattr(self, name)
             if not low <= value <= high:
                 raise InvalidRequest(f"{name} is {value}; it must be in [{low}, {high}]")
+        if self.model == "":
+            raise InvalidRequest("model is ''; leave it out to serve under the bundle's name")
         if self.profile not in ("lan", "aws"):
             raise InvalidRequest(f"profile is {self.profile!r}; it must be lan or aws")
         for name in (*(self.clients or ()), *self.priority_clients):

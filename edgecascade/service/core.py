@@ -14,16 +14,19 @@ import logging
 import math
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
 
 from edgecascade.completion import Accepted, Completion, Event, Failure, Piece
 from edgecascade.device.monitor import Cost, Monitor, Span
 from edgecascade.errors import (
+    BackendError,
     Cancelled,
     DeadlineExceeded,
     EdgeCascadeError,
+    InvalidRequest,
+    OutOfMemory,
 )
 from edgecascade.sampling import SamplingParams
 from edgecascade.service import replies
@@ -39,6 +42,7 @@ from edgecascade.service.protocol import (
     Limits,
     Refusal,
     ReplyTo,
+    Request,
     read,
 )
 from edgecascade.service.replies import Head, Outgoing
@@ -73,6 +77,7 @@ class Model(Protocol):
         params: SamplingParams | None,
         priority: int,
         deadline_s: float | None,
+        since: float,
         client: str,
         on_event: Callable[[Event], None],
     ) -> Ticket:
@@ -104,7 +109,10 @@ class Live:
 
 
 class Core:
-    """Decides what each message and event leads to. One thread calls it."""
+    """Decides what each message and event leads to. One thread calls it.
+
+    `now` is of the clock that the model counts deadlines by, time.monotonic().
+    """
 
     def __init__(
         self,
@@ -123,6 +131,7 @@ class Core:
         self.identity, self.topics, self.limits = identity, topics, limits
         self.figures = Figures()
         self.draining = False
+        self.failures = 0  # requests in a row that the engine failed
         self.max_message_bytes = replies.MAX_MESSAGE_BYTES
         self._model, self._post, self._monitor = model, post, monitor
         self._wall_clock = wall_clock
@@ -135,8 +144,11 @@ class Core:
         self._runs = 0
 
     def receive(self, message: Incoming, now: float) -> list[Outgoing]:
-        """A message from the broker."""
-        match read(message, self.identity.device, self.topics, self.limits):
+        """A message from the broker that came at this time: its deadline counts from there."""
+        asked = read(message, self.identity.device, self.topics, self.limits)
+        if len(message.correlation or b"") > self.max_message_bytes // 4:
+            asked = self._without_correlation(asked)
+        match asked:
             case Chat() as chat:
                 return self._chat(chat, now)
             case Cancel() as cancel:
@@ -148,6 +160,16 @@ class Core:
             case Dropped(reason):
                 self.figures.dropped[reason] += 1
         return []
+
+    def _without_correlation(self, asked: Request) -> Request:
+        """A refusal: what cannot be sent back is no mark for an answer."""
+        if not isinstance(asked, Chat | Cancel | Refusal):
+            return asked
+        most = self.max_message_bytes // 4
+        size = len(asked.reply.correlation or b"")
+        message = f"the correlation data has {size} bytes; at most {most} are sent back"
+        problem = Problem(413, "request_too_large", message)
+        return Refusal(asked.client, asked.id, replace(asked.reply, correlation=None), problem)
 
     def tell(self, live: Live, event: Event, now: float) -> list[Outgoing]:
         """An event of a request's generation."""
@@ -205,7 +227,7 @@ class Core:
             return []  # a retry of what runs: its final comes
         if (answer := self._answers.get(key, now)) is not None:
             if answer.fingerprint == chat.fingerprint:
-                return answer.again(chat.reply)
+                return answer.again(chat.reply, self.max_message_bytes)
             problem = Problem(
                 409, "idempotency_conflict", f"id {chat.id!r} was used for another request", "id"
             )
@@ -246,18 +268,27 @@ class Core:
                 params=chat.params,
                 priority=(chat.priority > 0) - (chat.priority < 0) + 1,
                 deadline_s=chat.timeout_s,
+                since=now,
                 client=chat.client,
                 on_event=partial(self._arrived, live),
             )
         except Exception as error:
             live.over = True
             del self._live[live.key]
+            if isinstance(error, InvalidRequest):  # it was read, and that is work
+                self._requests.charge(chat.client, now, 1.0)
+            self._count_failure(error)
             if not isinstance(error, EdgeCascadeError):
                 log.exception("a request of %s fails", chat.client)  # and must not end the service
             return [self._refused(chat.id, chat.reply, problem_of(error))]
         self._per_client[chat.client] += 1
         self._requests.charge(chat.client, now, 1.0)
         return []
+
+    def _count_failure(self, error: Exception) -> None:
+        # A request may be too large for the memory; of all others the device is to blame.
+        if isinstance(error, BackendError) and not isinstance(error, OutOfMemory):
+            self.failures += 1
 
     def _cancel(self, cancel: Cancel, now: float) -> list[Outgoing]:
         key = (cancel.client, cancel.id)
@@ -329,6 +360,7 @@ class Core:
         self._prompt_tokens.charge(live.chat.client, now, done.usage.prompt_tokens)
         self.figures.completion_tokens += done.usage.completion_tokens
         if done.token_ids:
+            self.failures = 0
             self.figures.ttft_s.append(done.timings.first_token_s)
         return [*out, *finals]
 
@@ -359,6 +391,7 @@ class Core:
     def _failed(self, live: Live, error: EdgeCascadeError, now: float) -> list[Outgoing]:
         if live.taken_back == "client" and isinstance(error, Cancelled):
             return self._cancelled_unstarted(live, now)
+        self._count_failure(error)
         problem = problem_of(error)
         if live.taken_back == "gone":
             message = "the client's connection was lost; ask again"

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from edgecascade.errors import DeadlineExceeded, EdgeCascadeError, RemoteError
+from edgecascade.errors import Cancelled, DeadlineExceeded, EdgeCascadeError, RemoteError
 from edgecascade.service.parameters import Problem
 from edgecascade.service.replies import Chunk, Failed, Final, Part, Queued, Reply, Status
 
@@ -80,14 +80,18 @@ class Exchange:
     def __post_init__(self) -> None:
         self._fixed = self.device is not None
 
-    def step(self, now: float, *, up: bool) -> Send | None:
-        """What to send now, if anything; `due` says when to ask again."""
+    def step(self, now: float, *, away: str | None = None) -> Send | None:
+        """What to send now, if anything; `due` says when to ask again.
+
+        `away`: why there is no connection, None where there is one.
+        """
         if now > self.deadline + GRACE_S:
             self._end(error=DeadlineExceeded(f"no answer within the deadline; {self._last}"))
+        self.take_back(now)
         if self.over or now < self.due:
             return None
-        if not up or now >= self.deadline:
-            self._last = self._last if up else "the broker cannot be reached"
+        if away is not None or now >= self.deadline:
+            self._last = self._last if away is None else f"the broker cannot be reached ({away})"
             self.due = min(now + ABSENT_S, self.deadline + GRACE_S + 0.01)
             return None
         if self.device is None and not self.pool:
@@ -99,16 +103,30 @@ class Exchange:
                 self._last = "no device says that it accepts requests"
                 self.due = now + ABSENT_S
                 return None
-        self.sends += 1
         self.due = now + ACKNOWLEDGE_S
+        if self.cancelled and self.device is None:
+            return None  # whoever of the pool has it will say so
+        self.sends += 1
         return Send(self.device, self.deadline - now)
+
+    def take_back(self, now: float) -> None:
+        """End at once if it is cancelled and no device can have it."""
+        if self.cancelled and not (self.sends and (self.device or self.pool)):
+            self.fail(Cancelled("the request was taken back before a device had begun to answer"))
 
     def hear(self, device: str, reply: Reply, now: float) -> Shown | None:
         """A reply to this request; what to show of it."""
         if self.over:
             return None
-        if self.pool and self.device is None and not isinstance(reply, Failed):
+        found = self.pool and self.device is None and not isinstance(reply, Failed)
+        if found:
             self.device = device
+        shown = self._hear(device, reply, now)
+        if found and self.cancelled:
+            self.due = now  # only now it is known whom to tell
+        return shown
+
+    def _hear(self, device: str, reply: Reply, now: float) -> Shown | None:
         if isinstance(reply, Final):
             return self._final(device, reply, now)
         if device != self.device and not (self.pool and self.device is None):
@@ -136,8 +154,8 @@ class Exchange:
             self._last = f"{device} is offline"
             self._elsewhere(device)
             self.due = now if not self._fixed else self.due
-        elif self._boot is not None and status.boot > self._boot:
-            self.due = now  # restarted: it has forgotten
+        elif self._boot is not None and status.boot != self._boot and status.status != "offline":
+            self.due = now  # restarted, perhaps without its counter: it has forgotten
         if status.status != "offline":
             self._boot = status.boot
 
@@ -149,7 +167,10 @@ class Exchange:
                 self._elsewhere(self.device)
             self.due = min(self.due, now + ABSENT_S)
         elif reason >= 0x80:
-            message = f"the broker refuses the request with reason 0x{reason:02x}; check its ACL"
+            message = (
+                f"the broker refuses the request with reason 0x{reason:02x}; check its ACL, and "
+                "that the client id is the name of the user or of the certificate"
+            )
             self._end(error=RemoteError(message, status=403, reason="denied", param=None))
 
     def connected(self, now: float) -> None:
@@ -183,7 +204,7 @@ class Exchange:
 
     def _failed(self, device: str, problem: Problem, now: float) -> None:
         if self.cancelled and problem.code == "not_found":
-            return
+            return  # it began anew, and forgot: the retry, which is cancelled at once, ends it
         retryable = problem.retryable or problem.status in (429, 503)
         self._engine_errors += problem.status >= 500 and problem.status != 503
         if not retryable or self._engine_errors >= MAX_ENGINE_ERRORS:
@@ -200,7 +221,9 @@ class Exchange:
         self._run = _Run()
         self._elsewhere(device)
         pause_s = 1.0 if problem.retry_after_ms is None else problem.retry_after_ms / 1000
-        self.due = now + (pause_s if self._fixed or self.pool else min(pause_s, ABSENT_S))
+        if not (self._fixed or self.pool or self.choose(frozenset(self._avoid)) is None):
+            pause_s = min(pause_s, ABSENT_S)  # another one may have room
+        self.due = now + pause_s
 
     def _chunk(self, device: str, chunk: Chunk) -> Shown | None:
         run = self._run

@@ -43,5 +43,6 @@ class Rate:
                 self._buckets.popitem(last=False)
         self._buckets.move_to_end(client)
         gained = max(0.0, now - bucket.at) * self._per_minute / MINUTE_S
-        bucket.level, bucket.at = min(self._per_minute, bucket.level + gained), now
+        bucket.level = min(self._per_minute, bucket.level + gained)
+        bucket.at = max(bucket.at, now)  # a message may be read after what came later was done
         return bucket

@@ -31,24 +31,37 @@ from paho.mqtt.subscribeoptions import SubscribeOptions
 from edgecascade.errors import NetworkError
 from edgecascade.service.config import BrokerAddress
 from edgecascade.service.protocol import Incoming
-from edgecascade.service.replies import Outgoing
+from edgecascade.service.replies import PACKET_HEAD_BYTES, Outgoing
 
 log = logging.getLogger(__name__)
 
 MAX_WAITING = 1000  # messages of QoS 1 that wait for the broker
 MAX_CHUNKS = 128  # beyond this many waiting messages, tokens are held back and sent together
 MAX_IN_FLIGHT = 20  # unacknowledged; a broker may ask for less
-PACKET_HEAD_BYTES = 512  # topic and properties beside a payload
 CONNECT_S = 5.0
 ANSWER_S = 10.0  # from CONNECT to CONNACK
 STALE_S = 60.0  # a network thread that has not turned for so long is stuck
 MAX_DELAY_S = 30.0
 WILL_DELAY_S = 5
 STEADY_S = 1.0  # a connection lost sooner counts as a failed one
+SHORT_FAILURES = 2  # that count after it: the next try is within 8 s
 MANY_SHORT = 4
+NO_LIMIT = 1 << 28  # bytes of the largest packet of MQTT
+LEAST_LIMIT = 4096  # no broker takes less
 
 UNSUPPORTED_VERSION = 0x84
 SESSION_TAKEN_OVER = 0x8E
+# Refusals that another try does not change, and what does. All others may pass, as "Server busy".
+WAY_OUT = {
+    0x84: "let the protocol be auto",
+    0x85: "give another client id",
+    0x86: "check the user name and the password",
+    0x87: "check the user name, the password or the certificate, and the broker's access list",
+    0x8A: "ask who runs the broker",
+    0x8C: "give a user name and a password, or a certificate",
+    0x9C: "connect to that server",
+    0x9D: "connect to that server",
+}
 PROTOCOLS = {"5": paho.MQTTv5, "3.1.1": paho.MQTTv311}
 
 
@@ -90,9 +103,34 @@ class _Connection:
     opened_at: float
     acknowledged: bool = False
     refusal: int | None = None
+    gave_up: bool = False
+    socket: Any = None
     window: int = MAX_IN_FLIGHT
     unacked: dict[int, Outgoing] = field(default_factory=dict)
     acks: deque[tuple[int, int]] = field(default_factory=deque)
+
+    @property
+    def alert(self) -> ssl.SSLError | None:
+        """What TLS said when it ended."""
+        return self.socket.alert if isinstance(self.socket, _SecureSocket) else None
+
+
+class _SecureSocket(ssl.SSLSocket):
+    """Remembers the alert that it ended with: in TLS 1.3 a certificate is refused after the
+    handshake, where paho only logs it.
+    """
+
+    alert: ssl.SSLError | None = None
+
+    def recv(self, *args: Any, **options: Any) -> bytes:
+        """See socket."""
+        try:
+            return super().recv(*args, **options)
+        except (ssl.SSLWantReadError, ssl.SSLWantWriteError, ssl.SSLEOFError):
+            raise
+        except ssl.SSLError as error:
+            self.alert = error
+            raise
 
 
 class Link:
@@ -114,16 +152,21 @@ class Link:
         self.counters = LinkCounters()
         self.fatal: str | None = None
         self.reason = "not tried yet"
-        self.max_payload_bytes = 1 << 28
+        self.max_payload_bytes = NO_LIMIT
+        self._learned_limit = NO_LIMIT
+        self._largest_acked = 0
         self._options = options
         self._on_message, self._births = on_message, births
         self._on_up, self._on_result = on_up, on_result
         self._version = options.address.protocol.replace("auto", "5")
         self._unanswered = self._short = 0
-        self._lock = threading.Lock()  # of the queue; never held while paho runs
+        # Of the queue; never held while paho runs. The garbage collector may end a client's stream
+        # while we hold it, and that publishes a cancellation.
+        self._lock = threading.RLock()
         self._waiting: deque[Outgoing] = deque()
         self._in_flight = 0
         self._up = threading.Event()
+        self._decided = threading.Event()  # the broker took us, or refused and will not change
         self._stopping = threading.Event()
         self._again = threading.Event()  # subscribe once more
         self._beat = time.monotonic()
@@ -137,6 +180,7 @@ class Link:
         if self._thread is not None:
             return
         self._stopping.clear()
+        self._decided.clear()
         self.fatal, self._beat = None, time.monotonic()
         self._bell = socket.socketpair()
         for end in self._bell:
@@ -151,6 +195,21 @@ class Link:
     def started(self) -> bool:
         """Whether it connects, or tries to."""
         return self._thread is not None and not self._stopping.is_set()
+
+    def connect(self, timeout_s: float) -> None:
+        """start(), and wait until the broker has accepted the connection.
+
+        Raises:
+            NetworkError: when it does not, with the reason and stopped; at once where no further
+                try would be answered otherwise.
+        """
+        self.start()
+        self._decided.wait(timeout_s)
+        if not self._up.is_set():
+            reason = self.fatal or self.reason
+            self.stop()
+            shown = self._options.address.shown
+            raise NetworkError(f"no connection to the broker at {shown}: {reason}")
 
     def wait_up(self, timeout_s: float) -> bool:
         """Whether it is connected, within a time."""
@@ -181,11 +240,9 @@ class Link:
     def publish(self, message: Outgoing) -> bool:
         """Queue a message; False if the queue is full or it is a chunk and nobody is connected."""
         room = MAX_WAITING if message.qos else MAX_CHUNKS
-        if len(message.payload) > self.max_payload_bytes:
+        if message.size > self.max_payload_bytes:
             self.counters.oversize += 1
-            log.error(
-                "%d bytes for %s exceed the broker's limit", len(message.payload), message.topic
-            )
+            log.error("%d bytes for %s exceed the broker's limit", message.size, message.topic)
             return False
         with self._lock:
             if len(self._waiting) >= room or not (message.qos or self._up.is_set()):
@@ -237,21 +294,36 @@ class Link:
     def _run(self, bell: socket.socket) -> None:
         failures = 0
         while not self._stopping.is_set() and self.fatal is None:
-            worked = False
+            worked, connects = False, self.counters.connects
             try:
                 worked = self._connection(bell)
-            except (OSError, NetworkError) as error:
+            except (ssl.SSLEOFError, ssl.SSLSyscallError) as error:  # cut meanwhile
+                self.reason = str(error)
+            except ssl.SSLError as error:
+                self._refused(_untrusted(error))
+            except NetworkError as error:  # files of ours that cannot be used
+                self._refused(str(error))
+            except OSError as error:
                 self.reason = str(error) or type(error).__name__
             except Exception as error:  # a dead network thread would be silence
                 self.reason = f"{type(error).__name__}: {error}"
                 log.exception("the connection to %s failed", self._options.address.shown)
+            if self.counters.connects > connects:  # it took us, so it is there: not long away
+                failures = min(failures, SHORT_FAILURES)
             failures = 0 if worked else failures + 1
-            if not self._stopping.is_set() and self.fatal is None:
+            if self.fatal is not None:
+                self._decided.set()
+            elif not self._stopping.is_set():
                 # Jitter over the whole span: a thousand devices must not come back together.
                 delay = random.uniform(0, min(MAX_DELAY_S, 2.0**failures))
                 log.info("broker: %s; next try in %.1f s", self.reason, delay)
                 self._beat = time.monotonic()
                 self._pause(delay)
+
+    def _refused(self, reason: str) -> None:
+        """Go on trying, as a password may be renewed; but who waits to begin need not wait."""
+        self.reason = reason
+        self._decided.set()
 
     def _pause(self, delay_s: float) -> None:
         end = time.monotonic() + delay_s
@@ -266,6 +338,7 @@ class Link:
         connection = _Connection(client, time.monotonic())
         self._install(connection)
         self._open(client)
+        connection.socket = client.socket()
         try:
             self._turn(connection, bell)
         finally:
@@ -280,7 +353,7 @@ class Link:
                 self._options.address.shown,
                 self._options.client_id,
             )
-        return connection.acknowledged and steady
+        return connection.acknowledged and (steady or connection.gave_up)
 
     def _choose_version(self, connection: _Connection) -> None:
         """MQTT 3.1.1 after a refusal of 5, and after two connections closed without a word."""
@@ -291,7 +364,7 @@ class Link:
         if connection.refusal == UNSUPPORTED_VERSION or self._unanswered == 2:
             self._unanswered = 0
             self._version = "3.1.1" if self._version == "5" else "5"
-            self.reason = f"the broker does not speak this version; next MQTT {self._version}"
+            self.reason = f"{self.reason}; next MQTT {self._version}"
 
     def _client(self) -> paho.Client:
         options, address = self._options, self._options.address
@@ -368,6 +441,10 @@ class Link:
         def disconnected(_c: Any, _u: Any, _flags: Any, reason: Any, _p: Any) -> None:
             if connection.acknowledged:
                 self.reason = f"lost: {reason}"
+            elif connection.alert is not None:
+                self._refused(_untrusted(connection.alert))
+            elif connection.refusal is None:
+                self.reason = "it hangs up without an answer"
             if reason.value == SESSION_TAKEN_OVER:
                 self.fatal = (
                     f"another client connected as {self._options.client_id!r}; give each its own id"
@@ -382,18 +459,26 @@ class Link:
 
     def _answered(self, connection: _Connection, reason: Any, properties: Any) -> None:
         if reason.is_failure:
-            self.reason = f"refused: {reason}"
             connection.refusal = reason.value
+            self._not_accepted(reason, properties)
             return
         asked = getattr(properties, "ReceiveMaximum", MAX_IN_FLIGHT)
         connection.window = min(MAX_IN_FLIGHT, asked)
-        largest = getattr(properties, "MaximumPacketSize", 1 << 28)
-        self.max_payload_bytes = largest - PACKET_HEAD_BYTES
+        largest = getattr(properties, "MaximumPacketSize", NO_LIMIT)
+        self.max_payload_bytes = min(largest - PACKET_HEAD_BYTES, self._learned_limit)
         # Always: the session may be gone with the broker's memory, whatever it says.
         if self._options.filters:
             connection.client.subscribe(self._subscriptions())
         else:
             self._subscribed(connection)
+
+    def _not_accepted(self, reason: Any, properties: Any) -> None:
+        said = [getattr(properties, name, None) for name in ("ReasonString", "ServerReference")]
+        words = [str(word)[:200] for word in said if word]
+        self.reason = ": ".join(["refused", str(reason), *words])
+        auto = self._options.address.protocol == "auto"
+        if reason.value in WAY_OUT and not (auto and reason.value == UNSUPPORTED_VERSION):
+            self._refused(f"{self.reason}; {WAY_OUT[reason.value]}")
 
     def _subscribed(self, connection: _Connection) -> None:
         """From here on nothing that is sent to us is missed: say that we are there."""
@@ -405,6 +490,7 @@ class Link:
         self.counters.connects += 1
         self.reason = "connected"
         self._up.set()
+        self._decided.set()
         log.info("connected to %s with MQTT %s", self._options.address.shown, self._version)
         if self._on_up is not None:
             self._on_up()
@@ -498,6 +584,7 @@ class Link:
                 continue
             with self._lock:
                 self._in_flight -= 1
+            self._largest_acked = max(self._largest_acked, message.size)
             if reason >= 0x80:
                 self.counters.denied += 1
                 log.warning("the broker refuses a message to %s: 0x%02x", message.topic, reason)
@@ -508,16 +595,32 @@ class Link:
         self._up.clear()
         self._settle(connection)
         if connection.acknowledged:
+            self._decided.clear()
             self.counters.losses += 1
+        if self._short >= MANY_SHORT and connection.unacked:
+            self._give_up_largest(connection)
         with self._lock:
             # Tokens of the past are of no use; finals are. A birth is made anew.
-            kept = [m for m in connection.unacked.values() if not m.retain]
-            kept += [m for m in self._waiting if m.qos and not m.retain]
-            self._waiting = deque(kept)
+            kept = [*connection.unacked.values(), *(m for m in self._waiting if m.qos)]
+            most = self.max_payload_bytes
+            self._waiting = deque(m for m in kept if not m.retain and m.size <= most)
             self._in_flight = 0
         if (lost := connection.client.socket()) is not None:
             with contextlib.suppress(OSError):
                 lost.close()
+
+    def _give_up_largest(self, connection: _Connection) -> None:
+        """Connections end as soon as we send: MQTT 3.1.1 has no other word for "too large"."""
+        number, suspect = max(connection.unacked.items(), key=lambda item: item[1].size)
+        least = max(self._largest_acked, LEAST_LIMIT)
+        if suspect.size <= least:
+            return  # as large ones went through
+        del connection.unacked[number]
+        connection.gave_up = True
+        self._learned_limit = max(least, suspect.size // 2)
+        self.max_payload_bytes = min(self.max_payload_bytes, self._learned_limit)
+        self.counters.oversize += 1
+        log.error("%d bytes for %s are given up: connections end", suspect.size, suspect.topic)
 
 
 def _wait(sock: Any, bell: socket.socket, *, writing: bool) -> bool:
@@ -546,11 +649,20 @@ def _tls(address: BrokerAddress) -> ssl.SSLContext:
             cafile=str(address.ca_file) if address.ca_file else None
         )
         context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.sslsocket_class = _SecureSocket
         if address.cert_file is not None:
             context.load_cert_chain(str(address.cert_file), str(address.key_file))
     except (OSError, ssl.SSLError) as error:
         raise NetworkError(f"the certificates cannot be used: {error}") from error
     return context
+
+
+def _untrusted(error: ssl.SSLError) -> str:
+    if isinstance(error, ssl.SSLCertVerificationError):
+        said = error.verify_message
+        return f"the broker's certificate is not trusted: {said}; give what vouches for it as ca"
+    said = (error.reason or str(error)).replace("_", " ").lower()
+    return f"the TLS handshake fails: {said}; check the port, and the client certificate"
 
 
 def _acknowledge_soon(client: paho.Client) -> None:

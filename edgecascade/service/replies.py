@@ -20,8 +20,11 @@ from edgecascade.service.protocol import ReplyTo
 from edgecascade.text.tools import ToolCall
 
 MAX_MESSAGE_BYTES = 96 << 10  # with topic and properties below AWS IoT Core's 128 KB
+PACKET_HEAD_BYTES = 512  # topic and small properties beside a payload
 MAX_PARTS = 256
 IMPOSSIBLE = -9999.0  # log probability of a masked token: JSON has no infinity
+# What reading a message of another shape raises; wire.BadJson is a ValueError.
+NO_REPLY = (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError)
 STATES = ("online", "draining", "updating", "offline")
 
 
@@ -38,6 +41,11 @@ class Outgoing:
     response_topic: str | None = None
     expiry_s: int | None = None
     tag: str = ""
+
+    @property
+    def size(self) -> int:
+        """Bytes of what has no bound of its own; PACKET_HEAD_BYTES are beside it."""
+        return len(self.payload) + len(self.correlation or b"")
 
 
 @dataclass(frozen=True)
@@ -142,12 +150,12 @@ def completion_body(
 
 def final(reply: ReplyTo, body: Mapping[str, Any], max_bytes: int) -> tuple[Outgoing, ...]:
     """The final, after parts that carry its choice where it is too long for one message."""
-    whole = wire.encode(body)
-    if len(whole) <= max_bytes:
-        return (_last(reply, whole),)
+    whole = _last(reply, wire.encode(body))
+    if whole.size <= max_bytes:
+        return (whole,)
     # ASCII, so that a cut never splits a character.
     choice = json.dumps(body["choices"][0], ensure_ascii=True, separators=(",", ":"))
-    size = max_bytes // 2 - 256  # in JSON again: each quote and backslash doubles
+    size = max(64, max_bytes // 2 - 256)  # in JSON again: each quote and backslash doubles
     cuts = range(0, len(choice), size)
     parts = [
         {"id": body["id"], "part": i, "parts": len(cuts), "text": choice[at : at + size]}
@@ -242,7 +250,12 @@ class Final:
         text = "".join(pieces[index] for index in range(self.parts))
         if hashlib.sha256(text.encode()).hexdigest() != self.sha256:
             return None
-        return Final({**self.body, "choices": [json.loads(text)]})
+        try:
+            choice = wire.decode(text.encode())
+            _check_choice(choice, whole=True)
+        except NO_REPLY:
+            return None
+        return Final({**self.body, "choices": [choice]})
 
 
 @dataclass(frozen=True)
@@ -260,7 +273,7 @@ def read_reply(payload: bytes) -> Reply | None:
     try:
         body = wire.decode(payload)
         return _reply(body) if isinstance(body, dict) else None
-    except (wire.BadJson, KeyError, TypeError, ValueError, IndexError):
+    except NO_REPLY:
         return None
 
 
@@ -270,8 +283,9 @@ def _reply(body: dict[str, Any]) -> Reply | None:
     if body.get("object") == "chat.completion.queued":
         return Queued(int(body.get("position", 0)))
     if body.get("object") == "chat.completion":
-        _message(body["choices"][0])
-        return Final(body, int(body.get("parts", 0)), str(body.get("sha256", "")))
+        parts = int(body.get("parts", 0))
+        _check_choice(body["choices"][0], whole=parts == 0)
+        return Final(body, parts, str(body.get("sha256", "")))
     if "part" in body:
         part, parts = int(body["part"]), int(body["parts"])
         if not 0 <= part < parts <= MAX_PARTS:
@@ -282,9 +296,17 @@ def _reply(body: dict[str, Any]) -> Reply | None:
     return Chunk(int(body["seq"]), str(text), str(reasoning), int(body.get("run", 0)))
 
 
-def _message(choice: Mapping[str, Any]) -> None:
-    if not isinstance(choice["finish_reason"], str) or "message" not in choice:
-        raise ValueError("a final without a message")
+def _check_choice(choice: Mapping[str, Any], *, whole: bool) -> None:
+    """Raises one of NO_REPLY where a client would stumble; without `whole` the message is away."""
+    message = choice["message"] if whole else choice["message"] or {}
+    texts = [message.get("content") or "", message.get("reasoning_content") or ""]
+    calls = [call["function"] for call in message.get("tool_calls") or ()]
+    for text in (choice["finish_reason"], *texts, *(call["name"] for call in calls)):
+        if not isinstance(text, str):
+            raise TypeError("a text of a final is none")
+    for call in calls:
+        if not isinstance(wire.decode(call["arguments"].encode()), dict):
+            raise TypeError("the arguments of a call are no object")
 
 
 def _problem(error: Mapping[str, Any]) -> Problem:
@@ -317,5 +339,5 @@ def read_status(payload: bytes) -> Status | None:
             accepts=body.get("accepts") is True,
             ts=int(body.get("ts", 0)),
         )
-    except (wire.BadJson, KeyError, TypeError, ValueError):
+    except NO_REPLY:
         return None

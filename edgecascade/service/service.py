@@ -15,17 +15,20 @@ import random
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
 from edgecascade.completion import Event
 from edgecascade.device.monitor import Monitor
-from edgecascade.errors import InvalidRequest, NetworkError
+from edgecascade.errors import BackendError, InvalidRequest, NetworkError
 from edgecascade.service import report, units, wire
 from edgecascade.service.config import ServiceConfig, state_folder
 from edgecascade.service.core import Core, Live, Model
+from edgecascade.service.inbox import Inbox
 from edgecascade.service.mqtt import Link, LinkOptions
 from edgecascade.service.protocol import Incoming, Limits
 from edgecascade.service.replies import MAX_MESSAGE_BYTES, Outgoing
@@ -33,11 +36,13 @@ from edgecascade.service.topics import Topics
 
 log = logging.getLogger(__name__)
 
-MAX_INBOX = 4096  # messages from the broker that wait; beyond, a client's retry must do
 STATUS_PERIOD_S = 1.0
 LAST_WORDS_S = 2.0
+HASTY_S = 0.5
 TURN_S = 0.25  # so soon stop() is seen
+SLICE_S = 0.01  # requests are read for so long before chunks are sent, whatever a client floods
 DEFAULT_MODEL = "default"
+MAX_FAILURES = 8  # in a row; one that succeeds begins the count anew
 
 
 class Served(Model, Protocol):
@@ -62,9 +67,8 @@ class Service:
         self._topics = Topics(config.prefix)
         self._monitor = monitor or Monitor()
         self._own_monitor = monitor is None
-        self._inbox: deque[Incoming | tuple[Live, Event]] = deque()
-        self._incoming = 0
-        self._lost_incoming = 0
+        self._events: deque[tuple[Live, Event]] = deque()
+        self._inbox = Inbox()
         self._wake = threading.Event()
         self._stopping = False
         name = config.model or llm.bundle.path.name
@@ -105,6 +109,7 @@ class Service:
             self._deliver,
             births=self._births,
         )
+        self._told_end = False
         self._told_status = b""
         self._told_reason = self._link.reason
         self._status_at = 0.0
@@ -122,6 +127,9 @@ class Service:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if not self._told_end and self._link.up:
+            # It was interrupted. The broker speaks no last will for who disconnects in order.
+            self._say_goodbye(HASTY_S)
         self._link.stop()
         if self._own_monitor:
             self._monitor.close()
@@ -144,6 +152,7 @@ class Service:
 
         Raises:
             NetworkError: when another client took this device's name at the broker.
+            BackendError: when no request succeeds any more: only a new start may help.
         """
         units.notify("STATUS=loaded")  # though the broker may be out of reach
         drained_at: float | None = None
@@ -163,6 +172,10 @@ class Service:
                     drained_at = now + LAST_WORDS_S + self._config.drain_s
             if self._link.fatal:
                 raise NetworkError(self._link.fatal)
+            if self._core.failures >= MAX_FAILURES:
+                raise BackendError(
+                    f"{self._core.failures} requests in a row failed; start the service again"
+                )
             if self._link.up and not told:
                 told = units.notify("READY=1")
             if period_s is not None and now >= alive_at and self._link.alive:
@@ -173,46 +186,49 @@ class Service:
 
     def _turn(self) -> float:
         """Everything that is to be done now."""
-        now = time.monotonic()
-        while self._inbox:
-            for message in self._handle(self._inbox.popleft(), now):
-                self._link.publish(message)
         self._core.max_message_bytes = min(MAX_MESSAGE_BYTES, self._link.max_payload_bytes)
+        self._hear()
+        now = time.monotonic()
         for message in self._core.tick(now, can_stream=self._can_stream):
             self._link.publish(message)
         self._report(now)
         return now
 
-    def _handle(self, item: Incoming | tuple[Live, Event], now: float) -> list[Outgoing]:
+    def _hear(self) -> None:
+        """What the engine tells; then requests, for as long as running streams can wait."""
+        now = time.monotonic()
+        for _ in range(len(self._events)):
+            self._perform(partial(self._core.tell, *self._events.popleft(), now))
+        while time.monotonic() < now + SLICE_S and (arrived := self._inbox.take()) is not None:
+            self._perform(partial(self._core.receive, *arrived))
+
+    def _perform(self, decide: Callable[[], list[Outgoing]]) -> None:
         try:
-            if isinstance(item, tuple):
-                return self._core.tell(*item, now)
-            self._incoming -= 1
-            return self._core.receive(item, now)
+            messages = decide()
         except Exception:  # one message must not silence the device for all others
             log.exception("a message is not handled")
-            return []
+            return
+        for message in messages:
+            self._link.publish(message)
 
     def _can_stream(self) -> bool:
         return self._link.can_stream
 
     def _sleep(self, now: float) -> None:
+        if self._inbox or self._events:
+            return
         due = min(self._core.next_due(now), self._telemetry_at, now + TURN_S)
         self._wake.wait(max(0.0, due - time.monotonic()))
         self._wake.clear()
 
     def _deliver(self, message: Incoming) -> None:
         # On the network thread.
-        if self._incoming >= MAX_INBOX:
-            self._lost_incoming += 1
-            return
-        self._incoming += 1
-        self._inbox.append(message)
+        self._inbox.put(message, time.monotonic())
         self._wake.set()
 
     def _post(self, live: Live, event: Event) -> None:
         # On the engine's thread.
-        self._inbox.append((live, event))
+        self._events.append((live, event))
         self._wake.set()
 
     def _births(self) -> list[Outgoing]:
@@ -252,15 +268,16 @@ class Service:
             "busy": min(live, slots),
             "queue": max(0, live - slots),
             **self._core.figures.telemetry(),
-            "net": {**asdict(self._link.counters), "lost_incoming": self._lost_incoming},
+            "net": {**asdict(self._link.counters), "lost_incoming": self._inbox.lost},
             **self._monitor.facts().telemetry(),
         }
         return Outgoing(self._topics.telemetry(self._config.device_id), wire.encode(values), qos=0)
 
-    def _say_goodbye(self) -> None:
-        self._link.flush(LAST_WORDS_S)
+    def _say_goodbye(self, patience_s: float = LAST_WORDS_S) -> None:
+        self._told_end = True
+        self._link.flush(patience_s)
         self._link.publish(self._status("offline"))
-        self._link.flush(LAST_WORDS_S)
+        self._link.flush(patience_s)
 
 
 def next_boot(folder: Path, device: str) -> int:

@@ -6,16 +6,27 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from edgecascade.service.broker import free_port
 
 
 class Proxy:
-    """TCP between a link and a broker; with `only_3` it answers MQTT 5 as an old broker would."""
+    """TCP between a link and a broker; with `only_3` it answers MQTT 5 as an old broker would.
 
-    def __init__(self, target: int, *, only_3: bool = False, silent: bool = False) -> None:
+    `refusals`: what the first connections get instead of the broker, one each.
+    """
+
+    def __init__(
+        self,
+        target: int,
+        *,
+        only_3: bool = False,
+        silent: bool = False,
+        refusals: Iterable[bytes] = (),
+    ) -> None:
         self.target, self.only_3, self.silent, self.closed = target, only_3, silent, False
+        self._refusals = list(refusals)
         self.port = free_port()
         self.url = f"mqtt://127.0.0.1:{self.port}"
         self.versions: list[int] = []
@@ -64,6 +75,9 @@ class Proxy:
             first = near.recv(4096)
             version = first[first.index(b"MQTT") + 4]
             self.versions.append(version)
+            if self._refusals:
+                near.sendall(self._refusals.pop(0))
+                return
             if version == 5 and self.only_3:
                 if not self.silent:
                     near.sendall(b"\x20\x02\x00\x01")  # MQTT 3's "unacceptable protocol version"

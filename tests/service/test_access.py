@@ -23,6 +23,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from edgecascade.client import Client
+from edgecascade.errors import NetworkError
 from edgecascade.service import mqtt
 from edgecascade.service.broker import (
     BrokerSetup,
@@ -316,6 +318,8 @@ def test_a_bad_certificate_is_not_let_in(broker: Broker, file: str) -> None:
         assert not peer.link.wait_up(2.0)
     finally:
         peer.link.stop()
+    own = {"cert": str(broker.folder / f"{file}.crt"), "key": str(broker.folder / f"{file}.key")}
+    refused_at_once(broker, "certificate expired" if file == "expired" else "unknown ca", **own)
 
 
 @pytest.mark.filterwarnings(UNCLOSED)
@@ -327,6 +331,14 @@ def test_none_is_not_let_in(broker: Broker) -> None:
         assert not link.wait_up(2.0)
     finally:
         link.stop()
+    refused_at_once(broker, "certificate required")
+
+
+def refused_at_once(broker: Broker, word: str, **own: str) -> None:
+    began = time.monotonic()
+    with pytest.raises(NetworkError, match=rf"{word}; check the port, and the client certificate"):
+        Client(broker.url, ca=str(broker.folder / "ca.crt"), **own).connect(WAIT_S)
+    assert time.monotonic() - began < WAIT_S / 2
 
 
 @pytest.mark.filterwarnings(UNCLOSED)
@@ -338,6 +350,10 @@ def test_a_broker_that_nobody_vouches_for_is_not_trusted(broker: Broker) -> None
         assert "certificate" in link.reason.lower()
     finally:
         link.stop()
+    began = time.monotonic()
+    with pytest.raises(NetworkError, match=r"is not trusted: .*; give what vouches for it as ca"):
+        Client(broker.url).connect(WAIT_S)
+    assert time.monotonic() - began < WAIT_S / 2
 
 
 def test_passwords_are_the_other_way() -> None:

@@ -11,12 +11,15 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import WAIT_S, Connect
+from proxy import Proxy
+from test_service import until
 
 from edgecascade.cli import main
 from edgecascade.client import Answer
@@ -69,6 +72,18 @@ def test_ask_prints_the_answer(start: Start, mosquitto: LocalBroker) -> None:
     assert message.get("reasoning_content", "") in done.stderr
 
 
+def test_ask_says_at_once_that_it_is_not_let_in(
+    mosquitto: LocalBroker, capsys: pytest.CaptureFixture[str]
+) -> None:
+    not_authorized = b"\x20\x03\x00\x87\x00"
+    with Proxy(mosquitto.port, refusals=[not_authorized]) as proxy:
+        assert main(["ask", "--mqtt", proxy.url, "--timeout", "60", ASK]) == 1
+        assert len(proxy.versions) == 1  # no second try
+    told = capsys.readouterr().err
+    assert "error [network-failed]" in told
+    assert "Not authorized; check the user name" in told
+
+
 @contextmanager
 def hangup(handler: signal.Handlers) -> Iterator[None]:
     """Processes that are started meanwhile inherit how SIGHUP is taken."""
@@ -104,6 +119,24 @@ def test_a_signal_drains_and_ends(start: Start, connect: Connect, number: signal
     assert stream.answer.finish_reason in ("stop", "length")
     assert process.wait(WAIT_S) == 0
     assert client.devices()["dev-1"].status == "offline"
+
+
+def test_a_second_signal_ends_at_once_and_the_end_is_told(start: Start, connect: Connect) -> None:
+    process = start()
+    client = connect("robot")
+    endless = {"max_completion_tokens": 2000, "timeout_s": 600, "temperature": 0}
+    streams = [client.stream("dev-1", f"{ASK} {n}", flush_ms=0, **endless) for n in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        readers = [pool.submit(next, stream) for stream in streams]
+        for reader in readers:
+            reader.result(WAIT_S)
+        process.send_signal(signal.SIGTERM)
+        assert until(lambda: client.devices()["dev-1"].status == "draining")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(WAIT_S) == 130
+    assert until(lambda: client.devices()["dev-1"].status == "offline")
+    for stream in streams:
+        stream.close()
 
 
 def test_a_killed_service_that_comes_back_answers(start: Start, connect: Connect) -> None:

@@ -90,6 +90,7 @@ def test_a_missing_key_is_named() -> None:
         ("flush_ms", -1),
         ("max_request_bytes", 1),
         ("profile", "wan"),
+        ("model", ""),
         ("clients", ("a/b",)),
         ("max_timeout_s", float("nan")),
     ],
@@ -103,11 +104,31 @@ def test_a_value_out_of_range_is_named(name: str, value: object) -> None:
 
 @pytest.mark.parametrize(
     "url",
-    ["broker", "http://b", "mqtt://", "mqtt://b:99999", "mqtt://b/topic", "mqtt://[::1", "://"],
+    [
+        "broker",
+        "http://b",
+        "mqtt://",
+        "mqtt://b:99999",
+        "mqtt://b:0",
+        "mqtt://b/topic",
+        "mqtt://b?keepalive=5",
+        "mqtt://b#x",
+        "mqtt://[::1",
+        "://",
+    ],
 )
 def test_an_address_that_cannot_be_is_refused(url: str) -> None:
     with pytest.raises(InvalidRequest, match="broker"):
         broker_address(url)
+
+
+@pytest.mark.parametrize(
+    "url", ["mqtt://me:secret@b:0", "mqtt://me:secret@b:99999", "x://:secret@"]
+)
+def test_a_refused_address_is_shown_without_its_password(url: str) -> None:
+    with pytest.raises(InvalidRequest, match="broker") as caught:
+        broker_address(url)
+    assert "secret" not in str(caught.value)
 
 
 def test_addresses() -> None:
@@ -116,6 +137,7 @@ def test_addresses() -> None:
     assert "p@ss" not in plain.shown
     secure = broker_address("mqtts://[::1]:9999")
     assert (secure.host, secure.port, secure.tls) == ("::1", 9999, True)
+    assert secure.shown == "mqtts://[::1]:9999"
 
 
 def test_certificates_come_in_pairs_and_over_tls(tmp_path: Path) -> None:
@@ -137,10 +159,12 @@ def test_the_password_comes_from_a_file_or_the_environment(
     config = ServiceConfig(mqtt="mqtt://b", device_id="d", username="d")
     monkeypatch.setenv(PASSWORD_VARIABLE, "from environment")
     assert config.address().password == "from environment"
-    filed = ServiceConfig(mqtt="mqtt://b", device_id="d", password_file=str(secret))
+    filed = ServiceConfig(mqtt="mqtt://d@b", device_id="d", password_file=str(secret))
     assert filed.address().secret() == "from file"
     secret.write_text("renewed\n")
     assert filed.address().secret() == "renewed"
+    with pytest.raises(InvalidRequest, match="without a username"):
+        ServiceConfig(mqtt="mqtt://b", device_id="d", password_file=str(secret)).address()
 
 
 def test_the_state_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from edgecascade.errors import (
     DeadlineExceeded,
     EdgeCascadeError,
     InvalidRequest,
+    OutOfMemory,
     Overloaded,
 )
 from edgecascade.service import answers
@@ -115,7 +116,8 @@ def test_a_request_is_submitted_and_ends_with_one_final(desk: Desk) -> None:
     assert desk.ask(temperature=0, timeout_s=9, seed=3) == []
     (asked,) = desk.model.asked
     assert asked["messages"] == [{"role": "user", "content": "go"}]
-    assert (asked["priority"], asked["deadline_s"], asked["client"]) == (1, 9, "robot")
+    assert (asked["priority"], asked["client"]) == (1, "robot")
+    assert (asked["since"], asked["deadline_s"]) == (desk.now, 9)
     assert (asked["params"].temperature, asked["params"].seed) == (0, 3)
     assert desk.happens(Accepted(0)) == []
     assert desk.happens(piece("for")) == []
@@ -124,6 +126,51 @@ def test_a_request_is_submitted_and_ends_with_one_final(desk: Desk) -> None:
     assert body["choices"][0]["message"]["content"] == "forward"
     assert (body["device"], body["chunks"], body["timings"]["tok_s"]) == ("dev-1", 0, 40.0)
     assert desk.core.busy == 0
+
+
+@pytest.mark.parametrize("verb", ["chat", "cancel"])
+@pytest.mark.parametrize("body", [b'{"id":"request-1"}', b"no JSON"])
+def test_correlation_data_that_fits_no_answer_is_refused_and_not_sent_back(
+    desk: Desk, verb: str, body: bytes
+) -> None:
+    topic = f"edgecascade/v1/d/dev-1/{verb}/robot"
+    desk.core.max_message_bytes = 4000
+    (answer,) = desk.core.receive(Incoming(topic, body, correlation=b"x" * 1001), desk.now)
+    assert answer.correlation is None
+    assert code(told([answer])) == (413, "request_too_large")
+    (answer,) = desk.core.receive(Incoming(topic, body, correlation=b"x" * 1000), desk.now)
+    assert answer.correlation == b"x" * 1000
+
+
+def test_an_answer_is_repeated_in_parts_where_it_no_longer_fits(desk: Desk) -> None:
+    desk.ask()
+    (whole,) = desk.happens(completion(text="forward " * 200))
+    desk.core.max_message_bytes = 1500
+    *parts, (_, _, last) = desk.ask()
+    assert len(parts) == last["parts"] > 0
+    assert json.loads("".join(part["text"] for _, _, part in parts)) == whole[2]["choices"][0]
+
+
+def test_failures_in_a_row_are_counted(desk: Desk) -> None:
+    for number, error in enumerate((BackendError("lost"), OutOfMemory("full"))):
+        desk.ask(f"request-{number}")
+        desk.happens(Failure(error))
+    desk.model.refuses = BackendError("closed")
+    desk.ask("request-2")
+    assert desk.core.failures == 2  # a request too large for the memory is its own fault
+    desk.model.refuses = None
+    desk.ask("request-3")
+    desk.happens(completion())
+    assert desk.core.failures == 0
+
+
+def test_requests_that_were_read_in_vain_count(desk: Desk) -> None:
+    desk = Desk(requests_per_minute=1)
+    desk.model.refuses = Overloaded("full", 1.0)
+    assert code(desk.ask()) == (429, "queue_full")
+    desk.model.refuses = ContextExceeded("too long")
+    assert code(desk.ask()) == (400, "context_length_exceeded")
+    assert code(desk.ask()) == (429, "rate_limited")
 
 
 @pytest.mark.parametrize(("asked", "given"), [(-10, 0), (-1, 0), (0, 1), (1, 2), (10, 2)])

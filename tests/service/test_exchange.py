@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgecascade.errors import DeadlineExceeded, RemoteError
+from edgecascade.errors import Cancelled, DeadlineExceeded, RemoteError
 from edgecascade.service.exchange import (
     ABSENT_S,
     ACKNOWLEDGE_S,
@@ -38,7 +38,7 @@ def named(device: str | None = "a", deadline: float = 60.0) -> Exchange:
 
 
 def sent(exchange: Exchange, now: float) -> Send:
-    send = exchange.step(now, up=True)
+    send = exchange.step(now)
     assert send is not None
     return send
 
@@ -46,16 +46,16 @@ def sent(exchange: Exchange, now: float) -> Send:
 def test_it_is_sent_until_something_is_heard() -> None:
     exchange = named()
     assert sent(exchange, 0.0) == Send("a", 60.0)
-    assert exchange.step(ACKNOWLEDGE_S - 0.1, up=True) is None
+    assert exchange.step(ACKNOWLEDGE_S - 0.1) is None
     assert sent(exchange, ACKNOWLEDGE_S) == Send("a", 60.0 - ACKNOWLEDGE_S)
     exchange.hear("a", Queued(1), 3.0)
-    assert exchange.step(3.0 + STALL_S - 0.1, up=True) is None
+    assert exchange.step(3.0 + STALL_S - 0.1) is None
     assert sent(exchange, 3.0 + STALL_S).device == "a"
 
 
 def test_nothing_is_sent_while_the_broker_is_away() -> None:
     exchange = named()
-    assert exchange.step(0.0, up=False) is None
+    assert exchange.step(0.0, away="refused") is None
     assert exchange.sends == 0
     exchange.connected(5.0)
     assert sent(exchange, 5.0).device == "a"
@@ -67,9 +67,9 @@ def test_the_deadline_ends_it_with_what_is_known() -> None:
     exchange = named(deadline=1.0)
     sent(exchange, 0.0)
     exchange.sent(0x10, 0.1)
-    assert exchange.step(1.0 + GRACE_S / 2, up=True) is None
+    assert exchange.step(1.0 + GRACE_S / 2) is None
     assert not exchange.over
-    exchange.step(1.1 + GRACE_S, up=True)
+    exchange.step(1.1 + GRACE_S)
     assert exchange.over
     assert isinstance(exchange.error, DeadlineExceeded)
     assert "a does not listen" in str(exchange.error)
@@ -86,16 +86,66 @@ def test_without_a_name_a_silent_device_is_left() -> None:
     assert sent(exchange, 2.0).device == "a"  # all were tried: from the start
 
 
+def test_without_another_device_it_waits_as_long_as_it_is_told() -> None:
+    exchange = Exchange(60.0, lambda avoid: None if "a" in avoid else "a")
+    assert sent(exchange, 0.0).device == "a"
+    exchange.hear("a", BUSY, 1.0)
+    assert exchange.step(3.9) is None
+    assert sent(exchange, 4.0).device == "a"
+
+
 def test_with_a_name_it_waits_for_that_device() -> None:
     exchange = named("a")
     sent(exchange, 0.0)
     exchange.hear("a", BUSY, 1.0)
-    assert exchange.step(3.9, up=True) is None
+    assert exchange.step(3.9) is None
     assert sent(exchange, 4.0).device == "a"
     exchange.seen("a", Status("online", 3), 4.1)
-    assert exchange.step(4.2, up=True) is None
+    assert exchange.step(4.2) is None
     exchange.seen("a", Status("online", 4), 4.3)  # restarted: it has forgotten
     assert sent(exchange, 4.3).device == "a"
+    exchange.seen("a", Status("offline", 3), 4.4)  # a late last will
+    assert exchange.step(4.4) is None
+    exchange.seen("a", Status("online", 1), 4.5)  # restarted, and lost its counter
+    assert sent(exchange, 4.5).device == "a"
+
+
+def test_what_was_never_sent_is_taken_back_at_once() -> None:
+    exchange = Exchange(60.0, lambda avoid: None)
+    assert exchange.step(0.0) is None
+    exchange.cancelled = True
+    exchange.take_back(0.1)
+    assert isinstance(exchange.error, Cancelled)
+
+
+def test_a_cancelled_request_is_sent_again_until_its_end_is_heard() -> None:
+    exchange = named("a")
+    sent(exchange, 0.0)
+    exchange.cancelled = True
+    exchange.take_back(0.1)
+    exchange.hear("a", Failed(Problem(404, "not_found", "unknown")), 0.2)
+    assert sent(exchange, ACKNOWLEDGE_S).device == "a"
+    exchange.hear("a", final("what there is"), 3.0)
+    assert exchange.over
+    assert exchange.error is None
+
+
+def test_a_cancelled_request_does_not_go_to_another_device() -> None:
+    exchange = named(None)
+    assert sent(exchange, 0.0).device == "a"
+    exchange.cancelled = True
+    exchange.hear("a", Failed(Problem(503, "client_gone", "lost", retryable=True)), 1.0)
+    assert exchange.step(5.0) is None
+    assert isinstance(exchange.error, Cancelled)
+
+
+def test_a_cancelled_request_of_a_pool_waits_for_who_has_it() -> None:
+    exchange = Exchange(60.0, lambda avoid: None, pool=True)
+    assert sent(exchange, 0.0) == Send(None, 60.0)
+    exchange.cancelled = True
+    assert exchange.step(ACKNOWLEDGE_S) is None
+    exchange.hear("b", Queued(1), 3.0)
+    assert sent(exchange, 3.0) == Send("b", 57.0)
 
 
 def test_a_refusal_ends_it() -> None:

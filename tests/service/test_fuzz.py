@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 import pytest
@@ -66,7 +67,7 @@ def test_any_messages_and_tools_are_run_or_refused(
     core, ended = one_core
     body = {"id": "request-1", "messages": messages, "max_completion_tokens": 1, "tools": tools}
     topic = TOPICS.chat("dev-1", "robot")
-    out = core.receive(Incoming(topic, json.dumps(body).encode()), 0.0)
+    out = core.receive(Incoming(topic, json.dumps(body).encode()), time.monotonic())
     if not out:
         live, event = ended()
         out = core.tell(live, event, 0.0)

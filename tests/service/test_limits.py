@@ -36,6 +36,7 @@ def test_a_clock_that_goes_back_gives_nothing() -> None:
     rate = Rate(60)
     rate.charge("a", 100.0, 60)
     assert rate.wait_s("a", 50.0, 1) == pytest.approx(1.0)
+    assert rate.wait_s("a", 100.0, 1) == pytest.approx(1.0)
 
 
 def test_clients_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,9 @@ import installed
 import pytest
 from proxy import Proxy
 
+from edgecascade.client import Client
+from edgecascade.errors import NetworkError
+from edgecascade.service import mqtt
 from edgecascade.service.broker import LocalBroker, free_port
 from edgecascade.service.config import broker_address
 from edgecascade.service.mqtt import MAX_WAITING, Link, LinkOptions
@@ -67,8 +70,8 @@ def connect() -> Iterator[Opener]:
         box.link.stop()
 
 
-def until(holds: Callable[[], bool]) -> bool:
-    end = time.monotonic() + WAIT_S
+def until(holds: Callable[[], bool], within_s: float = WAIT_S) -> bool:
+    end = time.monotonic() + within_s
     while time.monotonic() < end:
         if holds():
             return True
@@ -195,6 +198,48 @@ def test_a_message_over_the_broker_s_limit_is_not_sent(
     assert box.link.counters.losses == 0
 
 
+def test_a_message_that_ends_each_connection_is_given_up(tmp_path: Path) -> None:
+    small = LocalBroker(installed.broker("mosquitto"), extra_config="max_packet_size 8192\n")
+    with small as broker:
+        box = Box(broker.url, "one", "t/#", protocol="3.1.1")  # which has no word for the limit
+        box.link.start()
+        try:
+            assert box.link.wait_up(WAIT_S)
+            ready(box, "t/a")
+            assert box.link.publish(Outgoing("t/large", b"x" * 20_000))
+            assert box.link.publish(Outgoing("t/small", b"after it"))
+            assert until(lambda: box.link.counters.oversize == 1, 90.0)
+            assert until(lambda: "t/small" in {message.topic for message in list(box.got.queue)})
+            assert box.link.max_payload_bytes == 10_000
+            assert not box.link.publish(Outgoing("t/large", b"x" * 20_000))
+            assert box.link.flush(WAIT_S)
+        finally:
+            box.link.stop()
+
+
+@pytest.mark.parametrize(("sizes", "acked"), [((200, 4096), 0), ((200, 9000), 9000)])
+def test_nothing_is_given_up_that_a_broker_takes(sizes: tuple[int, ...], acked: int) -> None:
+    link = Link(LinkOptions(broker_address("mqtt://broker"), "one", ()), print)
+    link._short, link._largest_acked = 100, acked  # a network that keeps failing
+    sent = {number: Outgoing("t", b"x" * size) for number, size in enumerate(sizes)}
+    link._lost(mqtt._Connection(link._client(), 0.0, unacked=dict(sent)))
+    assert list(link._waiting) == list(sent.values())
+    assert link.counters.oversize == 0
+
+
+def test_correlation_data_counts_to_a_message_s_size(
+    mosquitto: LocalBroker, connect: Opener
+) -> None:
+    box = connect(mosquitto.url, "one", "t/#")
+    ready(box, "t/a")
+    most = box.link.max_payload_bytes
+    correlation = b"x" * 1000
+    assert not box.link.publish(Outgoing("t/a", b"x" * (most - 999), correlation=correlation))
+    assert box.link.publish(Outgoing("t/a", b"x" * (most - 1000), correlation=correlation))
+    assert box.next().correlation == correlation
+    assert box.link.counters.losses == 0
+
+
 def test_a_failing_callback_does_not_silence_it(mosquitto: LocalBroker, connect: Opener) -> None:
     box = connect(mosquitto.url, "one", "t/#")
     ready(box, "t/a")
@@ -274,6 +319,81 @@ def mosquitto_password(user: str, password: str) -> str:
     digest = hashlib.pbkdf2_hmac("sha512", password.encode(), salt, rounds, 64)
     coded = "$".join(base64.b64encode(part).decode() for part in (salt, digest))
     return f"{user}:$7${rounds}${coded}\n"
+
+
+@pytest.fixture
+def guarded(tmp_path: Path) -> Iterator[LocalBroker]:
+    """A broker that lets robot in, with the password "right"."""
+    known = tmp_path / "known"
+    known.write_text(mosquitto_password("robot", "right"))
+    known.chmod(0o600)
+    settings = f"allow_anonymous false\npassword_file {known}\n"
+    with LocalBroker(installed.broker("mosquitto"), extra_config=settings) as broker:
+        yield broker
+
+
+@pytest.mark.parametrize("protocol", ["auto", "5", "3.1.1"])
+@pytest.mark.parametrize("name", [None, "robot"])
+def test_a_refusal_that_will_not_change_is_told_at_once(
+    guarded: LocalBroker, protocol: str, name: str | None
+) -> None:
+    client = Client(guarded.url, username=name, password="wrong", protocol=protocol)
+    began, threads = time.monotonic(), threading.active_count()
+    with pytest.raises(NetworkError, match=r"127.0.0.1.*Not authorized; check the user name"):
+        client.connect(WAIT_S)
+    assert time.monotonic() - began < WAIT_S / 2
+    assert threading.active_count() == threads
+    with Client(guarded.url, username="robot", password="right", protocol=protocol) as client:
+        assert client.devices() == {}
+
+
+def connack(code: int, properties: bytes = b"") -> bytes:
+    """An answer of MQTT 5."""
+    return bytes([0x20, 3 + len(properties), 0, code, len(properties)]) + properties
+
+
+@pytest.mark.parametrize(
+    ("answer", "protocol", "told"),
+    [
+        (b"\x20\x02\x00\x04", "3.1.1", "Bad user name or password; check the user name"),
+        (b"\x20\x02\x00\x05", "3.1.1", "Not authorized; check the user name"),
+        (b"\x20\x02\x00\x02", "3.1.1", "Client identifier not valid; give another client id"),
+        (connack(0x84), "5", "Unsupported protocol version; let the protocol be auto"),
+        (connack(0x85), "auto", "Client identifier not valid; give another client id"),
+        (connack(0x86), "auto", "Bad user name or password; check"),
+        (connack(0x87, b"\x1f\x00\x05maybe"), "5", "Not authorized: maybe; check"),
+        (connack(0x8A), "auto", "Banned; ask who runs"),
+        (connack(0x9D, b"\x1c\x00\x05other"), "5", "Server moved: other; connect to that"),
+    ],
+)
+def test_each_refusal_names_the_way_out(
+    mosquitto: LocalBroker, answer: bytes, protocol: str, told: str
+) -> None:
+    with Proxy(mosquitto.port, refusals=[answer]) as proxy:
+        with pytest.raises(NetworkError, match=told):
+            Client(proxy.url, protocol=protocol).connect(WAIT_S)
+        assert len(proxy.versions) == 1
+
+
+def test_a_broker_that_is_busy_is_tried_again(mosquitto: LocalBroker) -> None:
+    busy = [connack(0x89), connack(0x88), connack(0x97), connack(0x9F)]
+    with Proxy(mosquitto.port, refusals=busy) as proxy:
+        with Client(proxy.url, protocol="5").connect(120.0) as client:
+            assert client.devices() == {}
+        assert len(proxy.versions) == 5
+    with (
+        Proxy(mosquitto.port, refusals=[b"\x20\x02\x00\x03"] * 100) as proxy,
+        pytest.raises(NetworkError, match="refused: Server unavailable"),
+    ):
+        Client(proxy.url, protocol="3.1.1").connect(1.0)
+
+
+def test_a_broker_that_hangs_up_is_said_to(mosquitto: LocalBroker) -> None:
+    with (
+        Proxy(mosquitto.port, refusals=[b""] * 100) as proxy,
+        pytest.raises(NetworkError, match="hangs up without an answer"),
+    ):
+        Client(proxy.url, protocol="5").connect(1.0)
 
 
 def test_a_renewed_password_is_taken_up_at_the_next_connection(tmp_path: Path) -> None:

@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 from conftest import WAIT_S, Serve
-from test_service import ASK, GREEDY, Raw, until
+from test_service import ASK, GREEDY, TOPICS, Raw, until
 
 from edgecascade import LLM
 from edgecascade.errors import BackendError
 from edgecascade.service.broker import LocalBroker
 from edgecascade.service.config import ServiceConfig
-from edgecascade.service.service import Service
+from edgecascade.service.service import MAX_FAILURES, Service
 
 
 @pytest.fixture
@@ -143,6 +143,34 @@ def test_a_device_that_fails_is_500_and_the_next_request_runs(
     assert (status, code, error["retryable"]) == (500, "engine_error", True)
     ask(raw, "request-0001")
     assert raw.last_word()[1]["object"] == "chat.completion"
+
+
+def test_a_device_that_only_fails_ends_so_that_it_is_started_anew(
+    bundle: Path, mosquitto: LocalBroker, tmp_path: Path, raw: Raw
+) -> None:
+    config = ServiceConfig(mqtt=mosquitto.url, device_id="dev-1", state_dir=str(tmp_path))
+    raised: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            service.run()
+        except BackendError as error:
+            raised.append(error)
+
+    with LLM.load(bundle, slots=1) as llm:
+        with Service(llm, config) as service:
+            runner = threading.Thread(target=run)
+            runner.start()
+            assert service.wait_ready(WAIT_S)
+            llm.close()  # as when the engine stopped
+            for number in range(MAX_FAILURES):
+                assert not raised
+                ask(raw, f"request-{number}")
+                assert refused(raw, f"request-{number}")[:2] == (500, "engine_error")
+            runner.join(WAIT_S)
+        assert "8 requests in a row" in str(raised[0])
+        raw.client.subscribe(TOPICS.status("dev-1"))
+        assert json.loads(raw.got.get(timeout=WAIT_S).payload)["status"] == "offline"
 
 
 def test_who_may_not_is_403(serve: Serve, raw: Raw) -> None:

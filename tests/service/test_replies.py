@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from typing import Any
@@ -162,6 +163,40 @@ KEYS = st.sampled_from(
     ["seq", "choices", "error", "object", "part", "parts", "text", "status", "boot", "sha256"]
 )
 KINDS = st.sampled_from(["chat.completion", "chat.completion.queued", "online"])
+
+
+def final_of(**message: Any) -> dict[str, Any]:
+    return {
+        "object": "chat.completion",
+        "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
+    }
+
+
+def call_of(arguments: Any) -> dict[str, Any]:
+    return final_of(tool_calls=[{"function": {"name": "go", "arguments": arguments}}])
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {"choices": [{"delta": None}]},
+        {"choices": [{"delta": {}}], "seq": None},
+        {"object": "chat.completion", "choices": [{"message": None, "finish_reason": "stop"}]},
+        final_of(content=5),
+        final_of(reasoning_content=["x"]),
+        final_of(tool_calls=[{}]),
+        final_of(tool_calls=5),
+        call_of("[]"),
+        call_of("no JSON"),
+        call_of("[" * 100_000),
+        call_of({}),
+    ],
+)
+def test_what_a_client_would_stumble_over_is_no_reply(answer: dict[str, Any]) -> None:
+    assert replies.read_reply(json.dumps(answer).encode()) is None
+    choice = json.dumps(answer["choices"][0])
+    digest = hashlib.sha256(choice.encode()).hexdigest()
+    assert replies.Final({}, 1, digest).with_choice({0: choice}) is None
 
 
 @settings(deadline=None)

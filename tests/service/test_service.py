@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import queue
 import subprocess
@@ -26,7 +27,13 @@ from proxy import Proxy
 
 from edgecascade import LLM
 from edgecascade.client import Client
-from edgecascade.errors import DeadlineExceeded, InvalidRequest, NetworkError, RemoteError
+from edgecascade.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    InvalidRequest,
+    NetworkError,
+    RemoteError,
+)
 from edgecascade.service import mqtt
 from edgecascade.service.broker import LocalBroker
 from edgecascade.service.config import ServiceConfig
@@ -37,6 +44,7 @@ from edgecascade.snapshots import MIN_PIECE_TOKENS
 TOPICS = Topics()
 ASK = [{"role": "user", "content": "go to the dock"}]
 GREEDY = {"temperature": 0, "max_completion_tokens": 24, "seed": 5}
+GREEDY_HERE = {"temperature": 0, "max_tokens": 24, "seed": 5}
 
 
 def direct(llm: LLM, **params: Any) -> Any:
@@ -171,6 +179,132 @@ def test_a_stream_that_is_closed_early_frees_the_device(serve: Serve, connect: C
     next(iter(stream))
     stream.close()
     assert until(lambda: client.devices()["dev-1"].busy == 0)
+
+
+def test_a_stream_that_nobody_reads_is_never_sent(serve: Serve, connect: Connect, llm: LLM) -> None:
+    service = serve()
+    client = connect("robot")
+    stream = client.stream("dev-1", ASK, request_id="request-1", **GREEDY)
+    assert client._pending == {}
+    del stream
+    again = client.stream("dev-1", ASK, request_id="request-1", **GREEDY)
+    assert "".join(piece.text for piece in again) == direct(llm, **GREEDY_HERE).text
+    closed = client.stream("dev-1", ASK, **GREEDY)
+    closed.close()
+    assert list(closed) == []
+    assert service._link.counters.received == 1
+    assert client._pending == {}
+
+
+def test_a_stream_that_is_dropped_half_way_frees_the_device(serve: Serve, connect: Connect) -> None:
+    service = serve()
+    client = connect("robot")
+    stream = client.stream("dev-1", ASK, max_completion_tokens=2000, timeout_s=600, flush_ms=0)
+    next(stream)
+    del stream
+    assert client._pending == {}
+    assert until(lambda: service._core.busy == 0)
+    assert service._core.figures.finished == {"cancelled": 1}
+
+
+def test_a_stream_that_the_garbage_collector_ends_blocks_nobody(
+    serve: Serve, connect: Connect
+) -> None:
+    serve()
+    client = connect("robot")
+    stream = client.stream("dev-1", ASK, max_completion_tokens=2000, timeout_s=600, flush_ms=0)
+    next(stream)
+    circle: list[Any] = [stream]
+    circle.append(circle)
+    del stream, circle
+    with client._lock, client._link._lock:  # wherever this thread happens to be
+        gc.collect()
+    assert client._pending == {}
+    assert client.chat("dev-1", ASK, **GREEDY).finish_reason
+
+
+def test_a_timeout_may_be_longer_than_any_message_lives(serve: Serve, connect: Connect) -> None:
+    service = serve()
+    client = connect("robot")
+    assert client.chat("dev-1", ASK, timeout_s=1e12, **GREEDY).finish_reason
+    assert client._link.counters.losses == service._link.counters.losses == 0
+
+
+def test_a_timeout_counts_from_the_call(connect: Connect) -> None:
+    stream = connect("robot").stream("dev-1", ASK, timeout_s=0.1)
+    time.sleep(1.3)  # beyond the grace for a device's own word
+    with pytest.raises(DeadlineExceeded, match="nothing was heard"):
+        next(stream)
+
+
+def test_a_cancelled_request_whose_end_was_lost_is_told_again(
+    serve: Serve, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = serve()
+    client = connect("robot")
+    publish, lost = service._link.publish, threading.Event()
+
+    def loses_the_first_final(message: Any) -> bool:
+        if b'"chat.completion"' in message.payload and not lost.is_set():
+            lost.set()
+            return True
+        return publish(message)
+
+    monkeypatch.setattr(service._link, "publish", loses_the_first_final)
+    stream = client.stream("dev-1", ASK, timeout_s=600, flush_ms=0, max_completion_tokens=2000)
+    next(stream)
+    client.cancel(stream.id)
+    assert lost.wait(WAIT_S)
+    for _ in stream:
+        pass
+    assert stream.answer.finish_reason in ("cancelled", "stop")
+    assert sum(service._core.figures.finished.values()) == 1
+
+
+def test_a_request_that_no_device_has_is_taken_back_at_once(serve: Serve, connect: Connect) -> None:
+    client = connect("robot")
+    ends: queue.Queue[Exception] = queue.Queue()
+
+    def wait() -> None:
+        try:
+            client.chat(None, ASK, timeout_s=600, request_id="request-1")
+        except Cancelled as error:
+            ends.put(error)
+
+    waiter = threading.Thread(target=wait)
+    waiter.start()
+    assert until(lambda: "request-1" in client._pending)
+    client.cancel("request-1")
+    assert "taken back" in str(ends.get(timeout=WAIT_S))
+    waiter.join()
+    service = serve()  # and it is not sent to who comes later
+    assert until(lambda: "dev-1" in client.devices())
+    assert client.chat(None, ASK, **GREEDY).device == "dev-1"
+    assert service._link.counters.received == 1
+
+
+def test_a_deadline_counts_from_the_arrival_whatever_is_read_before(
+    serve: Serve, connect: Connect, llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = serve()
+    client = connect("robot")
+    real = llm.prompter.from_messages
+
+    def late(messages: Any, *args: Any, **options: Any) -> Any:
+        if messages[0]["content"] == "a long one":
+            assert until(lambda: service._link.counters.received == 2)
+            time.sleep(0.5)
+        return real(messages, *args, **options)
+
+    monkeypatch.setattr(llm.prompter, "from_messages", late)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(client.chat, "dev-1", "a long one", timeout_s=60, **GREEDY)
+        assert until(lambda: service._link.counters.received == 1)
+        second = pool.submit(client.chat, "dev-1", ASK, timeout_s=0.4, **GREEDY)
+        with pytest.raises(RemoteError) as caught:
+            second.result()
+        assert (caught.value.status, caught.value.reason) == (408, "deadline_exceeded")
+        assert first.result().finish_reason
 
 
 def test_a_cancelled_request_ends_with_what_there_is(serve: Serve, connect: Connect) -> None:
@@ -328,6 +462,35 @@ def test_status_and_info_are_retained_and_the_end_is_told(
     assert until(lambda: client.devices()["dev-1"].status == "offline")
 
 
+def test_a_device_that_lost_its_counter_is_seen_again(
+    serve: Serve, connect: Connect, tmp_path: Path
+) -> None:
+    (tmp_path / "dev-1.boot").write_text("41\n")
+    first = serve()
+    client = connect("robot")
+    assert client.devices()["dev-1"].boot == 42
+    first.stop()
+    assert until(lambda: client.devices()["dev-1"].status == "offline")
+    serve(state_dir=str(tmp_path / "reinstalled"))
+    assert until(lambda: client.devices()["dev-1"].boot == 1)
+    assert client.chat(None, ASK, timeout_s=WAIT_S, **GREEDY).device == "dev-1"
+
+
+def test_a_device_that_was_removed_is_forgotten(connect: Connect, raw: Raw) -> None:
+    client = connect("robot")
+    said = b'{"status":"online","boot":%d,"accepts":true}'
+    topic = TOPICS.status("dev-7")
+    raw.publish(topic, said % 2, retain=True)
+    assert until(lambda: "dev-7" in client.devices())
+    raw.publish(topic, said.replace(b"online", b"offline") % 1)  # a late last will
+    raw.publish(topic, b"no status")
+    raw.publish(TOPICS.status("dev-8"), said % 1)
+    assert until(lambda: "dev-8" in client.devices())
+    assert client.devices()["dev-7"].status == "online"
+    raw.publish(topic, b"", retain=True)
+    assert until(lambda: "dev-7" not in client.devices())
+
+
 def test_a_pool_answers(serve: Serve, connect: Connect) -> None:
     serve(pool="lab")
     answer = connect("robot").chat(None, ASK, pool="lab", **GREEDY)
@@ -444,6 +607,36 @@ def test_the_same_id_runs_once(serve: Serve, raw: Raw) -> None:
     assert last["error"]["code"] == "idempotency_conflict"
 
 
+def test_a_flood_holds_up_neither_streams_nor_the_end(
+    serve: Serve, raw: Raw, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = serve()
+    real, slow_s = service._core.receive, 0.02
+
+    def slow(message: Any, now: float) -> Any:
+        time.sleep(slow_s)
+        return real(message, now)
+
+    monkeypatch.setattr(service._core, "receive", slow)
+    for number in range(1000):  # 20 s of work
+        raw.publish(raw.chat, b'{"id":"invalid-%04d"}' % number)
+    assert until(lambda: len(service._inbox) > 500)
+    body = json.dumps({"id": "request-1", "messages": ASK, "stream": True, **GREEDY}).encode()
+    raw.client.subscribe("edgecascade/v1/c/neighbour/#", 1)
+    raw.publish(TOPICS.chat("dev-1", "neighbour"), body)
+    kinds = []
+    while "chat.completion" not in kinds:
+        message = raw.got.get(timeout=WAIT_S)
+        if "/neighbour/" in message.topic:
+            kinds.append(json.loads(message.payload).get("object"))
+    assert "chat.completion.chunk" in kinds
+    assert len(service._inbox) > 100  # all that while the flood goes on
+    service.stop()
+    assert until(lambda: service._core.draining)
+    assert len(service._inbox) > 100
+    slow_s = 0.0
+
+
 def test_nothing_is_left_behind(serve: Serve, connect: Connect, llm: LLM) -> None:
     before = threading.active_count()
     service = serve()
@@ -453,7 +646,7 @@ def test_nothing_is_left_behind(serve: Serve, connect: Connect, llm: LLM) -> Non
         with suppress(RemoteError):
             client.chat("dev-1", ASK, temperature=9)
     assert client._pending == {}
-    assert (service._core.busy, len(service._inbox)) == (0, 0)
+    assert (service._core.busy, len(service._inbox), len(service._events)) == (0, 0, 0)
     assert service._core._per_client == {}
     assert threading.active_count() <= before + 3  # one runs the service, two the connections
 
@@ -508,13 +701,16 @@ def test_a_client_that_dies_frees_the_device(
     with Proxy(mosquitto.port) as proxy, Client(proxy.url, client_id="mortal") as client:
         options = {"max_completion_tokens": 2000, "timeout_s": 600, "temperature": 0, "seed": 5}
         streams = [client.stream("dev-1", f"{number}", **options) for number in range(12)]
-        assert until(lambda: service._core.busy > 0)
-        proxy.closed = True
-        proxy.cut()
-        assert until(lambda: service._core.busy == 0)
-        assert service._core.figures.errors["client_gone"] > 0
-        for stream in streams:
-            stream.close()
+        with ThreadPoolExecutor(12) as pool:
+            readers = [pool.submit(list, stream) for stream in streams]
+            assert until(lambda: service._core.busy > 0)
+            proxy.closed = True
+            proxy.cut()
+            assert until(lambda: service._core.busy == 0)
+            assert service._core.figures.errors["client_gone"] > 0
+            client.close()
+            for reader in readers:
+                assert reader.exception() is None or isinstance(reader.exception(), NetworkError)
 
 
 def test_a_long_answer_comes_through_a_small_broker(llm: LLM, bundle: Path, tmp_path: Path) -> None:

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Messages that wait to be read, client by client in turn: who floods waits for itself alone."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict, deque
+
+from edgecascade.service.protocol import Incoming
+
+MAX_WAITING = 4096
+MAX_OF_ONE = 1024
+
+Arrived = tuple[Incoming, float]  # and the time when it came
+
+
+class Inbox:
+    """Filled on one thread and emptied on another; bounded, in all and for each client."""
+
+    def __init__(self) -> None:
+        self.lost = 0
+        self._lock = threading.Lock()
+        self._lines: OrderedDict[str, deque[Arrived]] = OrderedDict()
+        self._waiting = 0
+
+    def __len__(self) -> int:
+        return self._waiting
+
+    def put(self, message: Incoming, now: float) -> None:
+        """Keep a message, or count it as lost: a client's retry must do."""
+        client = message.topic.rpartition("/")[2]  # see topics.py; wills share one line
+        with self._lock:
+            line = self._lines.get(client, ())
+            if self._waiting >= MAX_WAITING or len(line) >= MAX_OF_ONE:
+                self.lost += 1
+                return
+            self._lines.setdefault(client, deque()).append((message, now))
+            self._waiting += 1
+
+    def take(self) -> Arrived | None:
+        """The oldest message of the client whose turn it is."""
+        with self._lock:
+            if not self._lines:
+                return None
+            client, line = self._lines.popitem(last=False)
+            arrived = line.popleft()
+            if line:
+                self._lines[client] = line
+            self._waiting -= 1
+            return arrived
