@@ -220,6 +220,26 @@ def test_a_small_workspace_is_refused_with_both_sizes() -> None:
         kernels.library.run_op(1, kernels.stream, step, args)
 
 
+@pytest.mark.parametrize("isa", cpu_isas())
+def test_subnormals_count_as_zero_on_all_threads_and_only_there(isa: str) -> None:
+    kernels = Kernels(isa)
+    w = matrices(kernels, Codec.F32, 300, 20)
+    assert not linear(kernels, np.full((40, 20), 1e-39, np.float32), w).any()
+    assert linear(kernels, np.full((40, 20), 1e-30, np.float32), w).all()
+    assert np.float32(1e-30) * np.float32(1e-10) > 0, "the caller computes as before"
+
+
+@pytest.mark.parametrize("isa", cpu_isas())
+def test_subnormal_halves_are_numbers(isa: str) -> None:
+    kernels = Kernels(isa)
+    w = matrices(kernels, Codec.F16, 32, 20)
+    halves = w.data.view(np.float16)
+    halves[:] = np.arange(1, len(halves) + 1) * 2.0**-24
+    x = rows(3, 20)
+    exact = x.astype(np.float64) @ halves.reshape(32, 20).astype(np.float64).T
+    assert relative(linear(kernels, x, w), exact) <= tolerances.FLOAT_PRODUCT
+
+
 def test_two_callers_of_one_pool_do_not_disturb_each_other() -> None:
     kernels = Kernels()
     w, inputs = matrices(kernels, Codec.U4_64, 500, 256), [rows(4, 256, seed=s) for s in range(2)]

@@ -62,12 +62,16 @@ inline float h2f(uint16_t h) {
     bits = 0x7f800000u | (rest & 0x3ffu) << 13;
     if (rest > 0x7c00u) bits |= 0x400000u;
   } else {
-    // 2^112 moves the exponent from bias 15 to bias 127 and makes subnormals normal.
-    const uint32_t shifted = rest << 13;
-    float value;
-    std::memcpy(&value, &shifted, 4);
-    value *= 5.192296858534828e33f;
-    std::memcpy(&bits, &value, 4);
+    // From bias 15 to bias 127. A subnormal is what it adds to 2^-14: read as a float of its own it
+    // would be one, too, and those may be flushed (flush.h).
+    bits = (rest << 13) + 0x38000000u;
+    if (rest < 0x400u) {
+      bits += 0x800000u;
+      float value;
+      std::memcpy(&value, &bits, 4);
+      value -= 6.103515625e-05f;
+      std::memcpy(&bits, &value, 4);
+    }
   }
   bits |= sign;
   float f;

@@ -6,6 +6,8 @@
 #include <algorithm>
 #include <chrono>
 
+#include "flush.h"
+
 namespace ec {
 
 namespace {
@@ -69,6 +71,7 @@ void Pool::run(int64_t units, Call call, void* context) {
     return;
   }
   std::lock_guard<std::mutex> region(region_);
+  const FlushSubnormals flush;
   const Pool* outerOwner = regionOwner;
   const int outerThread = regionThread;
   regionOwner = this;
@@ -128,6 +131,7 @@ void Pool::waitForOthers(int64_t units) {
 void Pool::work(int thread) {
   regionOwner = this;
   regionThread = thread;
+  const FlushSubnormals flush;
   uint32_t seen = 0;
   while (waitForWork(seen)) {
     seen = static_cast<uint32_t>(ticket_.load() >> 32);

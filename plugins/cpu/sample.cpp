@@ -147,8 +147,7 @@ int64_t argmax(const float* scores, int64_t count) {
   float largest = reduceMax(top);
   for (; i < count; ++i) largest = scores[i] > largest ? scores[i] : largest;
   if (largest == -INFINITY) return -1;
-  const Vec less = set(std::nextafter(largest, -INFINITY));
-  for (i = 0; i + kWidth <= count && !anyGreater(load(scores + i), less);) i += kWidth;
+  for (i = 0; i + kWidth <= count && !anyEqual(load(scores + i), set(largest));) i += kWidth;
   while (scores[i] != largest) ++i;
   return i;
 }

@@ -70,7 +70,7 @@ inline Vec round(Vec a) {
 }
 // a * 2^n for integral n.
 inline Vec scale2(Vec a, Vec n) { return {_mm512_scalef_ps(a.v, n.v)}; }
-inline bool anyGreater(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ) != 0; }
+inline bool anyEqual(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ) != 0; }
 inline __m128 addTo4(Vec a) {
   const __m256 high = _mm512_castps512_ps256(_mm512_shuffle_f32x4(a.v, a.v, 0x4e));
   const __m256 sum = _mm256_add_ps(_mm512_castps512_ps256(a.v), high);
@@ -121,8 +121,8 @@ inline Vec scale2(Vec a, Vec n) {
   const __m256 y = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(rest, bias), 23));
   return {_mm256_mul_ps(_mm256_mul_ps(a.v, x), y)};
 }
-inline bool anyGreater(Vec a, Vec b) {
-  return _mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ)) != 0;
+inline bool anyEqual(Vec a, Vec b) {
+  return _mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_EQ_OQ)) != 0;
 }
 inline __m128 addTo4(Vec a) {
   return _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
@@ -167,7 +167,7 @@ inline Vec scale2(Vec a, Vec n) {
   const float32x4_t y = vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(rest, bias), 23));
   return {vmulq_f32(vmulq_f32(a.v, x), y)};
 }
-inline bool anyGreater(Vec a, Vec b) { return vmaxvq_u32(vcgtq_f32(a.v, b.v)) != 0; }
+inline bool anyEqual(Vec a, Vec b) { return vmaxvq_u32(vceqq_f32(a.v, b.v)) != 0; }
 
 #else
 
@@ -244,9 +244,9 @@ inline Vec scale2(Vec a, Vec n) {
     return a.v[i] * factor[0] * factor[1];
   });
 }
-inline bool anyGreater(Vec a, Vec b) {
+inline bool anyEqual(Vec a, Vec b) {
   bool any = false;
-  for (int i = 0; i < kWidth; ++i) any |= a.v[i] > b.v[i];
+  for (int i = 0; i < kWidth; ++i) any |= a.v[i] == b.v[i];
   return any;
 }
 
