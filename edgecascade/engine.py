@@ -47,6 +47,7 @@ log = logging.getLogger(__name__)
 
 CLOSED = "the LLM is closed; load the bundle again"
 MAX_AHEAD = 16  # conversations whose next turn waits to be read ahead
+AHEAD_AFTER_S = 0.02  # of rest: who asks again at once is not held up by it
 
 
 class Job(Protocol):
@@ -193,6 +194,7 @@ class Engine:
         self._thread: threading.Thread | None = None
         self._closed = False
         self._steps = self._decoded = self._prefilled = 0
+        self._worked_at = 0.0  # when there was something to do
 
     def submit(
         self,
@@ -359,24 +361,31 @@ class Engine:
             self._perform(arrangement)
         with self._wake:
             work = self._scheduler.work()
-            if work is None and (not self._ahead or self._scheduler.has_changed):
-                self._sleep()
+            if work is None and not self._rested():
                 return True
         if work is None:
             self._read_ahead(self._ahead[-1])
             return True
         self._steps += 1
+        self._worked_at = time.monotonic()
         if work.prefill:
             self._do_prefill(work.prefill)
         if work.decode:
             self._do_decode(work.decode)
         return True
 
-    def _sleep(self) -> None:
-        deadline = self._scheduler.next_deadline()
+    def _rested(self) -> bool:
+        """Sleep until there is something to do; True when it is to read ahead."""
         if self._closed or self._scheduler.has_changed:
-            return
-        self._wake.wait(None if deadline is None else max(deadline - time.monotonic(), 0))
+            return False
+        deadline, now = self._scheduler.next_deadline(), time.monotonic()
+        if self._ahead:
+            due = self._worked_at + AHEAD_AFTER_S
+            if now >= due:
+                return True
+            deadline = due if deadline is None else min(due, deadline)
+        self._wake.wait(None if deadline is None else max(deadline - now, 0))
+        return False
 
     def _read_ahead(self, tokens: Callable[[], Array]) -> None:
         """Queue the preparation of a later prompt, unless its state is kept."""

@@ -174,6 +174,7 @@ class Link:
         # Sockets, not a pipe: a closed one is an error, where the number of a closed pipe may be
         # another file by then.
         self._bell: tuple[socket.socket, socket.socket] | None = None
+        self._rung = False
 
     def start(self) -> None:
         """Begin to connect, also again after stop(); returns at once."""
@@ -182,7 +183,7 @@ class Link:
         self._stopping.clear()
         self._decided.clear()
         self.fatal, self._beat = None, time.monotonic()
-        self._bell = socket.socketpair()
+        self._bell, self._rung = socket.socketpair(), False
         for end in self._bell:
             end.setblocking(False)
         name = f"mqtt-{self._options.client_id}"
@@ -285,8 +286,9 @@ class Link:
 
     def _wake(self) -> None:
         bell = self._bell
-        if bell is not None:
-            with contextlib.suppress(OSError):  # full: it wakes anyway; closed: nobody sleeps
+        if bell is not None and not self._rung:
+            self._rung = True  # one call for many messages
+            with contextlib.suppress(OSError):  # closed: nobody sleeps
                 bell[1].send(b"x")
 
     # From here on everything runs on the network thread.
@@ -523,6 +525,7 @@ class Link:
                 self.reason = f"no answer within {ANSWER_S:g} s"
                 return
             readable = _wait(sock, bell, writing=client.want_write())
+            self._rung = False  # before anything is looked at: what comes now rings again
             if readable and client.loop_read():
                 return
             self._settle(connection)

@@ -110,7 +110,7 @@ class Service:
             births=self._births,
         )
         self._told_end = False
-        self._told_status = b""
+        self._told_status: tuple[bool, int] | None = None
         self._told_reason = self._link.reason
         self._status_at = 0.0
         self._telemetry_at = time.monotonic() + config.telemetry_s
@@ -233,7 +233,7 @@ class Service:
 
     def _births(self) -> list[Outgoing]:
         # On the network thread, at every connection: the will may have spoken meanwhile.
-        self._told_status = b""
+        self._told_status = None
         self._wake.set()
         topic = self._topics.info(self._config.device_id)
         return [self._status(), Outgoing(topic, wire.encode(self._info), retain=True)]
@@ -249,9 +249,8 @@ class Service:
             self._told_reason = reason
             log.warning("the broker at %s: %s", self._address.shown, reason)
         if now >= self._status_at and self._link.up:
-            state = "draining" if self._core.draining else "online"
-            told = report.status(self._core.identity, self._core.busy, state, 0).to_bytes()
-            if told != self._told_status:  # but for the time, which always changes
+            told = self._core.draining, self._core.busy
+            if told != self._told_status:
                 self._told_status = told
                 self._status_at = now + STATUS_PERIOD_S
                 self._link.publish(self._status())
