@@ -124,7 +124,8 @@ class Session:
             raise InvalidRequest("this session is answering; finish or close its stream first")
         entry = None
         if self._messages:
-            entry = self._llm.kept(self._llm.prompter.history(self._messages, self._tools))
+            history = self._llm.prompter.history(self._messages, self._tools, whoever=True)
+            entry = self._llm.kept(history)
         state = SavedState(
             bundle_id=self._llm.bundle.id,
             family=self._llm.bundle.family,

@@ -114,6 +114,22 @@ def test_a_tools_result_follows_a_call(llm: LLM) -> None:
     assert "Hm." in llm.detokenize(history), "a turn that goes on keeps its reasoning"
 
 
+def test_a_session_is_saved_for_whoever_speaks_next(llm: LLM, tmp_path: Path) -> None:
+    tools = [{"name": "stop", "parameters": {"type": "object", "properties": {}}}]
+    session, path = llm.session(ROBOT, tools), tmp_path / "warm.state"
+    session.generate("Go to the dock.", **GREEDY)
+    call = {"type": "function", "function": {"name": "stop", "arguments": {}}}
+    called = {"content": "", "reasoning_content": "Hm.", "tool_calls": [call]}
+    session._messages += [{"role": "user", "content": "Stop."}, {"role": "assistant", **called}]
+    session.save(path)
+    kept = read_state(path, bundle_id=llm.bundle.id, family=llm.bundle.family).tokens.tolist()
+    assert len(kept) > len(llm.tokenize(ROBOT))
+    for role in ("tool", "user"):
+        said = [*session.messages, {"role": role, "content": "On."}]
+        asked = llm.prompter.from_messages(said, tools, thinking=None).tokens
+        assert asked[: len(kept)].tolist() == kept
+
+
 @pytest.mark.parametrize("how", [{"read_ahead": False}, {"reuse": False}])
 def test_nothing_is_read_ahead_that_nobody_wants(llm: LLM, how: dict[str, bool]) -> None:
     before = llm.stats().prefilled_tokens

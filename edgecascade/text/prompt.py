@@ -80,21 +80,25 @@ class Prompter:
         tokens = self._encode(text)
         return Prompt(tokens, opens_reasoning(text), tuple(tools), True, tuple(messages))
 
-    def history(self, messages: Any, tools: Any, *, thinking: bool | None = None) -> Array:
+    def history(
+        self, messages: Any, tools: Any, *, thinking: bool | None = None, whoever: bool = False
+    ) -> Array:
         """The tokens with which every prompt begins that goes on from these messages.
 
-        A tool's result follows calls, else something that the user says.
+        A tool's result follows calls, else something that the user says; `whoever`: either of them.
         """
         template = self._chat_template()
         messages, tools = checked_messages(messages), checked_tools(tools)
-        role = "tool" if messages[-1].get("tool_calls") else "user"
-        one, other = (
+        roles = ["tool"] if messages[-1].get("tool_calls") else ["user"]
+        if whoever and roles != ["user"]:
+            roles.append("user")
+        first, *others = (
             self._encode(
                 template.render([*messages, said], tools=tools, thinking=thinking, answer=False)
             )
-            for said in ({"role": role, "content": text} for text in ("A", "0"))
+            for said in ({"role": role, "content": text} for role in roles for text in ("A", "0"))
         )
-        return one[: common_length(one, other)]
+        return first[: min(common_length(first, other) for other in others)]
 
     def needed_tokenizer(self) -> Tokenizer:
         """The tokenizer.
