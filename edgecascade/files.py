@@ -37,7 +37,7 @@ def replace_file(path: Path, data: bytes) -> None:
     Who is cut off leaves the old one, and nothing beside it where the disk is full. The caller
     keeps other writers away.
     """
-    part = path.with_name(f"{path.name}.part")
+    part = path.with_name(f".{path.name}.part-")  # hidden: folders of these are served and globbed
     part.unlink(missing_ok=True)  # of a writer that was killed
     try:
         write_file(part, data)

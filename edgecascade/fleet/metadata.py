@@ -13,7 +13,6 @@ writer that is killed leaves the repository as it was.
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from edgecascade.errors import FleetError
-from edgecascade.files import fsync_folder
+from edgecascade.files import replace_file
 from edgecascade.fleet.keys import Key, KeyFolders
 from edgecascade.fleet.needs import fleet_extra
 
@@ -177,9 +176,7 @@ class SignedMetadata:
         for role, text in data.items():
             if role != "timestamp":
                 replace_file(self.folder / f"{self._all()[role].signed.version}.{role}.json", text)
-        fsync_folder(self.folder)
         replace_file(self.folder / "timestamp.json", data["timestamp"])
-        fsync_folder(self.folder)
 
     def commit_root(self, keys: KeyFolders, now: float, before: list[Key]) -> None:
         """Sign the changed root: enough of the keys `before` the change, and enough of those after.
@@ -194,9 +191,7 @@ class SignedMetadata:
             _lacking("root", role.threshold, len(former))
         every = {key.keyid: key for key in [*former, *self._signers("root", keys)]}
         text = self.sign("root", list(every.values()), now)
-        path = self.folder / f"{self.root.signed.version}.root.json"
-        replace_file(path, text)
-        fsync_folder(self.folder)
+        replace_file(self.folder / f"{self.root.signed.version}.root.json", text)
 
     def sign(self, role: str, signers: list[Key], now: float) -> bytes:
         """The next version of a role's metadata."""
@@ -259,7 +254,6 @@ def create(folder: Path, keys: KeyFolders, profile: Profile, now: float) -> Sign
             metadata.sign(key.signer, append=True)
         name = "timestamp.json" if role == "timestamp" else f"1.{role}.json"
         replace_file(folder / name, metadata.to_bytes())
-    fsync_folder(folder)
     return SignedMetadata(folder)
 
 
@@ -325,13 +319,3 @@ def _read(path: Path) -> Metadata[Any]:
         return Metadata.from_file(str(path))
     except (RepositoryError, StorageError, OSError) as error:
         raise FleetError(f"cannot read {path}: {error}", reason="no-repository") from error
-
-
-def replace_file(path: Path, data: bytes) -> None:
-    """Put a file in place as a whole; the caller syncs the folder."""
-    part = path.with_name(f".{path.name}.part-{os.getpid()}")
-    with open(part, "wb") as out:
-        out.write(data)
-        out.flush()
-        os.fsync(out.fileno())
-    os.replace(part, path)

@@ -28,7 +28,7 @@ from typing import Any
 from edgecascade import manifest as layout
 from edgecascade.bundle import Bundle
 from edgecascade.errors import FleetError
-from edgecascade.files import fsync_folder
+from edgecascade.files import fsync_folder, replace_file
 from edgecascade.fleet import orders, release, trust
 from edgecascade.fleet.blobs import BlobFolder
 from edgecascade.fleet.keys import Key, KeyFolders
@@ -40,7 +40,6 @@ from edgecascade.fleet.metadata import (
     SignedMetadata,
     create,
     delegate,
-    replace_file,
 )
 from edgecascade.fleet.needs import fleet_extra
 from edgecascade.fleet.orders import NAME, Order, OrderKey, OrderKeys
@@ -255,7 +254,6 @@ class Repository:
                     reason="old-seq",
                 )
             replace_file(path, envelope)
-            fsync_folder(path.parent)
         return envelope
 
     def refresh(self, now: float) -> dict[str, float]:
@@ -406,7 +404,6 @@ class Repository:
                 (self.folder / folder).mkdir()
                 fsync_folder((self.folder / folder).parent)
         replace_file(target, data)
-        fsync_folder(target.parent)
         return str(entry.hashes["sha256"])
 
     def _target_file(self, path: str, entry: TargetFile) -> Path:
