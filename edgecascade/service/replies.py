@@ -116,10 +116,8 @@ def completion_body(
     head: Head, answer: Completion, chunks: int, extra: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The chat.completion object of a finished request."""
-    message: dict[str, Any] = {"role": "assistant", "content": answer.text}
-    if answer.reasoning:
-        message["reasoning_content"] = answer.reasoning
-    if answer.tool_calls:
+    message = answer.message
+    if answer.tool_calls:  # here arguments are texts
         message["tool_calls"] = [_call(i, call) for i, call in enumerate(answer.tool_calls)]
     choice: dict[str, Any] = {
         "index": 0,
