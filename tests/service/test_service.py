@@ -199,7 +199,8 @@ def test_a_stream_that_nobody_reads_is_never_sent(serve: Serve, connect: Connect
 def test_a_stream_that_is_dropped_half_way_frees_the_device(serve: Serve, connect: Connect) -> None:
     service = serve()
     client = connect("robot")
-    stream = client.stream("dev-1", ASK, max_completion_tokens=2000, timeout_s=600, flush_ms=0)
+    endless = {"max_completion_tokens": 2000, "temperature": 0, "seed": 5}
+    stream = client.stream("dev-1", ASK, timeout_s=600, flush_ms=0, **endless)
     next(stream)
     del stream
     assert client._pending == {}
