@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,22 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgecascade.errors import OutOfMemory, SnapshotError
+from edgecascade.reserve import reserve_all
 from edgecascade.tensors import KvState, KvType, State
 
 Array = NDArray[Any]
 
 KV_SHARE = 0.25  # of the memory that is available when the bundle is opened
-
-
-def reserve(shape: tuple[int, ...], dtype: Any) -> Array:
-    """A zeroed array whose pages cost memory only once touched, however large it is."""
-    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
-    try:
-        memory = mmap.mmap(-1, max(size, 1), flags=flags)
-    except OSError as error:
-        raise OutOfMemory(f"{size / 1e9:.2f} GB of state cannot be reserved: {error}") from error
-    return np.frombuffer(memory, dtype, count=int(np.prod(shape))).reshape(shape)
 
 
 def fit_pages(
@@ -144,14 +133,19 @@ class StatePool:
         self._kv: dict[int, Array] = {}
         self._head_dim: dict[int, int] = {}
         self._slots: dict[tuple[int, str], Array] = {}
+        wanted: list[tuple[tuple[int, ...], Any]] = []
         for state in states:
             if isinstance(state, KvState):
                 row = (pages.page_tokens, kv_type.row_items(state.head_dim))
-                shape = (num_pages, 2, state.kv_heads, *row)
-                self._kv[state.layer] = reserve(shape, kv_type.dtype)
+                wanted.append(((num_pages, 2, state.kv_heads, *row), kv_type.dtype))
+            else:
+                wanted.append(((slots, *state.shape), np.float32))
+        for state, pool in zip(states, reserve_all(wanted), strict=True):
+            if isinstance(state, KvState):
+                self._kv[state.layer] = pool
                 self._head_dim[state.layer] = state.head_dim
             else:
-                self._slots[state.layer, state.name] = reserve((slots, *state.shape), np.float32)
+                self._slots[state.layer, state.name] = pool
 
     def array(self, layer: int, name: str) -> Array:
         """The pool of one state field."""
@@ -164,18 +158,23 @@ class StatePool:
         self.pages.release(slot)
 
     def export(self, slot: int, tokens: int) -> dict[tuple[int, str], Array]:
-        """The slot's state in the form of Snapshot."""
-        parts: dict[tuple[int, str], Array] = {}
-        for (layer, name), pool in self._slots.items():
-            if name == "conv":
-                parts[layer, name] = pool[slot][_ring_rows(pool.shape[1], tokens)]
-            else:
-                parts[layer, name] = pool[slot].copy()
-        for layer, kv in self._kv.items():
-            part = np.empty((2, tokens, kv.shape[2], kv.shape[4]), kv.dtype)
-            for (pages, rows), into in self._spans(slot, part):
+        """The slot's state in the form of Snapshot. Keys and values are freed apart from the rest:
+        who keeps several states of a conversation needs only the longest.
+        """
+        rows = {key: pool[slot] for key, pool in self._slots.items()}
+        for key, ring in rows.items():
+            if key[1] == "conv":
+                rows[key] = ring[_ring_rows(len(ring), tokens)]
+        parts = dict(
+            zip(rows, reserve_all([(a.shape, a.dtype) for a in rows.values()]), strict=True)
+        )
+        for key, part in parts.items():
+            part[...] = rows[key]
+        shapes = [((2, tokens, kv.shape[2], kv.shape[4]), kv.dtype) for kv in self._kv.values()]
+        for layer, part in zip(self._kv, reserve_all(shapes), strict=True):
+            for (pages, held), into in self._spans(slot, part):
                 for columns, piece in self._pieces(layer):
-                    into[..., columns] = piece[pages, :, :, :rows].transpose(1, 0, 3, 2, 4)
+                    into[..., columns] = piece[pages, :, :, :held].transpose(1, 0, 3, 2, 4)
             parts[layer, "kv"] = part
         return parts
 

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -75,6 +77,17 @@ def test_export_and_load_move_a_sequence_between_slots(tokens: int, kv_type: KvT
     assert not pool.array(0, "ssm")[2].any()
     assert not pool.array(0, "conv")[2].any()
     np.testing.assert_array_equal(pool.export(0, tokens)[0, "ssm"], parts[0, "ssm"])
+
+
+def test_keys_and_values_of_a_snapshot_are_freed_without_the_rest() -> None:
+    states = [SlotState(0, "ssm", (2, 3, 5)), KvState(1, 2, 8)]
+    pages = PagePool(pages=512, slots=1, max_pages=512, page_tokens=64)
+    pool = StatePool(states, pages, slots=1, num_pages=512, kv_type=KvType.F16)
+    pages.grow(0, 512 * 64)
+    parts = pool.export(0, 512 * 64)
+    kept = weakref.ref(parts[1, "kv"].base)
+    del parts[1, "kv"]
+    assert kept() is None
 
 
 def test_a_state_of_another_type_of_keys_and_values_is_refused_with_both() -> None:

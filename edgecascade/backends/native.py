@@ -25,8 +25,9 @@ from edgecascade.bundle import Bundle
 from edgecascade.device.memory import memory_bytes
 from edgecascade.errors import BackendError
 from edgecascade.models import family
+from edgecascade.reserve import reserve, reserve_all
 from edgecascade.sampling import Logits, SampleRow
-from edgecascade.state import StatePool, reserve
+from edgecascade.state import StatePool
 from edgecascade.trace import OUT_ROWS, PREFILL_CHUNK
 
 
@@ -59,8 +60,8 @@ class NativeBackend(SlotBackend):
         model.forward(recorder, config, weights)
         columns = assign_buffers(recorder.calls)
         rows = PREFILL_CHUNK
-        self._buffers = [reserve((rows, n), np.float32) for n in columns]
-        self._logits = reserve((max(self.slots, OUT_ROWS), self.vocab), np.float32)
+        shapes = [(max(self.slots, OUT_ROWS), self.vocab), *((rows, n) for n in columns)]
+        self._logits, *self._buffers = reserve_all([(shape, np.float32) for shape in shapes])
         sizes = {"tokens": rows, "start": self.slots + 1, "slot": self.slots, "past": self.slots}
         sizes["out_row"] = len(self._logits)
         self._arrays = {name: np.zeros(size, np.int32) for name, size in sizes.items()}

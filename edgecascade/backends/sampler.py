@@ -11,8 +11,8 @@ import numpy as np
 from edgecascade.backends._lib import ARGS, Call, Library, Sampling, Step, Stream, address
 from edgecascade.errors import BackendError, InvalidRequest
 from edgecascade.ops import OPS
+from edgecascade.reserve import reserve
 from edgecascade.sampling import Logits, SampleRow
-from edgecascade.state import reserve
 
 SAMPLE = OPS["sample"].codes[0]
 

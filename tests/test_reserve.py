@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Memory that is reserved: zeroed, apart, given back, and in huge pages where there are any."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edgecascade.errors import OutOfMemory
+from edgecascade.reserve import ALIGN_BYTES, HUGE_BYTES, reserve, reserve_all
+
+THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+def kilobytes(field: str) -> int:
+    text = Path("/proc/self/smaps_rollup").read_text()
+    return int(re.search(rf"^{field}:\s+(\d+) kB", text, re.MULTILINE)[1])
+
+
+def test_arrays_are_zeroed_aligned_and_apart() -> None:
+    wanted = [((3, 5), np.float32), ((0,), np.int32), ((7,), np.int8), ((2, 2), np.float16)]
+    arrays = reserve_all(wanted)
+    for number, (array, (shape, dtype)) in enumerate(zip(arrays, wanted, strict=True)):
+        assert (array.shape, array.dtype) == (shape, dtype)
+        assert not array.any()
+        assert array.flags.writeable
+        assert array.ctypes.data % ALIGN_BYTES == 0
+        array[...] = number + 1
+    assert all((array == number + 1).all() for number, array in enumerate(arrays))
+
+
+def test_what_is_not_touched_costs_nothing_and_what_is_dropped_is_given_back() -> None:
+    before = kilobytes("Rss")
+    array = reserve((1 << 30,), np.uint8)
+    assert kilobytes("Rss") - before < 20_000
+    array[: 64 << 20] = 1
+    assert kilobytes("Rss") - before > 60_000
+    del array
+    assert kilobytes("Rss") - before < 20_000
+
+
+def test_more_than_there_are_addresses_is_refused() -> None:
+    with pytest.raises(OutOfMemory, match="cannot be reserved"):
+        reserve((1 << 55,), np.uint8)
+
+
+@pytest.mark.skipif(
+    not THP.exists() or "[never]" in THP.read_text(), reason="a kernel without huge pages"
+)
+def test_large_arrays_lie_in_huge_pages() -> None:
+    before = kilobytes("AnonHugePages")
+    array = reserve((2 * HUGE_BYTES,), np.uint8)
+    assert array.ctypes.data % HUGE_BYTES == 0
+    array[:] = 1
+    assert (
+        kilobytes("AnonHugePages") - before >= HUGE_BYTES >> 10
+    )  # unless memory is in pieces, both
