@@ -99,13 +99,20 @@ class Live:
     over: bool = False
     seq: int = 0
     calls: int = 0
-    flush_at: float | None = None
-    pieces: deque[Piece] = field(default_factory=deque)  # filled on the engine's thread
+    flush_at: float | None = None  # when to look for text; None: a piece that comes is told
+    arrived_pieces: deque[Piece] = field(default_factory=deque)  # filled on the engine's thread
+    batch: list[Piece] = field(default_factory=list)  # taken from there, to be sent
 
     @property
     def key(self) -> Key:
         """What tells it from all others."""
         return self.chat.client, self.chat.id
+
+    def collect(self) -> bool:
+        """Take the pieces that arrived; whether there is something to send."""
+        while self.arrived_pieces:
+            self.batch.append(self.arrived_pieces.popleft())
+        return any(piece.text or piece.reasoning or piece.tool_calls for piece in self.batch)
 
 
 class Core:
@@ -177,7 +184,9 @@ class Core:
             return []
         match event:
             case Piece():
-                self._begin_batch(live, now)
+                live.started = True
+                if live.flush_at is None and live.collect():
+                    live.flush_at = now
             case Accepted(position):
                 if position > 0 or live.chat.pooled:
                     return self._queued(live, position)
@@ -192,10 +201,13 @@ class Core:
         out: list[Outgoing] = []
         for live in self._live.values():
             if live.flush_at is not None and live.flush_at <= now:
-                if can_stream():
-                    out.append(self._chunk(live))
-                else:
+                if not can_stream():
                     live.flush_at = now + HELD_S  # the text waits here and goes out in one piece
+                    continue
+                # Before the pieces are taken: one that comes now is told, or taken next time.
+                live.flush_at = _beat(now, live.chat.flush_s)
+                if live.collect():
+                    out.append(self._chunk(live))
             elif not live.started and not live.told_queued and now - live.arrived >= SILENCE_S:
                 out += self._queued(live, 0)
         return out
@@ -314,24 +326,16 @@ class Core:
         return [replies.queued(live.chat.id, live.chat.reply, position)]
 
     def _arrived(self, live: Live, event: Event) -> None:
-        # On the engine's thread, for each token. One that a batch takes along wakes nobody.
+        # On the engine's thread, for each token. Where the next beat takes it along, nobody wakes.
         if isinstance(event, Piece):
             if live.chat.stream:
-                live.pieces.append(event)
+                live.arrived_pieces.append(event)
             if live.flush_at is not None or (live.started and not live.chat.stream):
                 return
         self._post(live, event)
 
-    def _begin_batch(self, live: Live, now: float) -> None:
-        live.started = True
-        if live.flush_at is None and any(
-            p.text or p.reasoning or p.tool_calls for p in live.pieces
-        ):
-            live.flush_at = _beat(now, live.chat.flush_s) if live.seq else now  # the first at once
-
     def _chunk(self, live: Live) -> Outgoing:
-        live.flush_at = None  # before the pieces are taken: one that comes now begins a batch
-        pieces = [live.pieces.popleft() for _ in range(len(live.pieces))]
+        pieces, live.batch = live.batch, []
         calls = [call for piece in pieces for call in piece.tool_calls]
         message = replies.chunk(
             live.chat.reply,
@@ -351,7 +355,7 @@ class Core:
             return self._failed(live, Cancelled("taken back"), now)
         if done.finish_reason == "deadline" and not done.token_ids:
             return self._failed(live, DeadlineExceeded("the deadline passed in the queue"), now)
-        out = [self._chunk(live)] if live.flush_at is not None or live.pieces else []
+        out = [self._chunk(live)] if live.collect() else []
         body = replies.completion_body(live.head, done, live.seq, self._extra(live, done))
         finals = replies.final(live.chat.reply, body, self.max_message_bytes)
         until = live.arrived + max(KEEP_S, live.chat.timeout_s)
@@ -439,6 +443,6 @@ class Core:
         return replies.failure(request_id, reply, problem)
 
 
-def _beat(now: float, period_s: float) -> float:
+def _beat(now: float, period_s: float) -> float | None:
     """The next common beat: streams that flush together wake the service and the network once."""
-    return (math.floor(now / period_s) + 1) * period_s if period_s else now
+    return (math.floor(now / period_s) + 1) * period_s if period_s else None

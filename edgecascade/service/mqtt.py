@@ -18,7 +18,7 @@ import ssl
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -238,19 +238,26 @@ class Link:
         self.counters.chunks_held += 1
         return False
 
-    def publish(self, message: Outgoing) -> bool:
-        """Queue a message; False if the queue is full or it is a chunk and nobody is connected."""
-        room = MAX_WAITING if message.qos else MAX_CHUNKS
+    def publish(self, *messages: Outgoing) -> bool:
+        """Queue messages; False if not all were: one is too large, the queue is full, or it is a
+        chunk and nobody is connected.
+        """
+        with self._lock:
+            taken = [self._enqueue(message) for message in messages]
+        if any(taken):
+            self._wake()
+        return all(taken)
+
+    def _enqueue(self, message: Outgoing) -> bool:
         if message.size > self.max_payload_bytes:
             self.counters.oversize += 1
             log.error("%d bytes for %s exceed the broker's limit", message.size, message.topic)
             return False
-        with self._lock:
-            if len(self._waiting) >= room or not (message.qos or self._up.is_set()):
-                self.counters.refused += 1
-                return False
-            self._waiting.append(message)
-        self._wake()
+        room = MAX_WAITING if message.qos else MAX_CHUNKS
+        if len(self._waiting) >= room or not (message.qos or self._up.is_set()):
+            self.counters.refused += 1
+            return False
+        self._waiting.append(message)
         return True
 
     def refresh(self) -> None:
@@ -421,7 +428,6 @@ class Link:
             self._answered(connection, reason, properties)
 
         def message(_c: Any, _u: Any, received: paho.MQTTMessage) -> None:
-            _acknowledge_soon(client)
             self.counters.received += 1
             try:
                 self._on_message(_incoming(received))
@@ -429,11 +435,9 @@ class Link:
                 log.exception("a message of %d bytes is not handled", len(received.payload))
 
         def published(_c: Any, _u: Any, mid: int, reason: Any, _p: Any) -> None:
-            _acknowledge_soon(client)
             connection.acks.append((mid, reason.value))
 
         def subscribed(_c: Any, _u: Any, _mid: int, reasons: Any, _p: Any) -> None:
-            _acknowledge_soon(client)
             for name, reason in zip(self._options.filters, reasons, strict=False):
                 if reason.is_failure:
                     log.error("the broker refuses the subscription to %s: %s", name, reason)
@@ -526,8 +530,10 @@ class Link:
                 return
             readable = _wait(sock, bell, writing=client.want_write())
             self._rung = False  # before anything is looked at: what comes now rings again
-            if readable and client.loop_read():
-                return
+            if readable:
+                if client.loop_read():
+                    return
+                _acknowledge_soon(sock)
             self._settle(connection)
             if connection.acknowledged and self._again.is_set():
                 self._again.clear()
@@ -548,23 +554,29 @@ class Link:
 
     def _pump(self, connection: _Connection) -> None:
         """Hand waiting messages to paho while the socket takes them and the broker allows it."""
-        while connection.acknowledged and not connection.client.want_write():
-            with self._lock:
-                if not self._waiting:
-                    return
-                if self._waiting[0].qos and len(connection.unacked) >= connection.window:
-                    return
-                message = self._waiting.popleft()
-                self._in_flight += bool(message.qos)
-            sent = connection.client.publish(
-                message.topic,
-                message.payload,
-                message.qos,
-                message.retain,
-                self._properties(message),
-            )
-            if message.qos:
-                connection.unacked[sent.mid] = message
+        client = connection.client
+        heard = client.on_publish
+        with _together(connection.socket, len(self._waiting)):
+            while connection.acknowledged and not client.want_write():
+                with self._lock:
+                    if not self._waiting:
+                        break
+                    if self._waiting[0].qos and len(connection.unacked) >= connection.window:
+                        break
+                    message = self._waiting.popleft()
+                    self._in_flight += bool(message.qos)
+                # To tell of a chunk that was sent, paho makes objects at 50 us.
+                client.on_publish = heard if message.qos else None
+                sent = client.publish(
+                    message.topic,
+                    message.payload,
+                    message.qos,
+                    message.retain,
+                    self._properties(message),
+                )
+                if message.qos:
+                    connection.unacked[sent.mid] = message
+        client.on_publish = heard
 
     def _properties(self, message: Outgoing) -> Any:
         asked = (
@@ -668,12 +680,24 @@ def _untrusted(error: ssl.SSLError) -> str:
     return f"the TLS handshake fails: {said}; check the port, and the client certificate"
 
 
-def _acknowledge_soon(client: paho.Client) -> None:
+def _acknowledge_soon(sock: Any) -> None:
     # The kernel holds back acknowledgements up to 40 ms, and Mosquitto's Nagle waits for them.
-    sock: Any = client.socket()
-    if sock is not None and hasattr(socket, "TCP_QUICKACK"):
+    if hasattr(socket, "TCP_QUICKACK"):
         with contextlib.suppress(OSError):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
+
+
+@contextlib.contextmanager
+def _together(sock: Any, messages: int) -> Iterator[None]:
+    """Chunks of one beat leave in one segment, and wake the broker once."""
+    if messages < 2 or not hasattr(socket, "TCP_CORK"):
+        yield
+        return
+    with contextlib.suppress(OSError):
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 1)
+    yield
+    with contextlib.suppress(OSError):
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 0)
 
 
 def _incoming(received: paho.MQTTMessage) -> Incoming:

@@ -187,29 +187,22 @@ class Service:
     def _turn(self) -> float:
         """Everything that is to be done now."""
         self._core.max_message_bytes = min(MAX_MESSAGE_BYTES, self._link.max_payload_bytes)
-        self._hear()
+        told = self._hear()
         now = time.monotonic()
-        for message in self._core.tick(now, can_stream=self._can_stream):
-            self._link.publish(message)
+        told += self._core.tick(now, can_stream=self._can_stream)
+        self._link.publish(*told)  # at once: the network thread wakes for all of them
         self._report(now)
         return now
 
-    def _hear(self) -> None:
+    def _hear(self) -> list[Outgoing]:
         """What the engine tells; then requests, for as long as running streams can wait."""
         now = time.monotonic()
+        told: list[Outgoing] = []
         for _ in range(len(self._events)):
-            self._perform(partial(self._core.tell, *self._events.popleft(), now))
+            told += _decided(partial(self._core.tell, *self._events.popleft(), now))
         while time.monotonic() < now + SLICE_S and (arrived := self._inbox.take()) is not None:
-            self._perform(partial(self._core.receive, *arrived))
-
-    def _perform(self, decide: Callable[[], list[Outgoing]]) -> None:
-        try:
-            messages = decide()
-        except Exception:  # one message must not silence the device for all others
-            log.exception("a message is not handled")
-            return
-        for message in messages:
-            self._link.publish(message)
+            told += _decided(partial(self._core.receive, *arrived))
+        return told
 
     def _can_stream(self) -> bool:
         return self._link.can_stream
@@ -277,6 +270,14 @@ class Service:
         self._link.flush(patience_s)
         self._link.publish(self._status("offline"))
         self._link.flush(patience_s)
+
+
+def _decided(decide: Callable[[], list[Outgoing]]) -> list[Outgoing]:
+    try:
+        return decide()
+    except Exception:  # one message must not silence the device for all others
+        log.exception("a message is not handled")
+        return []
 
 
 def next_boot(folder: Path, device: str) -> int:

@@ -51,9 +51,7 @@ def decode(payload: bytes) -> Any:
 
 def encode(value: Any) -> bytes:
     """Compact UTF-8 JSON; a dataclass becomes an object of its fields."""
-    return json.dumps(
-        value, ensure_ascii=False, separators=(",", ":"), allow_nan=False, default=_fields
-    ).encode()
+    return _ENCODER.encode(value).encode()
 
 
 def fingerprint(value: Any) -> bytes:
@@ -73,6 +71,12 @@ def _fields(value: Any) -> dict[str, Any]:
     if not is_dataclass(value) or isinstance(value, type):
         raise TypeError(f"{type(value).__name__} has no form in JSON")
     return {field.name: getattr(value, field.name) for field in fields(value)}
+
+
+# Once: json.dumps makes an encoder for each text.
+_ENCODER = json.JSONEncoder(
+    ensure_ascii=False, separators=(",", ":"), allow_nan=False, default=_fields
+)
 
 
 def _check_depth(payload: bytes) -> None:

@@ -199,6 +199,38 @@ def test_the_first_token_goes_at_once_and_the_rest_in_batches(desk: Desk) -> Non
     assert (chunk[2]["seq"], final[2]["chunks"]) == (2, 3)
 
 
+def test_what_the_next_beat_takes_along_wakes_nobody(desk: Desk) -> None:
+    desk.ask(stream=True, flush_ms=40)
+    tell = desk.model.asked[0]["on_event"]
+    tell(piece("a"))
+    live, first = desk.events.pop()
+    desk.core.tell(live, first, desk.now)
+    assert len(desk.tick()) == 1
+    for text in ("b", "", "c"):
+        tell(piece(text))
+    assert desk.events == []
+    desk.now += 0.041
+    ((_, _, chunk),) = desk.tick()
+    assert chunk["choices"][0]["delta"] == {"content": "bc"}
+    tell(piece(""))  # nothing to send
+    for _ in range(3):
+        desk.now = desk.core.next_due(desk.now)
+        assert desk.tick() == []
+    tell(piece("d"))
+    assert desk.events == []
+    desk.now = desk.core.next_due(desk.now)
+    assert len(desk.tick()) == 1
+
+
+def test_without_an_interval_each_token_is_told(desk: Desk) -> None:
+    desk.ask(stream=True, flush_ms=0)
+    for number, text in enumerate("abc"):
+        assert desk.happens(piece(text)) == []
+        ((_, _, chunk),) = desk.tick()
+        assert (chunk["seq"], chunk["choices"][0]["delta"]["content"]) == (number, text)
+    assert desk.core.next_due(desk.now) == desk.now + 1
+
+
 def test_streams_flush_on_a_common_beat_and_never_later_than_their_interval(desk: Desk) -> None:
     for number in range(2):
         desk.ask(f"request-{number}", stream=True, flush_ms=40)

@@ -144,6 +144,29 @@ def test_a_denied_or_unheard_message_is_reported(mosquitto: LocalBroker, connect
     assert (message.topic, reason) == ("elsewhere", 0x10)
 
 
+def test_messages_of_one_turn_leave_together_and_in_order(
+    mosquitto: LocalBroker, connect: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    box = connect(mosquitto.url, "one", "t/#")
+    ready(box, "t/a")
+    asked = []
+    real = socket.socket.setsockopt
+
+    def spy(self: socket.socket, *args: int) -> None:
+        asked.append(args)
+        real(self, *args)
+
+    monkeypatch.setattr(socket.socket, "setsockopt", spy)
+    turn = [Outgoing("t/a", b"%d" % number, qos=number % 2) for number in range(9)]
+    assert box.link.publish(*turn)
+    assert [box.next().payload for _ in turn] == [message.payload for message in turn]
+    corks = [value for level, name, value in asked if name == socket.TCP_CORK]
+    assert corks[:2] == [1, 0]
+    assert box.link.flush(WAIT_S)
+    assert not box.link.publish(Outgoing("t/a", b"small"), Outgoing("t/a", b"x" * (1 << 20)))
+    assert box.next().payload == b"small"
+
+
 def test_it_comes_back_and_delivers_what_waited(mosquitto: LocalBroker, connect: Opener) -> None:
     births = [Outgoing("t/birth", b"here", retain=True)]
     box = connect(mosquitto.url, "one", "t/#", births=lambda: births)

@@ -245,11 +245,13 @@ def test_a_cancelled_request_whose_end_was_lost_is_told_again(
     client = connect("robot")
     publish, lost = service._link.publish, threading.Event()
 
-    def loses_the_first_final(message: Any) -> bool:
-        if b'"chat.completion"' in message.payload and not lost.is_set():
-            lost.set()
-            return True
-        return publish(message)
+    def loses_the_first_final(*messages: Any) -> bool:
+        kept = list(messages)
+        for message in messages:
+            if b'"chat.completion"' in message.payload and not lost.is_set():
+                lost.set()
+                kept.remove(message)
+        return publish(*kept)
 
     monkeypatch.setattr(service._link, "publish", loses_the_first_final)
     stream = client.stream("dev-1", ASK, timeout_s=600, flush_ms=0, max_completion_tokens=2000)
