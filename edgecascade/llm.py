@@ -454,7 +454,7 @@ class LLM:
             raise InvalidRequest(f"unknown parameter {unknown[0]!r}; SamplingParams has {known}")
         if params is not None and not isinstance(params, SamplingParams):
             raise InvalidRequest(f"params is {type(params).__name__}; it must be SamplingParams")
-        return replace(params or SamplingParams(), **overrides)
+        return SamplingParams(**overrides) if params is None else replace(params, **overrides)
 
     def _text_stream(self, prompt: Prompt, params: SamplingParams) -> TextStream | None:
         tokenizer = self.prompter.tokenizer

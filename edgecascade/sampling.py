@@ -12,6 +12,7 @@ import secrets
 import struct
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
+from functools import cache, cached_property
 from numbers import Integral, Real
 from typing import Any, Protocol
 
@@ -140,6 +141,7 @@ class SamplingParams:
         return _token_ids(self.stop_token_ids)
 
     @classmethod
+    @cache
     def names(cls) -> tuple[str, ...]:
         """The parameters a caller may give by keyword."""
         return tuple(field.name for field in fields(cls))
@@ -239,7 +241,10 @@ class Draws:
     def __init__(self, seed: int | None) -> None:
         # JSON's readers agree on integers up to 2^53.
         self.seed = secrets.randbits(53) if seed is None else seed
-        self._stream = np.random.Generator(np.random.Philox(key=self.seed))
+
+    @cached_property
+    def _stream(self) -> np.random.Generator:
+        return np.random.Generator(np.random.Philox(key=self.seed))
 
     def next(self) -> float:
         """A float32 in [0, 1): the sample op takes it in this precision on every backend."""

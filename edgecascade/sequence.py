@@ -60,11 +60,12 @@ class Running:
 
     def row(self) -> SampleRow:
         """How to sample its next token."""
+        uniform = self._draws.next() if self.sampling.temperature else 0.0
         if not self._seen:
-            return SampleRow(self.sampling, self._draws.next(), NONE_SEEN, NONE_SEEN)
+            return SampleRow(self.sampling, uniform, NONE_SEEN, NONE_SEEN)
         seen = np.fromiter(self._seen.keys(), np.int32, len(self._seen))
         count = np.fromiter(self._seen.values(), np.int32, len(self._seen))
-        return SampleRow(self.sampling, self._draws.next(), seen, count)
+        return SampleRow(self.sampling, uniform, seen, count)
 
     def accept(self, token: int, chance: float, logits: Logits) -> Piece:
         """Take the sampled token, or the one the thinking budget forces, and say what it adds."""

@@ -10,7 +10,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
-from functools import partial
+from functools import cache, partial
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
@@ -68,6 +68,7 @@ class Queueing:
         return None if late is None else self.since + late - time.monotonic()
 
     @classmethod
+    @cache
     def names(cls) -> frozenset[str]:
         """What a caller may give by keyword."""
         return frozenset(field.name for field in fields(cls))

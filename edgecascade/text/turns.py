@@ -69,10 +69,12 @@ class TurnEncoder:
         with self._lock:
             recent = list(self._recent)
         begin, best = 0, None
-        for known in recent:
+        for known in reversed(recent):
             at = text.rfind(self._mark, 0, _common(text, known.text))
             if at >= 0 and at + len(self._mark) > begin:
                 begin, best = at + len(self._mark), known
+                if text.count(self._mark, begin) < 2:  # one message is left: good enough
+                    break
         if best is None:
             return 0, _NONE
         last = best.ends[text.count(self._mark, 0, begin) - 1]
