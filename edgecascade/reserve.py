@@ -46,15 +46,20 @@ def reserve_all(wanted: Sequence[tuple[Shape, Any]]) -> list[Array]:
 
 def _map(size: int) -> NDArray[np.uint8]:
     """So many zeroed bytes; at the start of a huge page if they fill one."""
-    spare = HUGE_BYTES if size >= HUGE_BYTES else 0
+    if size < HUGE_BYTES:  # from the heap: a process has only so many mappings
+        small = np.zeros(size + ALIGN_BYTES, np.uint8)
+        return _aligned(small, size, ALIGN_BYTES)
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
     try:
-        mapped = mmap.mmap(-1, max(size + spare, 1), flags=flags)
+        mapped = mmap.mmap(-1, size + HUGE_BYTES, flags=flags)
     except OSError as error:
         raise OutOfMemory(f"{size / 1e9:.2f} GB cannot be reserved: {error}") from error
-    if spare and hasattr(mmap, "MADV_HUGEPAGE"):
+    if hasattr(mmap, "MADV_HUGEPAGE"):
         with suppress(OSError):  # a kernel without them
             mapped.madvise(mmap.MADV_HUGEPAGE)
-    memory = np.frombuffer(mapped, np.uint8)
-    skip = -memory.ctypes.data % HUGE_BYTES if spare else 0
+    return _aligned(np.frombuffer(mapped, np.uint8), size, HUGE_BYTES)
+
+
+def _aligned(memory: NDArray[np.uint8], size: int, to: int) -> NDArray[np.uint8]:
+    skip = -memory.ctypes.data % to
     return memory[skip : skip + size]

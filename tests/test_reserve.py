@@ -47,6 +47,13 @@ def test_more_than_there_are_addresses_is_refused() -> None:
         reserve((1 << 55,), np.uint8)
 
 
+def test_many_small_states_are_not_many_mappings() -> None:
+    before = len(Path("/proc/self/maps").read_text().splitlines())
+    kept = [reserve_all([((9_000,), np.uint8), ((90, 100), np.float32)]) for _ in range(2000)]
+    assert len(Path("/proc/self/maps").read_text().splitlines()) - before < 200
+    assert len(kept) == 2000
+
+
 @pytest.mark.skipif(
     not THP.exists() or "[never]" in THP.read_text(), reason="a kernel without huge pages"
 )
