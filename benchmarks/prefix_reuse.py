@@ -167,7 +167,8 @@ def main() -> int:
     report(runs, shares)
     print("same tokens as cold" if same else "TOKENS DIFFER")
     if args.json:
-        asked = {name: value for name, value in vars(args).items() if name != "json"}
+        asked = {**vars(args), "bundle": Path(args.bundle).name}
+        del asked["json"]
         result = {"asked": asked, "share_of_cold": shares, "same_tokens": same, "runs": runs}
         args.json.write_text(json.dumps({**result, **circumstances()}, indent=1) + "\n")
     return 0 if same else 1
