@@ -99,7 +99,8 @@ class Live:
     over: bool = False
     seq: int = 0
     calls: int = 0
-    flush_at: float | None = None  # when to look for text; None: a piece that comes is told
+    # When to send what came. None: nothing came for a beat, so the next piece is told and sent.
+    flush_at: float | None = None
     arrived_pieces: deque[Piece] = field(default_factory=deque)  # filled on the engine's thread
     batch: list[Piece] = field(default_factory=list)  # taken from there, to be sent
 
@@ -204,10 +205,10 @@ class Core:
                 if not can_stream():
                     live.flush_at = now + HELD_S  # the text waits here and goes out in one piece
                     continue
-                # Before the pieces are taken: one that comes now is told, or taken next time.
-                live.flush_at = _beat(now, live.chat.flush_s)
+                live.flush_at = None  # before the pieces are taken: one that comes now is told
                 if live.collect():
                     out.append(self._chunk(live))
+                    live.flush_at = _beat(now, live.chat.flush_s)
             elif not live.started and not live.told_queued and now - live.arrived >= SILENCE_S:
                 out += self._queued(live, 0)
         return out

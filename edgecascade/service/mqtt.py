@@ -554,6 +554,8 @@ class Link:
 
     def _pump(self, connection: _Connection) -> None:
         """Hand waiting messages to paho while the socket takes them and the broker allows it."""
+        if not self._waiting:
+            return
         client = connection.client
         heard = client.on_publish
         with _together(connection.socket, len(self._waiting)):
