@@ -132,6 +132,17 @@ class _SecureSocket(ssl.SSLSocket):
             self.alert = error
             raise
 
+    def send(self, *args: Any, **options: Any) -> int:
+        """See socket. What the other side has closed may still hold its alert."""
+        try:
+            return super().send(*args, **options)
+        except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            raise
+        except OSError:
+            with contextlib.suppress(OSError):
+                self.recv(1)
+            raise
+
 
 class Link:
     """A connection that comes back by itself. All callbacks run on its thread and must not block.
@@ -347,7 +358,6 @@ class Link:
         connection = _Connection(client, time.monotonic())
         self._install(connection)
         self._open(client)
-        connection.socket = client.socket()
         try:
             self._turn(connection, bell)
         finally:
@@ -423,6 +433,7 @@ class Link:
         def opened(_c: Any, _u: Any, opened_socket: Any) -> None:
             # A token is a small packet: without this the next one waits for its acknowledgement.
             opened_socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            connection.socket = opened_socket
 
         def connected(_c: Any, _u: Any, _flags: Any, reason: Any, properties: Any) -> None:
             self._answered(connection, reason, properties)

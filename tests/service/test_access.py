@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from typing import Any
 
 import installed
 import pytest
@@ -33,7 +34,7 @@ from edgecascade.service.broker import (
     mosquitto_config,
 )
 from edgecascade.service.config import broker_address
-from edgecascade.service.mqtt import Link, LinkOptions
+from edgecascade.service.mqtt import Link, LinkOptions, _SecureSocket
 from edgecascade.service.protocol import Incoming
 from edgecascade.service.replies import Outgoing
 
@@ -320,6 +321,21 @@ def test_a_bad_certificate_is_not_let_in(broker: Broker, file: str) -> None:
         peer.link.stop()
     own = {"cert": str(broker.folder / f"{file}.crt"), "key": str(broker.folder / f"{file}.key")}
     refused_at_once(broker, "certificate expired" if file == "expired" else "unknown ca", **own)
+
+
+@pytest.mark.filterwarnings(UNCLOSED)
+def test_a_refusal_is_heard_also_by_who_speaks_late(
+    broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    send = _SecureSocket.send
+
+    def late(self: _SecureSocket, *args: Any, **options: Any) -> int:
+        time.sleep(0.2)  # the broker has closed meanwhile
+        return send(self, *args, **options)
+
+    monkeypatch.setattr(_SecureSocket, "send", late)
+    own = {"cert": str(broker.folder / "expired.crt"), "key": str(broker.folder / "expired.key")}
+    refused_at_once(broker, "certificate expired", **own)
 
 
 @pytest.mark.filterwarnings(UNCLOSED)
