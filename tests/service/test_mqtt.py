@@ -117,10 +117,10 @@ def test_a_fresh_retained_message_is_told_as_such(mosquitto: LocalBroker, connec
     assert box.next().retain
 
 
-def test_nagle_and_delayed_acknowledgements_are_off(
-    mosquitto: LocalBroker, connect: Opener, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked = []
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """What is asked of sockets, by setsockopt."""
+    asked: list[tuple[int, ...]] = []
     real = socket.socket.setsockopt
 
     def spy(self: socket.socket, *args: int) -> None:
@@ -128,35 +128,24 @@ def test_nagle_and_delayed_acknowledgements_are_off(
         real(self, *args)
 
     monkeypatch.setattr(socket.socket, "setsockopt", spy)
+    return asked
+
+
+def test_nagle_and_delayed_acknowledgements_are_off(
+    asked: list[tuple[int, ...]], mosquitto: LocalBroker, connect: Opener
+) -> None:
     box = connect(mosquitto.url, "one", "t/#")
     ready(box, "t/a")
     assert (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1) in asked
     assert (socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1) in asked
 
 
-def test_a_denied_or_unheard_message_is_reported(mosquitto: LocalBroker, connect: Opener) -> None:
-    box = connect(mosquitto.url, "one", "t/#")
-    ready(box, "t/a")
-    while not box.results.empty():
-        box.results.get()
-    box.link.publish(Outgoing("elsewhere", b""))
-    message, reason = box.results.get(timeout=WAIT_S)
-    assert (message.topic, reason) == ("elsewhere", 0x10)
-
-
 def test_messages_of_one_turn_leave_together_and_in_order(
-    mosquitto: LocalBroker, connect: Opener, monkeypatch: pytest.MonkeyPatch
+    asked: list[tuple[int, ...]], mosquitto: LocalBroker, connect: Opener
 ) -> None:
     box = connect(mosquitto.url, "one", "t/#")
     ready(box, "t/a")
-    asked = []
-    real = socket.socket.setsockopt
-
-    def spy(self: socket.socket, *args: int) -> None:
-        asked.append(args)
-        real(self, *args)
-
-    monkeypatch.setattr(socket.socket, "setsockopt", spy)
+    asked.clear()
     turn = [Outgoing("t/a", b"%d" % number, qos=number % 2) for number in range(9)]
     assert box.link.publish(*turn)
     assert [box.next().payload for _ in turn] == [message.payload for message in turn]
