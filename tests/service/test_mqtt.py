@@ -140,6 +140,16 @@ def test_nagle_and_delayed_acknowledgements_are_off(
     assert (socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1) in asked
 
 
+def test_a_denied_or_unheard_message_is_reported(mosquitto: LocalBroker, connect: Opener) -> None:
+    box = connect(mosquitto.url, "one", "t/#")
+    ready(box, "t/a")
+    while not box.results.empty():
+        box.results.get()
+    box.link.publish(Outgoing("elsewhere", b""))
+    message, reason = box.results.get(timeout=WAIT_S)
+    assert (message.topic, reason) == ("elsewhere", 0x10)
+
+
 def test_messages_of_one_turn_leave_together_and_in_order(
     asked: list[tuple[int, ...]], mosquitto: LocalBroker, connect: Opener
 ) -> None:
