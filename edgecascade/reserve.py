@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgecascade.errors import OutOfMemory
+from edgecascade.tensors import round_up
 
 Array = NDArray[Any]
 Shape = tuple[int, ...]
@@ -36,7 +37,7 @@ def reserve_all(wanted: Sequence[tuple[Shape, Any]]) -> list[Array]:
     sizes = [int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in wanted]
     for size in sizes:
         starts.append(total)
-        total += -(-size // ALIGN_BYTES) * ALIGN_BYTES
+        total += round_up(size, ALIGN_BYTES)
     memory = _map(total)
     return [
         memory[start : start + size].view(dtype).reshape(shape)

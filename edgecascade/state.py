@@ -161,15 +161,16 @@ class StatePool:
         """The slot's state in the form of Snapshot. Keys and values are freed apart from the rest:
         who keeps several states of a conversation needs only the longest.
         """
-        rows = {key: pool[slot] for key, pool in self._slots.items()}
-        for key, ring in rows.items():
-            if key[1] == "conv":
-                rows[key] = ring[_ring_rows(len(ring), tokens)]
-        parts = dict(
-            zip(rows, reserve_all([(a.shape, a.dtype) for a in rows.values()]), strict=True)
-        )
+        own = {
+            (layer, name): pool[slot][_ring_rows(pool.shape[1], tokens)]
+            if name == "conv"
+            else pool[slot]
+            for (layer, name), pool in self._slots.items()
+        }
+        copies = reserve_all([(array.shape, array.dtype) for array in own.values()])
+        parts = dict(zip(own, copies, strict=True))
         for key, part in parts.items():
-            part[...] = rows[key]
+            part[...] = own[key]
         shapes = [((2, tokens, kv.shape[2], kv.shape[4]), kv.dtype) for kv in self._kv.values()]
         for layer, part in zip(self._kv, reserve_all(shapes), strict=True):
             for (pages, held), into in self._spans(slot, part):

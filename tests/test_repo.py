@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "errors": "",
     "tensors": "",
     "files": "errors",
-    "reserve": "errors",
+    "reserve": "errors tensors",
     "ops": "errors tensors",
     "nodes": "errors ops tensors",
     "blocks": "errors tensors",
