@@ -29,6 +29,7 @@ GENERATED = {"__pycache__", "_lib"}
 MAY_IMPORT = {
     "errors": "",
     "tensors": "",
+    "backoff": "",
     "files": "errors",
     "reserve": "errors tensors",
     "ops": "errors tensors",
@@ -57,12 +58,13 @@ MAY_IMPORT = {
     "engine": "backends errors sampling scheduler snapshots",
     "llm": "backends bundle completion device engine errors sampling scheduler sequence session "
     "snapshots text ticket",
-    "service": "bundle completion device engine errors files llm sampling scheduler session text",
+    "service": "backoff bundle completion device engine errors files llm sampling scheduler "
+    "session text",
     "client": "errors service text",
     "suite": "errors text",
     "scoring": "completion suite",
     "evaluation": "completion errors llm sampling scoring suite text ticket",
-    "fleet": "bundle completion device errors files llm manifest service tensors verified",
+    "fleet": "backoff bundle completion device errors files llm manifest service tensors verified",
     "build_engine": "backends blocks bundle device engines errors files inspect manifest models "
     "nodes ops trace "
     "sampling tensors verified",

@@ -25,6 +25,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from edgecascade.backoff import backoff_s
 from edgecascade.service.leash import leashed
 
 log = logging.getLogger(__name__)
@@ -213,7 +214,7 @@ class Child:
         crashes = 1 if ran_s > STEADY_S else self._state.crashes + 1
         log.error("the service %s", words)
         self._set(crashes=crashes, last_words=words)
-        pause_s = min(FIRST_PAUSE_S * 2 ** (crashes - 1), LONGEST_PAUSE_S)
+        pause_s = backoff_s(crashes, FIRST_PAUSE_S, LONGEST_PAUSE_S)
         wanted = self._wanted
         with self._changed:
             self._changed.wait_for(lambda: self._closing or self._wanted != wanted, pause_s)

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from edgecascade.backoff import backoff_s
 from edgecascade.fleet.events import (
     Booted,
     Check,
@@ -394,7 +395,7 @@ def _failed(state: DeviceState, current: Update, event: Failed, now: float) -> S
     spent = failures > current.order.policy.retries
     if event.final or spent or current.phase in ON_TRIAL:
         return _give_up(state, current, evidence, condemned=False)
-    pause_s = min(FIRST_PAUSE_S * 2 ** (failures - 1), LONGEST_PAUSE_S)
+    pause_s = backoff_s(failures, FIRST_PAUSE_S, LONGEST_PAUSE_S)
     counted = replace(current, failures=failures)
     after, effects = _enter(state, counted, Phase.WAITING, now, now + pause_s)
     return after, (*effects, *_serve_again(state, current))

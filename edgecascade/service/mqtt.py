@@ -28,6 +28,7 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
+from edgecascade.backoff import backoff_s
 from edgecascade.errors import NetworkError
 from edgecascade.service.config import BrokerAddress
 from edgecascade.service.protocol import Incoming
@@ -41,7 +42,7 @@ MAX_IN_FLIGHT = 20  # unacknowledged; a broker may ask for less
 CONNECT_S = 5.0
 ANSWER_S = 10.0  # from CONNECT to CONNACK
 STALE_S = 60.0  # a network thread that has not turned for so long is stuck
-MAX_DELAY_S = 30.0
+FIRST_DELAY_S, MAX_DELAY_S = 1.0, 30.0
 WILL_DELAY_S = 5
 STEADY_S = 1.0  # a connection lost sooner counts as a failed one
 SHORT_FAILURES = 2  # that count after it: the next try is within 8 s
@@ -335,7 +336,7 @@ class Link:
                 self._decided.set()
             elif not self._stopping.is_set():
                 # Jitter over the whole span: a thousand devices must not come back together.
-                delay = random.uniform(0, min(MAX_DELAY_S, 2.0**failures))
+                delay = random.uniform(0, backoff_s(failures + 1, FIRST_DELAY_S, MAX_DELAY_S))
                 log.info("broker: %s; next try in %.1f s", self.reason, delay)
                 self._beat = time.monotonic()
                 self._pause(delay)

@@ -335,6 +335,17 @@ def test_stop_ends_the_thread_even_without_a_broker(connect: Opener) -> None:
     assert threading.active_count() == before
 
 
+def test_a_broker_that_is_away_for_hours_is_still_tried(
+    connect: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr(Link, "_pause", lambda link, delay_s: pauses.append(delay_s))
+    box = connect(f"mqtt://127.0.0.1:{free_port()}", "one", wait=False)
+    assert until(lambda: len(pauses) > 1_100 or not box.link.alive)
+    assert box.link.alive
+    assert max(pauses) <= mqtt.MAX_DELAY_S
+
+
 def mosquitto_password(user: str, password: str) -> str:
     """A line of its password file: PBKDF2 with SHA-512."""
     salt, rounds = b"0123456789ab", 101
