@@ -336,7 +336,7 @@ class Client:
         if not self._link.started:
             raise InvalidRequest("this client is not connected; use it as `with Client(...)`")
         body = {"id": request_id, "messages": list(messages), "stream": stream, **parameters}
-        _check_size(body)
+        _check(body)
         exchange = Exchange(
             time.monotonic() + timeout_s, self._choose, device, pool=pool is not None
         )
@@ -456,18 +456,26 @@ class Client:
 
 
 def _seconds(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise InvalidRequest(f"timeout_s is {value!r}; give a number of seconds")
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not 0 < value < math.inf:
+        raise InvalidRequest(f"timeout_s is {value!r}; give a number of seconds above 0")
     return float(value)
 
 
-def _check_size(body: Mapping[str, Any]) -> None:
+def _check(body: Mapping[str, Any]) -> None:
     try:
-        size = len(wire.encode(body))
+        payload = wire.encode(body)
+        wire.decode(payload)  # what the device could not read would stay without an answer
+    except RecursionError as error:
+        raise InvalidRequest(
+            f"the request is nested deeper than {wire.MAX_DEPTH} levels"
+        ) from error
     except (TypeError, ValueError) as error:  # a lone surrogate is a ValueError, too
-        raise InvalidRequest(f"the request cannot be written as JSON: {error}") from error
-    if size > MAX_MESSAGE_BYTES:
-        raise InvalidRequest(f"the request has {size} bytes; at most {MAX_MESSAGE_BYTES} are taken")
+        raise InvalidRequest(f"the request cannot be sent as JSON: {error}") from error
+    if len(payload) > MAX_MESSAGE_BYTES:
+        raise InvalidRequest(
+            f"the request has {len(payload)} bytes; at most {MAX_MESSAGE_BYTES} are taken"
+        )
 
 
 def _answer(pending: _Pending) -> Answer:

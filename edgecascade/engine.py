@@ -269,11 +269,15 @@ class Engine:
                 self._ahead.append(tokens)
                 self._begin()
 
-    def kept(self, tokens: Array) -> Entry | None:
+    def kept(self, tokens: Array) -> Snapshot | None:
         """The longest kept state along these tokens."""
-        cache = self._cache
-        entry: Entry | None = self.call(lambda _: cache.find(cache.rule.path(tokens)))
-        return entry
+
+        def find(backend: Backend) -> Snapshot | None:
+            entry = self._cache.find(self._cache.rule.path(tokens))
+            return None if entry is None else entry.snapshot  # entries change with their cache
+
+        state: Snapshot | None = self.call(find)
+        return state
 
     def keep(self, tokens: Array, snapshot: Snapshot) -> bool:
         """Take over a state; False when there is no room for it.

@@ -41,7 +41,7 @@ from edgecascade.sampling import Sampling, SamplingParams
 from edgecascade.scheduler import Limits
 from edgecascade.sequence import Running
 from edgecascade.session import Session
-from edgecascade.snapshots import CutRule, Entry, PrefixCache
+from edgecascade.snapshots import CutRule, PrefixCache
 from edgecascade.text.budget import END, ThinkingBudget
 from edgecascade.text.prompt import TURN_MARKS, Prompt, Prompter
 from edgecascade.text.stream import TextStream
@@ -377,7 +377,7 @@ class LLM:
         self._check_fits(len(ids))
         self._engine.read_ahead(lambda: ids)
 
-    def kept(self, tokens: Array) -> Entry | None:
+    def kept(self, tokens: Array) -> Snapshot | None:
         """The longest state along these tokens, computed now if need be."""
         if len(self.rule.cuts(tokens)) == 1 or len(tokens) > self.max_context:
             return None

@@ -18,7 +18,7 @@ from edgecascade.bundle import Bundle
 from edgecascade.completion import Completion, Piece
 from edgecascade.errors import InvalidRequest, SnapshotError
 from edgecascade.sampling import SamplingParams
-from edgecascade.snapshots import CutRule, Entry
+from edgecascade.snapshots import CutRule
 from edgecascade.statefile import SavedState, read_state, write_state
 from edgecascade.text.prompt import Prompt, Prompter
 from edgecascade.text.template import checked_messages
@@ -43,7 +43,7 @@ class Host(Protocol):
     ) -> Generator[Piece, None, None]:
         """Generate."""
 
-    def kept(self, tokens: Array) -> Entry | None:
+    def kept(self, tokens: Array) -> Snapshot | None:
         """The longest state along these tokens."""
 
     def keep(self, tokens: Array, state: Snapshot) -> bool:
@@ -110,9 +110,10 @@ class Session:
         """As generate(), token by token. A turn that is closed early leaves no trace."""
         params = self._llm.merged(params, overrides)
         how = Queueing(priority=priority, deadline_s=deadline_s)
-        messages = self._messages + _new_messages(content)
+        before = self._messages
+        messages = before + _new_messages(content)
         prompt = self._llm.prompter.from_messages(messages, self._tools, thinking=params.thinking)
-        return self._turn(messages, self._llm.pieces(prompt, params, how))
+        return self._turn(before, messages, self._llm.pieces(prompt, params, how))
 
     def save(self, path: str | Path) -> None:
         """Write the conversation and its state; LLM.load_session() goes on with it.
@@ -122,30 +123,34 @@ class Session:
         """
         if self._busy:
             raise InvalidRequest("this session is answering; finish or close its stream first")
-        entry = None
+        history, kept = np.zeros(0, np.int32), None
         if self._messages:
             history = self._llm.prompter.history(self._messages, self._tools, whoever=True)
-            entry = self._llm.kept(history)
-        state = SavedState(
+            kept = self._llm.kept(history)
+        state = kept or Snapshot(0, {})
+        saved = SavedState(
             bundle_id=self._llm.bundle.id,
             family=self._llm.bundle.family,
-            tokens=np.zeros(0, np.int32) if entry is None else entry.tokens,
-            snapshot=Snapshot(0, {}) if entry is None else entry.snapshot,
+            tokens=history[: state.tokens],
+            snapshot=state,
             extra={
                 "messages": self._messages,
                 "tools": self._tools,
                 "chunk_tokens": self._llm.rule.chunk_tokens,
             },
         )
-        write_state(path, state)
+        write_state(path, saved)
 
     def _turn(
         self,
+        before: list[dict[str, Any]],
         messages: list[dict[str, Any]],
         pieces: Generator[Piece, None, None],
     ) -> Generator[Piece, None, None]:
         if self._busy:
             raise InvalidRequest("this session is answering; finish or close its stream first")
+        if self._messages is not before:
+            raise InvalidRequest("the session has gone on since this turn was asked; ask it again")
         self._busy = True
         try:
             for piece in pieces:

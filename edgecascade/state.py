@@ -54,12 +54,19 @@ def kv_token_bytes(states: Sequence[State], kv_type: KvType) -> int:
     return sum(2 * state.kv_heads * kv_type.row_bytes(state.head_dim) for state in layers)
 
 
-def check_parts(parts: Mapping[tuple[int, str], Array], kv_type: KvType) -> None:
-    """Refuse a state whose keys and values are stored otherwise than here.
+def check_parts(parts: Mapping[tuple[int, str], Array], tokens: int, kv_type: KvType) -> None:
+    """Refuse a state whose keys and values are stored otherwise than here, or not those of all its
+    tokens.
 
     Raises:
-        SnapshotError: with both types.
+        SnapshotError: with both types, or both numbers.
     """
+    for (layer, name), part in parts.items():
+        if name == "kv" and part.shape[1] != tokens:
+            raise SnapshotError(
+                f"the state of {tokens} tokens holds keys and values of {part.shape[1]} in layer "
+                f"{layer}; read the tokens again"
+            )
     kinds = {part.dtype for (_, name), part in parts.items() if name == "kv"} - {kv_type.dtype}
     if kinds:
         theirs = KvType.of(kinds.pop()).value
@@ -181,7 +188,7 @@ class StatePool:
 
     def load(self, slot: int, tokens: int, parts: Mapping[tuple[int, str], Array]) -> None:
         """Put a snapshot's parts into an empty slot."""
-        check_parts(parts, self.kv_type)
+        check_parts(parts, tokens, self.kv_type)
         self.pages.grow(slot, tokens)
         for (layer, name), part in parts.items():
             if name == "kv":

@@ -93,9 +93,9 @@ def test_messages_without_a_session_are_read_ahead_alike(llm: LLM, thinking: boo
         kept = llm.kept(history)
         assert kept is not None
         opening = len(llm.tokenize("<|im_start|>user\n"))
-        assert len(history) - len(kept.tokens) < MIN_PIECE_TOKENS + opening
+        assert len(history) - kept.tokens < MIN_PIECE_TOKENS + opening
         assert answer.usage.cached_tokens == held, "what was kept for it is used"
-        held = len(kept.tokens)
+        held = kept.tokens
 
 
 def test_a_tools_result_follows_a_call(llm: LLM) -> None:
@@ -180,6 +180,37 @@ def test_a_turn_that_is_closed_early_leaves_no_trace(llm: LLM) -> None:
     stream.close()
     assert session.messages == []
     assert session.generate("Go.", **GREEDY).token_ids == want.token_ids
+
+
+def test_two_turns_cannot_be_asked_at_once(llm: LLM) -> None:
+    session = llm.session()
+    one, other = session.stream("Go.", **GREEDY), session.stream("Stop.", **GREEDY)
+    list(one)
+    said = session.messages
+    with pytest.raises(InvalidRequest, match="has gone on since this turn was asked"):
+        list(other)
+    assert session.messages == said
+
+
+def test_a_state_in_hand_stays_whole_when_the_cache_drops_it(llm: LLM) -> None:
+    session = llm.session(ROBOT)
+    for _ in range(3):
+        session.generate("Go to the dock.", **GREEDY)
+    settle(llm)
+    history = llm.prompter.history(session.messages, None, whoever=True)
+    kept = llm.kept(history)
+    assert kept is not None
+    cache, path = llm._engine._cache, llm.rule.path(history)
+
+    def drop(_: object) -> None:
+        entry = cache.find(path)
+        assert entry is not None
+        assert len(entry.tokens) == kept.tokens
+        cache._drop(entry)
+
+    llm._engine.call(drop)
+    assert cache.find(path) is not None, "a shorter one that shared its keys and values is left"
+    kept.check(llm._backend.kv_type)
 
 
 def test_a_state_that_cannot_be_kept_costs_only_time(

@@ -99,6 +99,15 @@ def test_a_state_of_another_type_of_keys_and_values_is_refused_with_both() -> No
     assert pages.free == 2
 
 
+def test_a_state_that_lacks_keys_of_its_tokens_is_refused() -> None:
+    states, pages = [KvState(0, 2, 8)], PagePool(pages=2, slots=1, max_pages=2, page_tokens=64)
+    pool = StatePool(states, pages, slots=1, num_pages=2, kv_type=KvType.F16)
+    part = np.zeros((2, 3, 2, 8), np.float16)
+    with pytest.raises(SnapshotError, match=r"state of 5 tokens holds keys and values of 3"):
+        pool.load(0, 5, {(0, "kv"): part})
+    assert pages.free == 2
+
+
 def test_int8_takes_half_the_memory_of_halves() -> None:
     cascade = [KvState(layer, 2, 128) for layer in range(6)]  # the 30B's attention layers
     assert [kv_token_bytes(cascade, kind) for kind in KvType] == [12288, 6144, 3120]

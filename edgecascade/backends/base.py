@@ -52,8 +52,8 @@ class Snapshot:
         return sum(part.nbytes for part in self.parts.values())
 
     def check(self, kv_type: KvType) -> None:
-        """Refuse a state whose keys and values are of another type; see check_parts."""
-        check_parts(self.parts, kv_type)
+        """Refuse a state whose keys and values do not fit; see check_parts."""
+        check_parts(self.parts, self.tokens, kv_type)
 
 
 class Parked:

@@ -19,8 +19,6 @@ from edgecascade.models.config import ConfigReader
 from edgecascade.ops import Activation, Norm, Ops, Value
 from edgecascade.tensors import KvState, Role, SlotState, State, Tensor, Transform
 
-MODEL_TYPE = "nemotron_h"
-
 KINDS = {  # both spellings of the layer list, and the pattern's letters
     "mamba": "M",
     "linear_attention": "M",

@@ -194,7 +194,7 @@ class Core:
             case Completion():
                 return self._completed(live, event, now)
             case Failure(error):
-                return self._failed(live, error, now)
+                return self._failed(live, error)
         return []
 
     def tick(self, now: float, *, can_stream: Callable[[], bool] = lambda: True) -> list[Outgoing]:
@@ -353,9 +353,9 @@ class Core:
 
     def _completed(self, live: Live, done: Completion, now: float) -> list[Outgoing]:
         if live.taken_back in ("gone", "drain") and done.finish_reason == "cancelled":
-            return self._failed(live, Cancelled("taken back"), now)
+            return self._failed(live, Cancelled("taken back"))
         if done.finish_reason == "deadline" and not done.token_ids:
-            return self._failed(live, DeadlineExceeded("the deadline passed in the queue"), now)
+            return self._failed(live, DeadlineExceeded("the deadline passed in the queue"))
         out = [self._chunk(live)] if live.collect() else []
         body = replies.completion_body(live.head, done, live.seq, self._extra(live, done))
         finals = replies.final(live.chat.reply, body, self.max_message_bytes)
@@ -393,9 +393,7 @@ class Core:
             extra["throttled"] = cost.throttled
         return extra
 
-    def _failed(self, live: Live, error: EdgeCascadeError, now: float) -> list[Outgoing]:
-        if live.taken_back == "client" and isinstance(error, Cancelled):
-            return self._cancelled_unstarted(live, now)
+    def _failed(self, live: Live, error: EdgeCascadeError) -> list[Outgoing]:
         self._count_failure(error)
         problem = problem_of(error)
         if live.taken_back == "gone":
@@ -406,29 +404,6 @@ class Core:
             problem = Problem(503, "draining", message, None, DRAIN_RETRY_MS, retryable=True)
         self._end(live, "failed")
         return [self._refused(live.chat.id, live.chat.reply, problem)]
-
-    def _cancelled_unstarted(self, live: Live, now: float) -> list[Outgoing]:
-        body = {
-            "id": live.chat.id,
-            "object": "chat.completion",
-            "created": live.head.created,
-            "model": live.head.model,
-            "choices": [
-                {
-                    "index": 0,
-                    "message": {"role": "assistant", "content": ""},
-                    "finish_reason": "cancelled",
-                }
-            ],
-            "usage": {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0},
-            "chunks": live.seq,
-            "device": self.identity.device,
-        }
-        finals = replies.final(live.chat.reply, body, self.max_message_bytes)
-        until = live.arrived + max(KEEP_S, live.chat.timeout_s)
-        self._answers.put(live.key, Answer(live.chat.fingerprint, finals, until), now)
-        self._end(live, "cancelled")
-        return list(finals)
 
     def _end(self, live: Live, reason: str) -> None:
         live.over = True

@@ -74,6 +74,7 @@ class Exchange:
     _shown: str = ""
     _shown_reasoning: str = ""
     _parts: dict[int, str] = field(default_factory=dict)
+    _torn: bool = False  # an answer came without some of its parts
     _engine_errors: int = 0
     _last: str = "nothing was heard"
 
@@ -192,7 +193,9 @@ class Exchange:
             joined = final.with_choice(self._parts)
             if joined is None:  # a part is missing: the retry brings all of them again
                 self._parts.clear()
-                self.due = now
+                self._last = f"parts of {device}'s answer were lost"
+                self.due = now + ACKNOWLEDGE_S * self._torn
+                self._torn = True
                 return None
             final = joined
         self.final, self.answered_by = final.body, device
@@ -207,6 +210,9 @@ class Exchange:
             return  # it began anew, and forgot: the retry, which is cancelled at once, ends it
         retryable = problem.retryable or problem.status in (429, 503)
         self._engine_errors += problem.status >= 500 and problem.status != 503
+        if problem.code == "deadline_exceeded":
+            self._end(error=DeadlineExceeded(f"{device}: {problem.message}"))
+            return
         if not retryable or self._engine_errors >= MAX_ENGINE_ERRORS:
             self._end(
                 error=RemoteError(

@@ -21,6 +21,7 @@ class Rate:
 
     def __init__(self, per_minute: float) -> None:
         self._per_minute = per_minute
+        self._most = max(1.0, per_minute)  # less than one would never do for a request
         self._buckets: OrderedDict[str, _Bucket] = OrderedDict()
 
     def wait_s(self, client: str, now: float, cost: float = 0.0) -> float:
@@ -38,11 +39,11 @@ class Rate:
     def _bucket(self, client: str, now: float) -> _Bucket:
         bucket = self._buckets.get(client)
         if bucket is None:
-            bucket = self._buckets[client] = _Bucket(self._per_minute, now)
+            bucket = self._buckets[client] = _Bucket(self._most, now)
             if len(self._buckets) > MAX_CLIENTS:
                 self._buckets.popitem(last=False)
         self._buckets.move_to_end(client)
         gained = max(0.0, now - bucket.at) * self._per_minute / MINUTE_S
-        bucket.level = min(self._per_minute, bucket.level + gained)
+        bucket.level = min(self._most, bucket.level + gained)
         bucket.at = max(bucket.at, now)  # a message may be read after what came later was done
         return bucket

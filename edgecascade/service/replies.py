@@ -21,7 +21,7 @@ from edgecascade.text.tools import ToolCall
 
 MAX_MESSAGE_BYTES = 96 << 10  # with topic and properties below AWS IoT Core's 128 KB
 PACKET_HEAD_BYTES = 512  # topic and small properties beside a payload
-MAX_PARTS = 256
+MAX_PARTS = 4096
 IMPOSSIBLE = -9999.0  # log probability of a masked token: JSON has no infinity
 # What reading a message of another shape raises; wire.BadJson is a ValueError.
 NO_REPLY = (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError)
@@ -147,7 +147,10 @@ def completion_body(
 
 
 def final(reply: ReplyTo, body: Mapping[str, Any], max_bytes: int) -> tuple[Outgoing, ...]:
-    """The final, after parts that carry its choice where it is too long for one message."""
+    """The final, after parts that carry its choice where it is too long for one message.
+
+    An answer of more than MAX_PARTS of them, which no client takes, ends as a failure.
+    """
     whole = _last(reply, wire.encode(body))
     if whole.size <= max_bytes:
         return (whole,)
@@ -155,6 +158,8 @@ def final(reply: ReplyTo, body: Mapping[str, Any], max_bytes: int) -> tuple[Outg
     choice = json.dumps(body["choices"][0], ensure_ascii=True, separators=(",", ":"))
     size = max(64, max_bytes // 2 - 256)  # in JSON again: each quote and backslash doubles
     cuts = range(0, len(choice), size)
+    if len(cuts) > MAX_PARTS:
+        return (failure(body["id"], reply, _too_long(len(choice), MAX_PARTS * size)),)
     parts = [
         {"id": body["id"], "part": i, "parts": len(cuts), "text": choice[at : at + size]}
         for i, at in enumerate(cuts)
@@ -164,6 +169,14 @@ def final(reply: ReplyTo, body: Mapping[str, Any], max_bytes: int) -> tuple[Outg
     rest = {**body, "choices": [ending], "parts": len(cuts), "sha256": digest}
     messages = [Outgoing(reply.topic, wire.encode(part)) for part in parts]
     return (*messages, _last(reply, wire.encode(rest)))
+
+
+def _too_long(size: int, most: int) -> Problem:
+    message = (
+        f"the answer has {size} bytes, at most {most} can be sent through this broker; ask for "
+        "fewer tokens, or for fewer log probabilities"
+    )
+    return Problem(413, "answer_too_long", message, None)
 
 
 def failure(request_id: str, reply: ReplyTo, problem: Problem) -> Outgoing:

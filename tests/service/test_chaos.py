@@ -22,7 +22,7 @@ from proxy import Proxy
 from edgecascade import LLM
 from edgecascade.client import Client
 from edgecascade.completion import Completion
-from edgecascade.errors import DeadlineExceeded, RemoteError
+from edgecascade.errors import DeadlineExceeded
 from edgecascade.service.broker import LocalBroker
 
 PROMPTS = ("stop", "go to the dock", "turn left, then report what you see on the way " * 6)
@@ -82,9 +82,8 @@ def ask(
             shown += piece.reasoning + piece.text
             if index == leave:
                 client.cancel(stream.id)
-    except (DeadlineExceeded, RemoteError) as error:
-        late = isinstance(error, DeadlineExceeded) or error.reason == "deadline_exceeded"
-        if not (tight and late):
+    except DeadlineExceeded:
+        if not tight:
             raise
         return "too late"
     answer = stream.answer

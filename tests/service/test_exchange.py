@@ -158,6 +158,14 @@ def test_a_refusal_ends_it() -> None:
     assert exchange.hear("a", final("late"), 0.2) is None
 
 
+def test_the_device_s_word_on_the_deadline_is_a_deadline_s_error() -> None:
+    exchange = named()
+    sent(exchange, 0.0)
+    exchange.hear("a", Failed(Problem(408, "deadline_exceeded", "it passed in the queue")), 0.1)
+    assert isinstance(exchange.error, DeadlineExceeded)
+    assert "it passed in the queue" in str(exchange.error)
+
+
 def test_an_engine_s_error_is_retried_but_not_for_ever() -> None:
     exchange = named()
     broken = Failed(Problem(500, "engine_error", "sorry", retryable=True))
@@ -228,6 +236,18 @@ def test_a_final_in_parts_waits_for_all_and_asks_again_for_a_lost_one() -> None:
     exchange.hear("a", Part(0, 2, text[:9]), 0.3)
     exchange.hear("a", Part(1, 2, text[9:]), 0.4)
     assert exchange.hear("a", last, 0.5) == Shown("long")
+
+
+def test_parts_that_are_lost_each_time_are_not_asked_for_without_a_pause() -> None:
+    exchange = named(deadline=10.0)
+    torn, asked, now = Final({"choices": [{}]}, 2, "of what never comes"), 0, 0.0
+    while not exchange.over:
+        if exchange.step(now) is not None:
+            asked += 1
+            exchange.hear("a", torn, now)
+        now += 0.01
+    assert asked <= 2 + 10.0 / ACKNOWLEDGE_S
+    assert "parts of a's answer were lost" in str(exchange.error)
 
 
 def test_a_pool_s_request_stays_with_whoever_took_it() -> None:

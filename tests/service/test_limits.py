@@ -25,6 +25,14 @@ def test_a_minute_s_worth_at_once_then_the_rate() -> None:
     assert rate.wait_s("b", 0.0, 1) == 0
 
 
+def test_less_than_one_a_minute_is_one_now_and_then() -> None:
+    rate = Rate(0.5)
+    assert rate.wait_s("a", 0.0, 1) == 0
+    rate.charge("a", 0.0, 1)
+    assert rate.wait_s("a", 0.0, 1) == pytest.approx(120.0)
+    assert rate.wait_s("a", 120.0, 1) == 0
+
+
 def test_a_debt_is_paid_back_and_credit_does_not_grow() -> None:
     rate = Rate(60)
     rate.charge("a", 0.0, 90)

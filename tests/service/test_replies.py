@@ -114,6 +114,18 @@ def test_a_long_final_comes_in_parts_that_fit(text: str, reasoning: str) -> None
     assert ending.with_choice(pieces) is None
 
 
+def test_an_answer_of_too_many_parts_is_a_failure_that_says_so() -> None:
+    top = tuple((token, -0.123456789) for token in range(20))
+    sure = TokenLogprob(5, -0.123456789, top)
+    fits = body(completion(logprobs=(sure,) * 2_000))
+    assert len(replies.final(REPLY, fits, 2048)) < replies.MAX_PARTS
+    (only,) = replies.final(REPLY, body(completion(logprobs=(sure,) * 6_000)), 2048)
+    failed = replies.read_reply(only.payload)
+    assert isinstance(failed, replies.Failed)
+    assert (failed.problem.status, failed.problem.code) == (413, "answer_too_long")
+    assert "ask for fewer tokens" in failed.problem.message
+
+
 @pytest.mark.parametrize(
     ("problem", "kind"),
     [
