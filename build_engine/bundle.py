@@ -97,11 +97,12 @@ class BundleWriter:
         self._done: dict[str, StoredFile] = {}
         self._pool = ThreadPoolExecutor(1)
         self._pending: Future[None] | None = None
+        with _os_errors(self.path):
+            _clear_up(self.path)
         _check_target(self.path, overwrite=overwrite)
         with _os_errors(self.path):
             self._made_parents = _missing_parents(self.path)
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            _remove_leftovers(self.path)
             _check_space(
                 self.path, sum(planned.tensor.stored_bytes(planned.codec) for planned in plan)
             )
@@ -356,15 +357,22 @@ def _check_space(path: Path, weight_bytes: int) -> None:
         )
 
 
-def _remove_leftovers(path: Path) -> None:
-    """Remove what killed builds of this target left. A living build holds a lock on its folder."""
-    for folder in path.parent.glob(f".{glob.escape(path.name)}.part-*"):
+def _clear_up(path: Path) -> None:
+    """Remove what killed builds of this target left, and give a bundle back its name that one of
+    them had taken. A living build holds a lock on its folders.
+    """
+    hidden = f".{glob.escape(path.name)}"
+    for folder in [*path.parent.glob(f"{hidden}.old-*"), *path.parent.glob(f"{hidden}.part-*")]:
         try:
             lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         except OSError:
             continue  # not a folder, or already gone
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if folder.name.startswith(f".{path.name}.old-") and not path.exists():
+                log.warning("%s is back, after a build that was interrupted", path)
+                os.rename(folder, path)
+                continue
             log.warning("removing %s, left by a build that was interrupted", folder)
             shutil.rmtree(folder, ignore_errors=True)
         except OSError:
@@ -400,16 +408,21 @@ def _rename(source: Path, target: Path, flags: int) -> None:
 
 def _rename_in_two_steps(source: Path, target: Path, *, swap: bool) -> None:
     """For file systems without renameat2's flags: between the two steps the name is missing for a
-    moment.
+    moment. A build that is killed there leaves the old bundle to the next one, which restores it.
     """
-    old = source.with_name(source.name + "00")
-    if swap:
-        os.rename(target, old)
-    try:
+    if not swap:
         os.rename(source, target)
-    except OSError:
-        if swap:
+        return
+    old = target.with_name(f".{target.name}.old-{os.getpid()}-{secrets.token_hex(4)}")
+    lock = os.open(target, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        os.rename(target, old)
+        try:
+            os.rename(source, target)
+        except OSError:
             os.rename(old, target)
-        raise
-    if swap:
+            raise
         shutil.rmtree(old, ignore_errors=True)
+    finally:
+        os.close(lock)

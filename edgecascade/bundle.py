@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import mmap
+import os
 import re
 import stat
 from collections.abc import Mapping
@@ -69,6 +70,8 @@ class Bundle:
             BundleError: for anything missing, changed, added or contradictory, with its name and
             values.
         """
+        if not isinstance(path, str | os.PathLike):
+            raise BundleError(f"bundle is {path!r}; give the path of its folder")
         try:
             return cls._open(Path(path), verify)
         except (OSError, ValueError) as error:  # ValueError: a path that cannot be, such as "a\0b"

@@ -10,6 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from edgecascade.errors import InvalidRequest
+
 HASH_CHUNK_BYTES = 4 << 20
 
 
@@ -21,6 +23,18 @@ def canonical_json(value: Any) -> bytes:
     """
     text = json.dumps(value, sort_keys=True, indent=1, ensure_ascii=True, allow_nan=False)
     return text.encode() + b"\n"
+
+
+def checked_path(path: object) -> Path:
+    """The path of a file.
+
+    Raises:
+        InvalidRequest: for what cannot be one.
+    """
+    name = os.fsdecode(path) if isinstance(path, str | os.PathLike) else ""
+    if not Path(name).name or "\0" in name:
+        raise InvalidRequest(f"path is {path!r}; give the path of a file")
+    return Path(name)
 
 
 def write_file(path: Path, data: bytes) -> None:

@@ -253,7 +253,7 @@ class LLM:
         self,
         prompt: Text | Tokens | None = None,
         *,
-        on_event: Callable[[Event], None],
+        on_event: Callable[[Event], None] | None = None,
         messages: Messages | None = None,
         tools: Messages | None = None,
         params: SamplingParams | None = None,
@@ -274,7 +274,7 @@ class LLM:
 
     def logits(self, token_ids: Tokens) -> Array:
         """float32 [T, vocab]: row t is what the model says after token t, all tokens given."""
-        ids = self._ids(token_ids)
+        ids = self._ids(token_ids, "token_ids")
         self._check_fits(len(ids))
         rows: Array = self._engine.call(lambda backend: backend.logits(ids), tokens=len(ids))
         return rows
@@ -299,7 +299,7 @@ class LLM:
 
     def detokenize(self, token_ids: Tokens, *, skip_special_tokens: bool = True) -> str:
         """Text of token ids."""
-        ids = self._ids(token_ids).tolist()
+        ids = self._ids(token_ids, "token_ids").tolist()
         return self.prompter.needed_tokenizer().decode(ids, skip_special=skip_special_tokens)
 
     @property
@@ -396,6 +396,8 @@ class LLM:
     ) -> Prompt:
         if (prompt is None) == (messages is None):
             raise InvalidRequest("give either a prompt or messages")
+        if raw and messages is not None:
+            raise InvalidRequest("raw continues a text; messages go through the chat template")
         if isinstance(prompt, str | bytes):
             return self.prompter.from_text(prompt, tools, raw=raw, thinking=params.thinking)
         if messages is not None:
@@ -483,16 +485,19 @@ class LLM:
         question = tuple(tokenizer.encode(f"{begin}user"))
         return CutRule(chunk_tokens, self._eos | {mark}, question)
 
-    def _ids(self, tokens: Any) -> Array:
+    def _ids(self, tokens: Any, name: str = "prompt") -> Array:
+        wanted = "a text or token ids" if name == "prompt" else "token ids"
         if isinstance(tokens, Mapping) or not isinstance(tokens, Iterable):
-            raise InvalidRequest(f"prompt is {type(tokens).__name__}; give a text or token ids")
+            raise InvalidRequest(f"{name} is {type(tokens).__name__}; give {wanted}")
         ids = tokens if isinstance(tokens, np.ndarray) else list(tokens)
         if (len(ids) if isinstance(ids, list) else ids.size) == 0:
-            raise InvalidRequest("prompt is empty; give at least one token")
+            raise InvalidRequest(f"{name} is empty; give at least one token")
+        if isinstance(ids, list) and isinstance(ids[0], str | bytes):
+            raise InvalidRequest(f"{name} holds texts; give {wanted}, and many only to generate()")
         try:
             return check_tokens(ids, self._backend.vocab)
         except ValueError as error:  # NumPy's, for lists of unequal length
-            raise InvalidRequest(f"prompt is no list of token ids: {error}") from error
+            raise InvalidRequest(f"{name} is no list of token ids: {error}") from error
 
     def _check_fits(self, tokens: int) -> None:
         if tokens > self.max_context:

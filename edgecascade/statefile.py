@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from edgecascade.backends.base import Snapshot
 from edgecascade.errors import BundleMismatch, InvalidRequest, SnapshotError
-from edgecascade.files import canonical_json, fsync_folder
+from edgecascade.files import canonical_json, checked_path, fsync_folder
 
 Array = NDArray[Any]
 
@@ -58,9 +58,9 @@ def write_state(path: str | Path, state: SavedState) -> None:
     """Write a state; whoever reads `path` sees the old file or all of the new one.
 
     Raises:
-        InvalidRequest: when the file cannot be written.
+        InvalidRequest: when the file cannot be written, or the path is none.
     """
-    target = Path(path)
+    target = checked_path(path)
     part = target.with_name(f".{target.name}.part-{os.getpid()}-{secrets.token_hex(4)}")
     arrays = {"tokens": np.asarray(state.tokens, np.int32)}
     arrays.update(
@@ -93,11 +93,11 @@ def read_state(path: str | Path, *, bundle_id: str, family: str) -> SavedState:
     """Read a state that this bundle made.
 
     Raises:
-        InvalidRequest: when there is no such file.
+        InvalidRequest: when there is no such file, or the path is none.
         SnapshotError: when it is damaged, or from another version.
         BundleMismatch: when another bundle made it.
     """
-    source = Path(path)
+    source = checked_path(path)
     try:
         data = source.read_bytes()
     except OSError as error:

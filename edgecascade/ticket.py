@@ -23,6 +23,7 @@ from edgecascade.errors import (
     InvalidRequest,
 )
 from edgecascade.sampling import Logits, SampleRow
+from edgecascade.scheduler import BACKGROUND
 from edgecascade.sequence import Running
 
 if TYPE_CHECKING:
@@ -49,6 +50,11 @@ class Queueing:
     def __post_init__(self) -> None:
         if isinstance(self.priority, bool) or not isinstance(self.priority, int):
             raise InvalidRequest(f"priority is {self.priority!r}; it must be an integer")
+        if self.priority >= BACKGROUND:
+            raise InvalidRequest(
+                f"priority is {self.priority}; from {BACKGROUND} on it is what the library does "
+                "in the background: give less"
+            )
         if not isinstance(self.client, str):
             raise InvalidRequest(f"client is {self.client!r}; it must be a string")
         late = self.deadline_s

@@ -333,6 +333,42 @@ def test_two_step_rename_swaps_too(
     assert left_over(tmp_path) == ["bundle"]
 
 
+KILLED_BETWEEN = """
+import os, sys
+from build_engine import bundle, pipeline
+
+checkpoint, target = sys.argv[1:]
+bundle._rename = lambda a, b, flags: bundle._rename_in_two_steps(a, b, swap=flags == 2)
+rename, done = os.rename, []
+
+def killed(source, target):
+    if done:
+        os.kill(os.getpid(), 9)
+    done.append(rename(source, target))
+
+os.rename = killed
+pipeline.build(checkpoint, target, precision="speed", verify=False, overwrite=True)
+"""
+
+
+def test_a_bundle_whose_name_a_killed_build_had_taken_gets_it_back(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    target = tmp_path / "bundle"
+    build(checkpoint, target, precision="exact", verify=False)
+    child = subprocess.run(
+        [sys.executable, "-c", KILLED_BETWEEN, str(checkpoint), str(target)],
+        check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert child.returncode == -9
+    assert not target.exists()
+    with pytest.raises(BuildError, match="exists"):
+        build(checkpoint, target, precision="speed", verify=False)
+    assert Bundle.open(target).precision == "exact"
+    assert left_over(tmp_path) == ["bundle"]
+
+
 def test_unknown_preset_writes_nothing(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match="precision is 'int2'"):
         build(checkpoint, tmp_path / "bundle", precision="int2")

@@ -156,6 +156,10 @@ def test_tools_are_read_from_a_file(capsys: Capture, bundle: str, tmp_path: Path
         (["build", "no-such-checkpoint", "--out", "out"], "[checkpoint-damaged]"),
         (["bench", "BUNDLE", "--prompt-tokens", "5000"], "[context-exceeded]"),
         (["bench", "--synthetic", "no-such-model"], "no-such-model"),
+        (["bench", "BUNDLE", "--layers", "3"], "--layers is of --synthetic"),
+        (["bench", "BUNDLE", "--precision", "speed"], "--precision is of --synthetic"),
+        (["generate", "BUNDLE", "--token-ids", "5", "--system", "Robot."], "leave out --system"),
+        (["generate", "BUNDLE", "--prompt", "a", "--raw", "--system", "R."], "leave out --system"),
     ],
 )
 def test_errors_are_one_line_with_a_code(

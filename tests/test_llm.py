@@ -16,9 +16,16 @@ import pytest
 from golden import Build, Golden
 
 from edgecascade import LLM, Completion, SamplingParams
-from edgecascade.backends import open_backend
+from edgecascade.backends import native, open_backend
+from edgecascade.backends._lib import Library
 from edgecascade.bundle import Bundle
-from edgecascade.errors import BackendError, BundleError, ContextExceeded, InvalidRequest
+from edgecascade.errors import (
+    BackendError,
+    BackendUnavailable,
+    BundleError,
+    ContextExceeded,
+    InvalidRequest,
+)
 
 Load = Callable[..., LLM]
 GO = "Drive to the charging dock."
@@ -237,6 +244,7 @@ def test_a_prompt_beyond_the_context_is_refused_with_both_numbers(load: Load) ->
         ([512], {}, "token 512 at position 0 is outside the vocabulary of 512"),
         ([5, -1], {}, "token -1 at position 1"),
         ([5, 2**40], {}, f"token {2**40}"),
+        ([5, 10**30], {}, "token .* at position 1 is outside the vocabulary of 512"),
         ([1.5], {}, "list of ids"),
         ([True], {}, "list of ids"),
         ([None], {}, "list of ids"),
@@ -256,6 +264,8 @@ def test_a_prompt_beyond_the_context_is_refused_with_both_numbers(load: Load) ->
         ("a", {"temprature": 1}, "unknown parameter 'temprature'"),
         ("a", {"params": {"seed": 1}}, "params is dict; it must be SamplingParams"),
         ("a", {"tools": [{}]}, r"tools\[0\] has no function"),
+        ("a", {"tools": [{"name": "b", "factor": float("nan")}]}, "tools must be plain JSON"),
+        (None, {"messages": [{"role": "user", "content": "b"}], "raw": True}, "raw continues a"),
     ],
 )
 def test_a_request_that_cannot_be_is_refused_before_anything_runs(
@@ -264,6 +274,33 @@ def test_a_request_that_cannot_be_is_refused_before_anything_runs(
     with pytest.raises(InvalidRequest, match=words):
         llm.generate(prompt, **options)
     assert llm.generate([5], max_tokens=1).token_ids
+
+
+def test_texts_where_one_is_wanted_are_refused(llm: LLM) -> None:
+    with pytest.raises(InvalidRequest, match=r"prompt holds texts; .* many only to generate\(\)"):
+        llm.stream(["a", "b"])  # type: ignore[arg-type]
+    with pytest.raises(InvalidRequest, match="token_ids holds texts; give token ids"):
+        llm.detokenize(["a"])  # type: ignore[list-item]
+    with pytest.raises(InvalidRequest, match="token_ids is empty"):
+        llm.logits([])
+
+
+def test_an_instruction_set_that_is_not_there_is_refused_with_those_that_are(build: Build) -> None:
+    with pytest.raises(InvalidRequest, match="isa is 'avx512'; this machine has portable"):
+        LLM.load(build("tiny", "exact"), isa="avx512")
+
+
+def test_the_slow_reference_is_not_taken_without_a_warning(
+    build: Build, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def missing(isa: str | None) -> Library:
+        raise BackendUnavailable("the kernel library is not built")
+
+    monkeypatch.setattr(native, "cpu_library", missing)
+    with LLM.load(build("tiny", "exact")) as llm:
+        assert llm.backend == "reference"
+    (warning,) = [one for one in caplog.records if one.levelname == "WARNING"]
+    assert "cpu: the kernel library is not built" in warning.getMessage()
 
 
 def test_streams_run_side_by_side_and_closing_one_frees_its_slot(load: Load) -> None:

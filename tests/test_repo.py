@@ -50,7 +50,7 @@ MAY_IMPORT = {
     "inspect": "bundle device errors manifest models state tensors",
     "completion": "errors text",
     "sequence": "completion errors sampling text",
-    "ticket": "backends completion engine errors sampling sequence",
+    "ticket": "backends completion engine errors sampling scheduler sequence",
     "session": "backends bundle completion errors sampling snapshots statefile text ticket",
     "scheduler": "errors",
     "snapshots": "backends errors text",

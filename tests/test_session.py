@@ -213,6 +213,15 @@ def test_a_state_in_hand_stays_whole_when_the_cache_drops_it(llm: LLM) -> None:
     kept.check(llm._backend.kv_type)
 
 
+@pytest.mark.parametrize("path", ["", "a\0b", ".", None, 5])
+def test_what_is_no_path_is_refused(llm: LLM, path: Any) -> None:
+    session = llm.session(ROBOT)
+    with pytest.raises(InvalidRequest, match=r"path is .*; give the path of a file"):
+        session.save(path)
+    with pytest.raises(InvalidRequest, match=r"path is .*; give the path of a file"):
+        llm.load_session(path)
+
+
 def test_a_state_that_cannot_be_kept_costs_only_time(
     build: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -215,6 +215,7 @@ def test_a_result_that_takes_too_long_is_a_timeout(load: Load) -> None:
     [
         {"priority": "high"},
         {"priority": True},
+        {"priority": 1 << 30},
         {"client": 5},
         {"deadline_s": 0},
         {"deadline_s": "soon"},

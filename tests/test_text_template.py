@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -194,6 +195,12 @@ def test_a_template_that_is_no_template_names_its_line() -> None:
             [{"role": "assistant", "tool_calls": [{"name": "a", "arguments": "[1]"}]}],
             r"tool_calls\[0\].arguments must be a JSON object",
         ),
+        (
+            [{"role": "assistant", "tool_calls": [{"name": "a", "arguments": {"x": math.nan}}]}],
+            r"tool_calls\[0\].arguments must be plain JSON values",
+        ),
+        ([{**USER, "name": object()}], r"messages\[0\].name is object"),
+        ([{"role": "tool", "content": "x", "tool_call_id": 5}], "tool_call_id is int"),
     ],
 )
 def test_messages_that_make_no_sense_are_refused(messages: Any, words: str) -> None:

@@ -319,14 +319,12 @@ def cpu_library(isa: str | None = None) -> Library:
     """The CPU table for an instruction set, by default the fastest.
 
     Raises:
-        BackendUnavailable: when the library is not built, is of another version, or the machine
-        lacks the set.
+        InvalidRequest: when the machine lacks the set.
+        BackendUnavailable: when the library is not built or is of another version.
     """
     pointer = _load_cpu(library_path()).ec_cpu(isa.encode() if isa else None)
     if not pointer:
-        raise BackendUnavailable(
-            f"this machine lacks the instruction set {isa!r}; it has {cpu_isas()}"
-        )
+        raise InvalidRequest(f"isa is {isa!r}; this machine has {', '.join(cpu_isas())}")
     return _checked(pointer.contents)
 
 

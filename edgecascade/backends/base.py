@@ -163,7 +163,8 @@ def open_backend(name: str, bundle: Bundle, **options: Any) -> Backend:
                 raise
             reasons.append(f"{candidate}: {error}")
             continue
-        log.info("backend %s%s", candidate, f" ({'; '.join(reasons)})" if reasons else "")
+        level = logging.WARNING if candidate == "reference" else logging.INFO  # it is that slow
+        log.log(level, "backend %s%s", candidate, f" ({'; '.join(reasons)})" if reasons else "")
         return backend
     raise BackendUnavailable("no backend runs here: " + "; ".join(reasons))
 
@@ -188,6 +189,8 @@ def check_tokens(tokens: Any, vocab: int) -> Array:
         InvalidRequest: when there are none, or one is not in [0, vocab).
     """
     ids = np.asarray(tokens)
+    if ids.dtype == object and ids.ndim == 1 and all(isinstance(token, int) for token in ids):
+        ids = np.clip(ids, -1, 2**31 - 1).astype(np.int64)
     if ids.ndim != 1 or ids.size == 0 or ids.dtype.kind not in "iu":
         raise InvalidRequest(
             f"tokens must be a non-empty list of ids, got shape {ids.shape} of {ids.dtype}"

@@ -9,6 +9,7 @@ from typing import Any
 
 from edgecascade.cli.options import add_backend, at_least_two, positive
 from edgecascade.cli.show import gigabytes, print_facts, print_json
+from edgecascade.errors import InvalidRequest
 
 
 def add(commands: Any) -> None:
@@ -20,7 +21,7 @@ def add(commands: Any) -> None:
         "--synthetic", metavar="MODEL", help="a real model's shapes, random weights"
     )
     bench.add_argument("--layers", type=int, help="of the synthetic model; all by default")
-    bench.add_argument("--precision", default="speed", help="of the synthetic model")
+    bench.add_argument("--precision", help="of the synthetic model; speed by default")
     bench.add_argument("--prompt-tokens", type=positive, default=512)
     bench.add_argument("--decode-tokens", type=at_least_two, default=64)
     bench.add_argument("--repeats", type=positive, default=3)
@@ -41,6 +42,11 @@ def add(commands: Any) -> None:
 def _bench(args: argparse.Namespace) -> int:
     from edgecascade.bench import bench
 
+    for name in ("layers", "precision"):
+        if args.synthetic is None and getattr(args, name) is not None:
+            raise InvalidRequest(
+                f"--{name} is of --synthetic; {args.bundle} has its own: leave it out"
+            )
     result = bench(
         _synthetic(args) if args.synthetic else args.bundle,
         backend=args.backend,
@@ -81,14 +87,15 @@ def _synthetic(args: argparse.Namespace) -> str:
     from edgecascade.verified import cache_folder
 
     layers = "all" if args.layers is None else f"{args.layers}"
-    path = cache_folder() / "synthetic" / f"{args.synthetic}-{layers}-{args.precision}"
+    precision = args.precision or "speed"
+    path = cache_folder() / "synthetic" / f"{args.synthetic}-{layers}-{precision}"
     try:
         Bundle.open(path).close()
     except BundleError:  # not there yet, or of an older format
         config(args.synthetic, args.layers)  # refuses what it does not know
         print(f"writing {path}", file=sys.stderr)
         write_synthetic(
-            path, args.synthetic, args.layers, precision=args.precision, overwrite=path.exists()
+            path, args.synthetic, args.layers, precision=precision, overwrite=path.exists()
         )
     return str(path)
 

@@ -20,6 +20,7 @@ from edgecascade.cli.options import (
 )
 from edgecascade.cli.show import print_json
 from edgecascade.errors import InvalidRequest
+from edgecascade.text.tokenizer import checked_text
 
 
 def add(commands: Any) -> None:
@@ -99,7 +100,8 @@ def _ask(args: argparse.Namespace) -> int:
     from edgecascade.service.config import PASSWORD_VARIABLE
     from edgecascade.service.topics import DEFAULT_PREFIX
 
-    text = sys.stdin.read() if args.text == "-" else args.text
+    given = sys.stdin.buffer.read() if args.text == "-" else args.text
+    text = checked_text(given, "the text")
     messages = [{"role": "system", "content": args.system}] if args.system else []
     messages.append({"role": "user", "content": text})
     with Client(

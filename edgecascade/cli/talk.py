@@ -58,6 +58,9 @@ def _generate(args: argparse.Namespace) -> int:
         "tools": read_tools(args),
         "raw": args.raw,
     }
+    if args.system is not None and (args.raw or args.token_ids is not None):
+        what = "--raw" if args.raw else "--token-ids"
+        raise InvalidRequest(f"{what} goes to the model as it is; leave out --system, or {what}")
     if args.token_ids is not None:
         options["prompt"] = numbers(args.token_ids)
     else:

@@ -71,7 +71,7 @@ class Service:
         self._inbox = Inbox()
         self._wake = threading.Event()
         self._stopping = False
-        name = config.model or llm.bundle.path.name
+        name = config.model or llm.bundle.path.resolve().name
         identity = report.Identity(
             device=config.device_id,
             model=name,

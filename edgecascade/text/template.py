@@ -122,6 +122,9 @@ def _checked(message: Any, where: str) -> dict[str, Any]:
         raise InvalidRequest(f"{where} has tool_calls but role {role!r}; only assistants call")
     checked = {key: value for key, value in message.items() if value is not None}
     checked["content"] = _content(message.get("content"), where, optional=role == "assistant")
+    for key in ("name", "tool_call_id"):
+        if key in checked:
+            checked[key] = checked_text(checked[key], f"{where}.{key}")
     if "reasoning_content" in checked:
         checked["reasoning_content"] = checked_text(
             checked["reasoning_content"], f"{where}.reasoning_content"
@@ -165,6 +168,12 @@ def _checked_calls(calls: Any, where: str) -> list[dict[str, Any]]:
                 ) from error
         if not isinstance(arguments, Mapping):
             raise InvalidRequest(f"{where}.tool_calls[{index}].arguments must be a JSON object")
+        try:
+            json.dumps(arguments, allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise InvalidRequest(
+                f"{where}.tool_calls[{index}].arguments must be plain JSON values: {error}"
+            ) from error
         checked.append(
             {"type": "function", "function": {"name": name, "arguments": dict(arguments)}}
         )

@@ -193,7 +193,7 @@ def checked_tools(tools: Sequence[Mapping[str, Any]] | None) -> list[dict[str, A
             raise InvalidRequest(f"tools[{index}]: required of {name!r} must be a list of names")
         checked.append({"type": "function", "function": dict(function)})
     try:
-        json.dumps(checked)
+        json.dumps(checked, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise InvalidRequest(f"tools must be plain JSON values: {error}") from error
     return checked
