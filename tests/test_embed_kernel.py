@@ -10,7 +10,7 @@ import pytest
 from kernels import PREFILL, SETS, Batch, Kernels
 from numpy.typing import DTypeLike
 
-from edgecascade.backends._lib import Weight, address
+from edgecascade.backends._lib import Weight
 from edgecascade.errors import InvalidRequest
 
 TYPES: list[tuple[DTypeLike, int]] = [(np.float32, 0), (np.float16, 1)]
@@ -19,7 +19,7 @@ TYPES: list[tuple[DTypeLike, int]] = [(np.float32, 0), (np.float16, 1)]
 def embed(kernels: Kernels, table: Any, kind: int, tokens: list[int]) -> Any:
     ids = np.array(tokens, np.int32)
     x = np.full((len(ids), table.shape[1]), np.nan, np.float32)
-    weight = Weight(address(table), 0, *table.shape, kind, 1)
+    weight = Weight(kernels.place(table), 0, *table.shape, kind, 1)
     kernels.run("embed", PREFILL, Batch([len(ids)], [0], [0]), tokens=ids, table=weight, x=x)
     return x
 
