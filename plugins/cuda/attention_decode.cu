@@ -64,8 +64,8 @@ __global__ void __launch_bounds__(kThreads)
     for (int i = 0; i < used; ++i) {
       const float* split = from + int64_t(i) * (2 + a.head_dim);
       const float now = fmaxf(top, split[0]), old = expf(top - now), fresh = expf(split[0] - now);
-      sum = sum * old + split[1] * fresh;
-      o = o * old + split[2 + d] * fresh;
+      sum = fmaf(sum, old, split[1] * fresh);  // as in attention_prefill.cu, to the bit
+      o = fmaf(o, old, split[2 + d] * fresh);
       top = now;
     }
     a.y[(int64_t(step.start[sequence]) * a.heads + head) * a.head_dim + d] = o / sum;

@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(kThreads, 3) attendRows(ec_step step, ec_atten
       const float now = fmaxf(top, shared.top[h]);
       shared.old[h] = expf(top - now);
       shared.fresh[h] = expf(shared.top[h] - now);
-      sum = sum * shared.old[h] + shared.sum[h] * shared.fresh[h];
+      sum = fmaf(sum, shared.old[h], shared.sum[h] * shared.fresh[h]);  // see joinSplits()
       top = now;
     }
     __syncthreads();
@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(kThreads, 3) attendRows(ec_step step, ec_atten
     for (int i = 0; i < kDims; ++i) {
 #pragma unroll
       for (int h = 0; h < kHeads; ++h)
-        o[i][h] = o[i][h] * shared.old[h] + part[i][h] * shared.fresh[h];
+        o[i][h] = fmaf(o[i][h], shared.old[h], part[i][h] * shared.fresh[h]);
     }
   }
   if (threadIdx.x < kHeads) shared.sum[threadIdx.x] = sum;

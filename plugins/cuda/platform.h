@@ -70,8 +70,39 @@ inline void startDependents() {}
 inline void awaitEarlier() { emulator::awaitEarlier(); }
 using emulator::Together;
 
-// Tensor cores cut a sum off where a float ends.
-inline float cutOff(double sum) {
+// 2^exponent
+inline double power(int exponent) {
+  const uint64_t bits = static_cast<uint64_t>(1023 + exponent) << 52;
+  double value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+// The exponent of a value, of a subnormal that of the least normal number, `least`.
+inline int exponentOf(double value, int least) {
+  uint64_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  const int exponent = static_cast<int>(bits >> 52 & 2047) - 1023;
+  return exponent > least ? exponent : least;
+}
+
+// c + sum of x[i] y[i] as tensor cores add: all terms are shifted to the largest exponent, which of
+// a product is the sum of its factors', and cut off 24 bits below it; the sum is cut off where a
+// float ends. sm_80 to sm_89 do so with kCount = 8 halves or 4 tf32 at a time, later ones with more
+// and 25 bits (Li et al., "MMA-Sim", arXiv 2511.10909); this is the coarser of the two.
+template <int kCount>
+inline float addAtOnce(const double* x, const double* y, int least, float c) {
+  constexpr int kKept = 24;
+  double term[kCount + 1] = {c}, exact = c;
+  int top = exponentOf(c, -126);
+  for (int i = 0; i < kCount; ++i) {
+    exact += term[i + 1] = x[i] * y[i];
+    if (term[i + 1] != 0) top = std::max(top, exponentOf(x[i], least) + exponentOf(y[i], least));
+  }
+  if (!std::isfinite(exact)) return static_cast<float>(exact);
+  double sum = 0;
+  for (const double each : term) sum += std::trunc(each * power(kKept - top));
+  sum *= power(top - kKept);
   const float nearest = static_cast<float>(sum);
   return std::fabs(nearest) > std::fabs(sum) && !std::isinf(nearest) ? std::nextafter(nearest, 0.f)
                                                                      : nearest;
@@ -95,13 +126,14 @@ inline void mma16816(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint3
   };
   for (int i = 0; i < 4; ++i) {
     const int row = g + (i / 2) * 8, column = 2 * t + i % 2;
-    double sum = c[i];
-    for (int k = 0; k < 16; ++k) {
-      const int high = k / 8, inner = k % 8;
-      sum += double{element(row % 8 * 4 + inner / 2, 2 * high + row / 8, inner)} *
-             element(column * 4 + inner / 2, 4 + high, inner);
+    for (int high = 0; high < 2; ++high) {
+      double x[8], y[8];
+      for (int k = 0; k < 8; ++k) {
+        x[k] = element(row % 8 * 4 + k / 2, 2 * high + row / 8, k);
+        y[k] = element(column * 4 + k / 2, 4 + high, k);
+      }
+      c[i] = addAtOnce<8>(x, y, -14, c[i]);
     }
-    c[i] = cutOff(sum);
   }
   emulator::warpBarrier(kAll);
 }
@@ -120,10 +152,14 @@ inline void mmaTf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2
   };
   for (int i = 0; i < 4; ++i) {
     const int column = 2 * t + i % 2;
-    double sum = c[i];
-    for (int k = 0; k < 8; ++k)
-      sum += element(g * 4 + k % 4, i / 2 + k / 4 * 2) * element(column * 4 + k % 4, 4 + k / 4);
-    c[i] = static_cast<float>(sum);
+    for (int high = 0; high < 2; ++high) {
+      double x[4], y[4];
+      for (int k = 0; k < 4; ++k) {
+        x[k] = element(g * 4 + k, i / 2 + high * 2);
+        y[k] = element(column * 4 + k, 4 + high);
+      }
+      c[i] = addAtOnce<4>(x, y, -126, c[i]);
+    }
   }
   emulator::warpBarrier(kAll);
 }

@@ -180,7 +180,8 @@ __global__ void __launch_bounds__(kThreads) readLogits(ec_sample args, Scratch s
     float score = scores[at];
     score = score > 0 ? score / p.repetition : score * p.repetition;
     if (p.count[i] > 0) score -= p.presence;
-    scores[at] = score - p.frequency * static_cast<float>(p.count[i]);
+    // Rounded twice, as on the CPU: a fused subtraction would draw other tokens now and then.
+    scores[at] = score - __fmul_rn(p.frequency, static_cast<float>(p.count[i]));
   }
   __syncthreads();
   float top = -INFINITY;
