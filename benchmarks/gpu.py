@@ -1,43 +1,50 @@
 # SPDX-License-Identifier: Apache-2.0
 """The CUDA kernels on this machine's GPU: built, checked, measured.
 
-    python benchmarks/gpu.py [--quick] [--minutes N] [--bundle DIR] [--no-build] [--no-checks]
-                             [--out FILE]
+    python benchmarks/gpu.py [--quick] [--minutes N] [--bundle DIR] [--parts PART ...]
+                             [--no-build] [--no-checks] [--out FILE]
 
-build      the library for the GPU that is here (needs nvcc)
-suite      that of the ops, on the GPU
+build      the library for the GPU that is here (needs nvcc); one that is here already serves, too
+suite      that of the ops, on the GPU, a process for each file of it
 ceiling    what a device-to-device copy moves, and what a kernel that only reads gets
            (stream_read.cu); shares are of the larger
-bundle     Nemotron-3-Nano-30B's shapes with random weights, written here: 17 GB under build/
-decode     1, 2, 4 and 8 sequences with contexts of 0, 1k and 16k tokens: the graph alone, and a
-           step of the backend with greedy tokens, and with drawn ones
+decode     1, 2, 4 and 8 sequences with contexts of 0 and 1k tokens: the graph alone, and a step of
+           the backend with greedy tokens, and with drawn ones
+cpu        the same tokens fed to the CPU backend: greedy choices equal where the lead allows
 prefill    128, 512 and 2048 tokens of one sequence: the backend alone in its largest chunks, the
            same in pieces as LLM cuts them, and LLM.generate up to the first token
-cpu        the same tokens fed to the CPU backend: greedy choices equal where the lead allows
 generate   LLM.generate with the greedy rule, sampling included
-ops        each op of a decode step alone (gpu_ops.py), at a context of 1k
-boundary   between two launches, and the whole step, with and without overlap and prefetch
-prompt ops each op of a prompt of 512 tokens alone, and each launch of it
-sanitizer  a part of the suite under compute-sanitizer, where that is
+long       decode with contexts of 16k
+ops        each op of a decode step alone (gpu_ops.py), at a context of 1k; between two launches,
+           and the whole step, with and without overlap and prefetch; each op of a prompt of 512
+           tokens alone, and each launch of it
+memcheck   a part of the suite under compute-sanitizer, only where it is asked for; racecheck, too
 
-A line a figure, and JSON in benchmarks/results, which is there after every part. --quick: 8 layers,
-shorter contexts. --minutes: it ends by then with what it has. What fails or does not fit is named,
-in the JSON too, the rest goes on, and the status is 1.
+What is measured is Nemotron-3-Nano-30B's shapes with random weights: 17 GB under build/, written
+meanwhile. Each part is a process of its own with a limit of its own: a GPU's fault takes everything
+from the process that made it, and some do not end.
+
+A line a figure, and JSON in benchmarks/results, which is there after every part; what the checks
+say is in logs beside it. --quick: 8 layers, shorter contexts. --minutes: it ends by then with what
+it has. --parts: only these. What fails or does not fit is named, in the JSON too, the rest goes on,
+and the status is 1.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes as c
+import json
 import os
 import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from time import perf_counter
+from time import monotonic, perf_counter
 from typing import Any
 
 import numpy as np
@@ -61,12 +68,23 @@ RESULTS = ROOT / "benchmarks" / "results"
 MODEL = "nemotron-3-nano-30b"
 STREAM_READ = Path(__file__).with_name("stream_read.cu")
 ON_GPU = "cuda and not emulated"
+PROGRAM = [sys.executable, str(Path(__file__).resolve())]
 NONE = np.zeros(0, np.int32)
 SANITIZED = (
     f"{ON_GPU} and (tables or product or residual or masks or steps_are or moe or temperature"
     " or anywhere or few_and_none or magnitude)"
 )
-BUILD_S, SUITE_S, SANITIZER_S = 600.0, 400.0, 300.0  # at most
+FOUND = re.compile(
+    r"FAILED|ERROR|=+ +(ERROR|Error)"
+    r"|=+ .*(Invalid|Race reported|[Hh]azard|Uninitialized|Program hit|\+0x)"
+)
+LIMITS = {  # of the parts, in their order: seconds at most
+    "bundle": 1800.0, "build": 600.0, "gpu": 60.0, "suite": 400.0, "ceiling": 120.0,
+    "decode": 180.0, "cpu": 180.0, "prefill": 120.0, "generate": 120.0, "long": 240.0,
+    "ops": 400.0, "memcheck": 300.0, "racecheck": 300.0,
+}  # fmt: skip
+MEASURED = {"decode", "cpu", "prefill", "generate", "long", "ops"}  # with the bundle
+SANITIZERS = {"memcheck", "racecheck"}
 
 
 @dataclass(frozen=True)
@@ -74,7 +92,8 @@ class Plan:
     """What is measured, and how long."""
 
     batches: tuple[int, ...] = (1, 2, 4, 8)
-    contexts: tuple[int, ...] = (0, 1024, 16384)
+    contexts: tuple[int, ...] = (0, 1024)
+    long: tuple[int, ...] = (16384,)  # contexts
     ops_context: int = 1024
     prompts: tuple[int, ...] = (128, 512, 2048)
     piece: int = 256  # of a prompt, for streams that shall wait less than LLM lets them
@@ -84,20 +103,22 @@ class Plan:
     ceiling_bytes: int = 1 << 30
     steps: int = 32  # of a backend, timed together
     least_s: float = 0.2  # of a timed round; 0: one round of one
+    ceiling: float | None = None  # bytes a second, once it is known
 
 
-QUICK = Plan(contexts=(0, 1024), prompts=(128, 512), answer=32, steps=8, least_s=0.05)
+QUICK = Plan(long=(4096,), prompts=(128, 512), answer=32, steps=8, least_s=0.05)
 
 
-def build(limit_s: float) -> str:
-    """The library for this machine's GPU, in place; what it is built for."""
+def build(limit_s: float) -> float:
+    """The library for this machine's GPU, in place; seconds that it took."""
     tools = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # CMake is the environment's
     environment = {"EDGECASCADE_CUDA_ARCHS": str(_cuda.open_device().sm), **os.environ}
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    start = perf_counter()
     status, said = run_within(command, limit_s, cwd=ROOT, env={**environment, "PATH": tools})
     if status:
         raise EdgeCascadeError(f"the library was not built, status {status}:\n{said[-4000:]}")
-    return built()
+    return perf_counter() - start
 
 
 def built() -> str:
@@ -120,37 +141,63 @@ def build_stream_read(folder: Path) -> Path:
     target = f"-arch=sm_{_cuda.open_device().sm}"
     command = [nvcc, "-std=c++17", "-O3", target, "-shared", "-Xcompiler", "-fPIC"]
     sources = [str(STREAM_READ), str(ROOT / "plugins" / "common" / "checks.cpp")]
-    status, said = run_within([*command, *includes, *sources, "-o", str(made)], BUILD_S)
+    status, said = run_within([*command, *includes, *sources, "-o", str(made)], LIMITS["ceiling"])
     if status:
         raise EdgeCascadeError(f"nvcc does not take stream_read.cu: {said[-2000:]}")
     return made
 
 
-def suite(tests: str, limit_s: float, under: list[str] | None = None) -> str:
-    """The suite of the ops on the GPU, or those of its tests that are named; its last line."""
-    files = sorted(str(path) for path in (ROOT / "tests").glob("test_*_kernel*.py"))
-    pytest = [sys.executable, "-m", "pytest", "-q", "--maxfail=20", "-p", "no:cacheprovider"]
-    environment = {**os.environ, "EDGECASCADE_TEST_GPU": "1"}
-    status, said = run_within(
-        [*(under or []), *pytest, *files, "-k", tests], limit_s, cwd=ROOT, env=environment
-    )
+def checked(
+    report: Report, name: str, limit_s: float, tests: str = ON_GPU, under: tuple[str, ...] = ()
+) -> None:
+    """The suite of the ops on the GPU, or those of its tests that are named. Each file has a
+    process of its own, as many at a time as there are cores.
+    """
+    pytest = [sys.executable, "-m", "pytest", "-v", "--maxfail=20", "-p", "no:cacheprovider"]
+    environment, ends = {**os.environ, "EDGECASCADE_TEST_GPU": "1"}, monotonic() + limit_s
+    report.beside(f".{name}.log").unlink(missing_ok=True)
+
+    def check(file: Path) -> str:
+        command = [*under, *pytest, str(file), "-k", tests]
+        left_s = max(ends - monotonic(), 0)
+        status, said = run_within(command, left_s, cwd=ROOT, env=environment)
+        report.keep(name, f"{file.name}, status {status}\n{said}\n")
+        return verdict(status, said)
+
+    def part(file: Path) -> None:
+        label = f"{name}[{file.stem.split('_')[1]}]"
+        if passed := report.take(label, lambda: check(file)):
+            report.say(f"{label:20} {passed}")
+
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        list(pool.map(part, sorted((ROOT / "tests").glob("test_*_kernel*.py"))))
+
+
+def verdict(status: int, said: str) -> str:
+    """pytest's last line.
+
+    Raises:
+        EdgeCascadeError: when it failed, with what was found.
+    """
     lines = said.strip().splitlines()
-    last = next((s for s in reversed(lines) if re.search(r"passed|failed|error", s)), "")
+    counts = [line for line in lines if re.search(r"\d (passed|failed|error)", line)]
+    last = counts[-1] if counts else ", ".join(lines[-2:])
     if status:
-        print("\n".join(lines[-60:]), file=sys.stderr, flush=True)
-        failed = [line for line in lines if re.match(r"FAILED|ERROR|=+ +(ERROR|Error)", line)]
-        raise EdgeCascadeError("\n  ".join([f"status {status}: {last}", *failed[:20]]))
-    return last
+        found = list(dict.fromkeys(line for line in lines if FOUND.match(line)))
+        raise EdgeCascadeError("\n  ".join([f"status {status}: {last}", *found[:30]]))
+    return last.strip("= ")
 
 
-def sanitized(tool: str, limit_s: float) -> str:
+def sanitized(report: Report, tool: str, limit_s: float) -> str | None:
     """Some of the suite under a tool of compute-sanitizer."""
     program = shutil.which("compute-sanitizer") or shutil.which(
         "compute-sanitizer", path="/usr/local/cuda/bin"
     )
     if program is None:
         return "compute-sanitizer is not here"
-    return suite(SANITIZED, limit_s, [program, "--tool", tool, "--error-exitcode", "9"])
+    shown = ("--error-exitcode", "9", "--show-backtrace", "device", "--print-limit", "20")
+    checked(report, tool, limit_s, SANITIZED, (program, "--tool", tool, *shown))
+    return None
 
 
 def device_facts() -> dict[str, Any]:
@@ -166,6 +213,7 @@ def device_facts() -> dict[str, Any]:
         "memory_bytes": properties.memory_bytes,
         "cuda_driver": f"{version.value // 1000}.{version.value % 1000 // 10}",
         "kernel_driver": kernel.read_text().splitlines()[0] if kernel.exists() else None,
+        "built_for": built(),
     }
 
 
@@ -200,7 +248,7 @@ def tokens(backend: Backend, count: int, seed: int = 5) -> Any:
     return np.random.default_rng(seed).integers(0, backend.vocab, count).astype(np.int32)
 
 
-def fill(backend: CudaBackend, batch: int, context: int) -> None:
+def fill(backend: Backend, batch: int, context: int) -> None:
     """Slots 0 to batch - 1 hold `context` tokens, other ones each; the rest is empty."""
     for slot in range(backend.slots):
         backend.reset(slot)
@@ -314,36 +362,35 @@ def generate(llm: LLM, plan: Plan, batch: int) -> dict[str, Any]:
     return {"batch": batch, "tokens": plan.answer, "tokens_per_s": rate}
 
 
-def measure(bundle: Bundle, plan: Plan, report: Report) -> None:
-    """All but the build and the checks. What works on the driver's graphs comes last: a GPU that
-    has lost its way answers nothing more.
-    """
-    say = report.say
-    report.values["bundle"] = bundle.report or str(bundle.path)
-    say(f"{'load':10} {bundle.weight_bytes / 1e9:.2f} GB of weights")
-    context = max(*plan.contexts, *plan.prompts, sum(plan.compared)) + 2 * plan.steps + 64
-    options = Options(slots=max(plan.batches), max_context=context)
+def measure(name: str, bundle: Bundle, plan: Plan, report: Report) -> None:
+    """One of MEASURED, on a backend of its own."""
+    say, contexts = report.say, plan.long if name == "long" else plan.contexts
+    most = max(*plan.contexts, *plan.long, *plan.prompts, sum(plan.compared)) + 2 * plan.steps + 64
     start = perf_counter()
-    backend = CudaBackend(bundle, options)
-    load_s = perf_counter() - start
+    backend = CudaBackend(bundle, Options(slots=max(plan.batches), max_context=most))
+    seconds, size = perf_counter() - start, bundle.weight_bytes
     with LLM(bundle, backend, "measured") as llm:
-        report.take("load", lambda: {"seconds": load_s, "bytes": bundle.weight_bytes})
-        say(f"{'load':10} {load_s:.2f} s, {bundle.weight_bytes / load_s / 1e9:.2f} GB/s")
-        steps = [(batch, context) for batch in plan.batches for context in plan.contexts]
-        report.rows("decode", steps, lambda step: [told_decode(backend, plan, *step, say)])
-        pieces = [(count, piece) for count in plan.prompts
-                  for piece in sorted({count, min(count, plan.piece)}, reverse=True)]  # fmt: skip
-        report.rows("prefill", pieces, lambda piece: [told_prefill(backend, plan, *piece, say)])
-        report.take("cpu", lambda: told_compare(backend, bundle, plan, say))
-        report.rows("first_token", plan.prompts, lambda n: [told_first(llm, plan, n, say)])
-        report.rows("generate", plan.batches, lambda n: [told_generate(llm, plan, n, say)])
-        rates = report.values.get("ceiling", {})
-        instruments(backend, plan, max(rates.values(), default=None), report)
+        report.rows("load", [name], lambda _: [{"part": name, "seconds": seconds, "bytes": size}])
+        say(f"{'load':10} {seconds:.2f} s, {size / seconds / 1e9:.2f} GB/s")
+        if name in ("decode", "long"):
+            steps = [(batch, context) for context in contexts for batch in plan.batches]
+            report.rows("decode", steps, lambda step: [told_decode(backend, plan, *step, say)])
+        elif name == "cpu":
+            report.take("cpu", lambda: told_compare(backend, bundle, plan, say))
+        elif name == "prefill":
+            sizes = {count: sorted({count, min(count, plan.piece)})[::-1] for count in plan.prompts}
+            pieces = [(count, piece) for count in plan.prompts for piece in sizes[count]]
+            report.rows("prefill", pieces, lambda piece: [told_prefill(backend, plan, *piece, say)])
+            report.rows("first_token", plan.prompts, lambda n: [told_first(llm, plan, n, say)])
+        elif name == "generate":
+            report.rows("generate", plan.batches, lambda n: [told_generate(llm, plan, n, say)])
+        else:
+            instruments(backend, plan, report)
 
 
-def instruments(backend: CudaBackend, plan: Plan, best: float | None, report: Report) -> None:
+def instruments(backend: CudaBackend, plan: Plan, report: Report) -> None:
     """The ops of a step and of a prompt alone, and the border between launches."""
-    say, ops = report.say, OpTimer(backend, best, plan.least_s)
+    say, ops = report.say, OpTimer(backend, plan.ceiling, plan.least_s)
     l2 = cuda_library().query().l2_bytes
     for batch in plan.batches:
         ready = report.take("ops_context", lambda batch=batch: stand(backend, plan, batch))
@@ -356,7 +403,7 @@ def instruments(backend: CudaBackend, plan: Plan, best: float | None, report: Re
     count = plan.prompt_ops
     if report.take("prompt_ops_tokens", lambda: read(backend, count)) is None:
         return
-    prompt = OpTimer(backend, best, plan.least_s, prompt=count)
+    prompt = OpTimer(backend, plan.ceiling, plan.least_s, prompt=count)
     report.rows("prompt_ops", prompt.labels,
                 lambda label: told_ops(prompt, label, count, "prompt op", 0, say))  # fmt: skip
 
@@ -465,14 +512,50 @@ def told_compare(
     return seen
 
 
-def open_bundle(args: argparse.Namespace) -> Bundle:
-    """The one that was asked for, else random weights, which are written where they are not yet."""
+def open_bundle(args: argparse.Namespace, *, write: bool = False) -> Bundle:
+    """The one that was asked for, else random weights; written where it is not yet."""
     layers = 8 if args.quick else None
     folder = args.bundle or ROOT / "build" / "bench" / f"{MODEL}-{layers or 'all'}"
-    if not folder.exists():
+    if write and not folder.exists():
         print(f"writing {folder}", flush=True)
         write_synthetic(folder, MODEL, layers)
     return Bundle.open(folder, verify=False)
+
+
+def part_here(args: argparse.Namespace, plan: Plan) -> int:
+    """A part in this process, which reports beside the report of the one that started it."""
+    known = json.loads(args.out.read_text()).get("ceiling", {})
+    plan = replace(plan, ceiling=max(known.values(), default=None))
+    report = Report(partial(print, flush=True), args.out.with_suffix(f".{args.here}.json"))
+    works: dict[str, Callable[[], Any]] = {
+        "gpu": device_facts,
+        "bundle": lambda: open_bundle(args, write=True).report or str(args.bundle),
+        "ceiling": lambda: told_ceiling(plan, report.say),
+    }
+    own = works.get(args.here)
+    report.take(args.here, own or (lambda: measure(args.here, open_bundle(args), plan, report)))
+    return 1 if report.failed else 0
+
+
+def part_apart(report: Report, name: str, limit_s: float) -> None:
+    """A part in a process of its own, and what it found, whatever became of it."""
+    out = report.beside(f".{name}.json")
+    out.unlink(missing_ok=True)
+    command = [*PROGRAM, *sys.argv[1:], "--here", name, "--out", str(report.out)]
+    status, said = run_within(command, limit_s, stdout=None, stderr=None)
+    at = report.adopt(out)
+    if at or status not in (0, 1):
+        why = f"status {status}, {said.strip()}" if said else f"status {status}"
+        raise EdgeCascadeError(f"{why}, at {at or 'its end'}")
+
+
+def run(report: Report, name: str, limit_s: float) -> Any:
+    """A part of LIMITS."""
+    if name == "build":
+        return build(limit_s)
+    if name == "suite":
+        return checked(report, name, limit_s)
+    return (sanitized if name in SANITIZERS else part_apart)(report, name, limit_s)
 
 
 def main() -> int:
@@ -480,33 +563,46 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="8 layers, shorter contexts")
     parser.add_argument("--minutes", type=float, help="end by then, with what there is")
     parser.add_argument("--bundle", type=Path, help="measure this one; default: a synthetic 30B")
+    parser.add_argument(
+        "--parts", nargs="+", choices=LIMITS, help="default: all but the sanitizer's"
+    )
     parser.add_argument("--no-build", action="store_true", help="the library is there already")
     parser.add_argument("--no-checks", action="store_true", help="only measure")
     parser.add_argument("--out", type=Path, help="the JSON; default: in benchmarks/results")
+    parser.add_argument("--here", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    here, plan = circumstances(), QUICK if args.quick else Plan()
+    plan = QUICK if args.quick else Plan()
+    if args.here:
+        return part_here(args, plan)
+    here = circumstances()
     try:
         gpu = re.sub(r"\W+", "-", _cuda.open_device().name).lower()
     except BackendUnavailable as error:
         raise SystemExit(f"nothing to measure: {error}") from error
-    suffix = "-quick" if args.quick else ""
-    out = args.out or RESULTS / f"{here['date']}-{gpu}-30b-speed{suffix}.json"
-    report = Report(partial(print, flush=True), out)
+    kind = "".join(f"-{word}" for word in (*["quick"] * args.quick, *(args.parts or ())))
+    out = args.out or RESULTS / f"{here['date']}-{gpu}-30b-speed{kind}.json"
+    report = Report(partial(print, flush=True), out, 60 * (args.minutes or float("inf")))
     report.values |= here
-    if args.minutes:
-        report.end_after(60 * args.minutes)
-    make = built if args.no_build else partial(build, min(BUILD_S, report.left_s))
-    if report.take("build", make) is None:
-        return 1
-    report.take("gpu", device_facts)
-    if not args.no_checks:
-        report.take("suite", lambda: suite(ON_GPU, min(SUITE_S, report.left_s / 3)))
-    report.take("ceiling", lambda: told_ceiling(plan, report.say))
-    report.take("measured", lambda: measure(open_bundle(args), plan, report))
-    for tool in () if args.no_checks else ("memcheck", "racecheck"):
-        report.take(tool, lambda tool=tool: sanitized(tool, min(SANITIZER_S, report.left_s - 5)))
-    for name in () if args.no_checks else ("suite", "memcheck", "racecheck"):
-        report.say(f"{name:10} {report.values.get(name, 'failed, see above')}")
+    chosen = {"gpu", *(args.parts or LIMITS.keys() - SANITIZERS)}
+    chosen -= {"build"} if args.no_build else set()
+    chosen -= {"suite"} if args.no_checks else set()
+    chosen |= {"bundle"} if chosen & MEASURED else set()
+    parts = [part for part in LIMITS if part in chosen]
+
+    def taken(part: str) -> None:
+        last = part == parts[-1]
+        report.take(part, lambda: run(report, part, report.within(LIMITS[part], last=last)))
+
+    with ThreadPoolExecutor(1) as meanwhile:
+        for part in parts:
+            if part == "bundle":
+                bundle = meanwhile.submit(taken, part)
+                continue
+            if part in MEASURED:
+                bundle.result()
+            taken(part)
+            if part == "gpu" and part not in report.values:
+                break  # no library
     report.say(f"{out}: {len(report.failed)} parts failed")
     return 1 if report.failed else 0
 

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""benchmarks/gpu.py on a tiny model, in a process whose driver and GPU are the stand-ins.
+"""benchmarks/gpu.py on a tiny model, in processes whose driver and GPU are the stand-ins.
 
-    python tests/cuda/gpu_benchmark_program.py STAND_INS KERNELS STREAM_READ FOLDER
+    python tests/cuda/gpu_benchmark_program.py STAND_INS KERNELS STREAM_READ FOLDER [ARGUMENT ...]
 
-Prints what the script prints, and leaves its JSON in FOLDER/seen.json with the launches of a
-whole 30B's step. Times mean nothing here.
+Does what the script does with these arguments; files of its own are in FOLDER. With FAULTS in the
+environment the build fails, the second decode step loses the GPU, the comparison with the CPU ends
+its process, and a prompt never ends. Without arguments it writes FOLDER/alone.json: the launches of
+a whole 30B's step. Times mean nothing here.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import ctypes
 import json
 import os
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +30,9 @@ TINY = {
 }  # fmt: skip
 
 
-def main(stand_ins: Path, kernels: Path, stream_read: Path, folder: Path) -> None:
-    ctypes.CDLL(str(stand_ins / "libcuda.so.1"), mode=ctypes.RTLD_GLOBAL)
-    os.environ["EDGECASCADE_CUDA_LIBRARY"] = str(kernels)
+def main(stand_ins: str, kernels: str, stream_read: str, folder: str, *arguments: str) -> None:
+    driver = ctypes.CDLL(f"{stand_ins}/libcuda.so.1", mode=ctypes.RTLD_GLOBAL)
+    os.environ["EDGECASCADE_CUDA_LIBRARY"] = kernels
     sys.path.insert(0, str(ROOT / "benchmarks"))
     import gpu
 
@@ -40,34 +43,56 @@ def main(stand_ins: Path, kernels: Path, stream_read: Path, folder: Path) -> Non
     from edgecascade.backends.cuda import CudaBackend
     from edgecascade.bundle import Bundle
 
-    def tiny(name: str, pattern: str) -> Bundle:
+    def write(path: str | Path, pattern: str = "ME*") -> Path:
         layers = {"hybrid_override_pattern": pattern, "num_hidden_layers": len(pattern)}
-        return Bundle.open(write_random(folder / name, {**config(gpu.MODEL), **TINY, **layers}, {}))
+        return write_random(path, {**config(gpu.MODEL), **TINY, **layers}, {"tiny": True})
 
     open_device()
     facts = cuda_library().query()
     facts.l2_bytes, facts.sm_count = L2_BYTES, 2  # which the emulator lacks
     cuda_library().query = lambda: facts  # type: ignore[method-assign]
 
-    gpu.build = lambda limit_s: "emulated"
-    gpu.build_stream_read = lambda folder: stream_read
-    gpu.QUICK = gpu.Plan(batches=(1, 2), contexts=(0, 3), ops_context=3, prompts=(9,), piece=4,
-                         prompt_ops=9, answer=2, compared=(5, 3), ceiling_bytes=1 << 16,
+    gpu.PROGRAM = [sys.executable, __file__, stand_ins, kernels, stream_read, folder]
+    gpu.ROOT = Path(folder)
+    gpu.build = lambda limit_s: 1.0
+    gpu.build_stream_read = lambda folder: Path(stream_read)
+    gpu.write_synthetic = lambda path, model, layers: write(path)
+    gpu.QUICK = gpu.Plan(batches=(1, 2), contexts=(0, 3), long=(5,), ops_context=3, prompts=(9,),
+                         piece=4, prompt_ops=9, answer=2, compared=(5, 3), ceiling_bytes=1 << 16,
                          steps=1, least_s=0)  # fmt: skip
-    out, short = folder / "seen.json", tiny("short", "ME*").path
-    sys.argv = ["gpu.py", "--quick", "--no-checks", "--bundle", str(short), "--out", str(out)]
-    status = gpu.main()
+    if "FAULTS" in os.environ:
+        break_parts(gpu, driver)
+    if arguments:
+        sys.argv = ["gpu.py", *arguments]
+        sys.exit(gpu.main())
 
     # All layers of the 30B: captured, which runs nothing.
-    whole = CudaBackend(tiny("whole", config(gpu.MODEL)["hybrid_override_pattern"]), Options(1, 64))
+    pattern = config(gpu.MODEL)["hybrid_override_pattern"]
+    whole = CudaBackend(Bundle.open(write(f"{folder}/whole", pattern)), Options(1, 64))
     graph = whole._device.capture(
         whole._stream, lambda: whole._run(whole._decode_calls, 1, 1, 1, 64)
     )
-    seen: dict[str, Any] = {**json.loads(out.read_text()), "launches": graph.nodes}
-    out.write_text(json.dumps(seen))
     whole.close()
-    sys.exit(status)
+    Path(folder, "alone.json").write_text(json.dumps({"launches": graph.nodes}))
+
+
+def break_parts(gpu: Any, driver: ctypes.CDLL) -> None:
+    """See FAULTS above."""
+    decode = gpu.decode
+
+    def no_build(limit_s: float) -> float:
+        raise gpu.EdgeCascadeError("no compiler")
+
+    def lost(backend: Any, plan: Any, batch: int, context: int) -> Any:
+        if (batch, context) == (2, 0):
+            driver.fakecuda_lose()
+        return decode(backend, plan, batch, context)
+
+    gpu.build, gpu.decode = no_build, lost
+    gpu.compare = lambda *_: os._exit(7)
+    gpu.prefill = lambda *_: threading.Event().wait()
+    gpu.LIMITS["prefill"] = 15.0  # a slow machine has to come so far
 
 
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:]))
+    main(*sys.argv[1:])

@@ -9,14 +9,17 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import pytest
 from gpu_benchmark_program import L2_BYTES
-from kernels import ROOT, cuda_emulated
+from kernels import CUDA_EMULATED, ROOT, cuda_emulated
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import gpu
 from gpu_ops import PARTS
 from gpu_report import Report, run_within
 
@@ -26,32 +29,58 @@ PLUGINS = ROOT / "plugins"
 KINDS = ["embed", "in_proj", "mamba", "out_proj", "moe", "qkv", "attention", "o_proj", "head"]
 
 
+Program = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
 @pytest.fixture(scope="module")
-def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What the script wrote and said."""
+def program(tmp_path_factory: pytest.TempPathFactory) -> Program:
+    """program(folder, *arguments, **environment): the script on the stand-ins."""
     cuda_emulated()
-    kernels = ROOT / "build" / "cuda-emulated" / "libedgecascade_cuda_emulated.so"
-    folder = tmp_path_factory.mktemp("gpu")
+    made = tmp_path_factory.mktemp("stand-ins")
     driver = ROOT / "tests" / "trt" / "fakecuda.c"
-    _compile("CC", "cc", driver, folder / "libcuda.so.1", "-Wl,-soname,libcuda.so.1")
+    _compile("CC", "cc", driver, made / "libcuda.so.1", "-Wl,-soname,libcuda.so.1")
     includes = [f"-I{PLUGINS / part}" for part in ("include", "common", "cuda")]
     emulator = [str(PLUGINS / "cuda/emulator/emulator.cpp"), str(PLUGINS / "common/checks.cpp")]
     options = ["-std=c++17", "-U_FORTIFY_SOURCE", "-DEC_EMULATED", *includes, *emulator, "-ldl"]
     read = ROOT / "benchmarks" / "stream_read.cu"
-    _compile("CXX", "c++", read, folder / "stream_read.so", *options)
-    program = ROOT / "tests" / "cuda" / "gpu_benchmark_program.py"
-    arguments = [folder, kernels, folder / "stream_read.so", folder]
-    done = subprocess.run(
-        [sys.executable, str(program), *map(str, arguments)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr
-    made: dict[str, Any] = json.loads((folder / "seen.json").read_text())
+    _compile("CXX", "c++", read, made / "stream_read.so", *options)
+    script = ROOT / "tests" / "cuda" / "gpu_benchmark_program.py"
+
+    def run(folder: Path, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
+        places = [made, CUDA_EMULATED, made / "stream_read.so", folder]
+        return subprocess.run(
+            [sys.executable, str(script), *map(str, places), *arguments],
+            cwd=ROOT,
+            env={**os.environ, **more},
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def seen(program: Program, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What the script wrote and said."""
+    folder = tmp_path_factory.mktemp("gpu")
+    done = program(folder, "--quick", "--no-checks", "--out", str(folder / "out" / "seen.json"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [path.name for path in (folder / "out").iterdir()] == ["seen.json"]
+    made: dict[str, Any] = json.loads((folder / "out" / "seen.json").read_text())
     made["said"] = done.stdout.splitlines()
     assert made["failed"] == []
+    assert "doing" not in made
+    return made
+
+
+@pytest.fixture(scope="module")
+def alone(program: Program, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What some of its functions make."""
+    folder = tmp_path_factory.mktemp("alone")
+    done = program(folder)
+    assert done.returncode == 0, done.stderr
+    made: dict[str, Any] = json.loads((folder / "alone.json").read_text())
     return made
 
 
@@ -61,9 +90,9 @@ def _compile(variable: str, default: str, source: Path, target: Path, *options: 
     subprocess.run([*command, str(source), *options, "-o", str(target)], check=True)
 
 
-def test_a_decoded_token_of_the_30b_is_164_launches(seen: dict[str, Any]) -> None:
+def test_a_decoded_token_of_the_30b_is_164_launches(alone: dict[str, Any]) -> None:
     # 23 Mamba and 23 expert layers of 3, 6 attention layers of 4, embedding and head.
-    assert seen["launches"] == 23 * 3 + 23 * 3 + 6 * 4 + 2 == 164
+    assert alone["launches"] == 23 * 3 + 23 * 3 + 6 * 4 + 2 == 164
 
 
 def test_the_ops_of_a_step_are_the_step(seen: dict[str, Any]) -> None:
@@ -100,18 +129,24 @@ def test_weights_that_fit_into_the_l2_are_rotated(seen: dict[str, Any]) -> None:
 
 
 def test_every_figure_is_there(seen: dict[str, Any]) -> None:
-    assert min(seen["ceiling"]["copy"], seen["ceiling"]["read"], seen["load"]["seconds"]) > 0
+    assert min(seen["ceiling"]["copy"], seen["ceiling"]["read"], seen["build"]) > 0
+    assert [row["part"] for row in seen["load"]] == [
+        "decode", "cpu", "prefill", "generate", "long", "ops",
+    ]  # fmt: skip
+    assert min(row["seconds"] for row in seen["load"]) > 0
+    assert seen["bundle"] == {"tiny": True}
     ways = [(row["overlap"], row["prefetch"]) for row in seen["boundary"]]
     assert ways == [(False, False), (False, True), (True, False), (True, True)]
     assert min(min(row["us"], row["step_us"]) for row in seen["boundary"]) > 0
     assert [(row["batch"], row["context"]) for row in seen["decode"]] == [
-        (1, 0), (1, 3), (2, 0), (2, 3),
+        (1, 0), (2, 0), (1, 3), (2, 3), (1, 5), (2, 5),
     ]  # fmt: skip
     assert [(row["tokens"], row["piece"]) for row in seen["prefill"]] == [(9, 9), (9, 4)]
     assert [row["tokens"] for row in seen["first_token"]] == [9]
     assert [row["batch"] for row in seen["generate"]] == [1, 2]
     ops = len(seen["ops"]) + len(seen["prompt_ops"])
-    assert len(seen["said"]) == 2 + 2 + 4 + ops + 4 + 2 + 1 + 1 + 2 + 1
+    assert len(seen["said"]) == 1 + 2 + 6 + 6 + ops + 4 + 2 + 1 + 1 + 2 + 1
+    assert all(op["share"] for op in seen["ops"] if op["bytes"])
     assert seen["gpu"]["cuda_driver"] == "12.6"
     assert {"commit", "date", "device", "version"} <= seen.keys()
 
@@ -121,6 +156,88 @@ def test_the_greedy_tokens_are_compared_with_the_cpus(seen: dict[str, Any]) -> N
     assert compared["rows"] == 3
     assert compared["wrong"] == 0
     assert compared["distance"] < 0.05  # tests/tolerances.py: 8-bit activations there, halves here
+
+
+def test_a_part_that_faults_dies_or_hangs_costs_no_other(program: Program, tmp_path: Path) -> None:
+    out = tmp_path / "seen.json"
+    parts = ("build", "decode", "cpu", "prefill", "generate")
+    done = program(tmp_path, "--quick", "--out", str(out), "--parts", *parts, FAULTS="1")
+    assert done.returncode == 1, done.stdout + done.stderr
+    made = json.loads(out.read_text())
+    lost = "cuMemsetD8Async: CUDA_ERROR_LAUNCH_FAILED (719)"
+    assert made["failed"] == [
+        "build: no compiler",
+        *(f"decode {step}: {lost}" for step in [(2, 0), (1, 3), (2, 3)]),
+        "cpu: status 7, at cpu",
+        "prefill: status -9, ended after 15 s, at prefill (9, 9)",
+    ]
+    assert [(row["batch"], row["context"]) for row in made["decode"]] == [(1, 0)]
+    assert [row["batch"] for row in made["generate"]] == [1, 2]
+    assert made["gpu"]["built_for"]
+    assert "ceiling" not in made
+    assert "long" not in [row["part"] for row in made["load"]]
+
+
+CHECK = """
+import os, pytest, time
+@pytest.mark.parametrize("isa", ["cuda", "cuda-emulated"])
+def test_tables(isa):
+    assert isa == "cuda" and os.environ["EDGECASCADE_TEST_GPU"] == "1"
+    {}
+"""
+SANITIZER = """#!/bin/sh
+echo "$@" | grep -q -- "--tool memcheck --error-exitcode 9" || exit 4
+while [ "$1" != -m ]; do shift; done
+{python} "$@" || exit
+echo "========= Invalid __global__ read of size 4 bytes"
+echo "=========     at moe_up(MoeArgs)+0x1b0"
+exit 9
+"""
+
+
+def test_each_file_of_the_suite_is_a_check_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    works = {"fine": "pass", "dies": "os._exit(3)", "fails": "assert 0", "hangs": "time.sleep(60)"}
+    tests = tmp_path / "tests"
+    tests.mkdir()
+    for name, work in works.items():
+        (tests / f"test_{name}_kernels.py").write_text(CHECK.format(work))
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(len(works)))
+    report = Report(lambda _: None, tmp_path / "out.json")
+    gpu.checked(report, "suite", 15.0)  # time for a slow machine to come to what hangs
+    assert "1 passed, 1 deselected" in report.values["suite[fine]"]
+    dies, fails, hangs = sorted(report.failed)
+    assert dies.startswith("suite[dies]: status 3: ")
+    assert fails.startswith("suite[fails]: status 1: ")
+    assert "FAILED tests/test_fails_kernels.py::test_tables[cuda] - assert 0" in fails
+    assert hangs.startswith("suite[hangs]: status -9: tests/test_hangs_kernels.py::test_tables[cud")
+    assert hangs.endswith("], ended after 15 s")
+    log = (tmp_path / "out.suite.log").read_text()
+    assert all(f"test_{name}_kernels.py, status " in log for name in works)
+    assert "    assert 0\n" in log
+
+
+def test_what_compute_sanitizer_finds_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tests, tool = tmp_path / "tests", tmp_path / "compute-sanitizer"
+    tests.mkdir()
+    (tests / "test_moe_kernels.py").write_text(CHECK.format("pass"))
+    tool.write_text(SANITIZER.format(python=sys.executable))
+    tool.chmod(0o755)
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    report = Report(lambda _: None, tmp_path / "out.json")
+    gpu.sanitized(report, "memcheck", 60.0)
+    (failed,) = json.loads(report.out.read_text())["failed"]
+    assert failed.startswith("memcheck[moe]: status 9: ")
+    assert failed.splitlines()[1:] == [
+        "  ========= Invalid __global__ read of size 4 bytes",
+        "  =========     at moe_up(MoeArgs)+0x1b0",
+    ]
+    assert "test_tables[cuda] PASSED" in (tmp_path / "out.memcheck.log").read_text()
 
 
 def test_a_part_that_fails_costs_no_other(tmp_path: Path) -> None:
@@ -143,24 +260,25 @@ def test_a_part_that_fails_costs_no_other(tmp_path: Path) -> None:
     assert said[0].startswith("steps 2: ZeroDivisionError() in test_gpu_benchmark.py:")
 
 
-def test_a_measurement_that_hangs_ends_with_what_it_has(tmp_path: Path) -> None:
-    program = (
-        "import sys, threading; from pathlib import Path; from gpu_report import Report\n"
-        "report = Report(print, Path(sys.argv[1])); report.take('one', lambda: 1)\n"
-        "report.end_after(0.1); report.take('two', threading.Event().wait)"
-    )
-    out = tmp_path / "out.json"
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'benchmarks'}:{ROOT}"}
-    command = [sys.executable, "-c", program, str(out)]
-    done = subprocess.run(command, env=environment, timeout=60, check=False)
-    assert done.returncode == 1
-    seen = json.loads(out.read_text())
-    assert seen["one"] == 1
-    assert seen["failed"] == ["two: not done when the time was up, 0 s"]
+def test_a_report_says_what_goes_on_and_what_time_is_left(tmp_path: Path) -> None:
+    report = Report(lambda _: None, tmp_path / "out.json", 25)
+
+    def work() -> float:
+        assert json.loads(report.out.read_text())["doing"] == ["outer", "inner"]
+        return report.within(60)
+
+    report.take("outer", lambda: report.take("inner", work))
+    assert 9 < report.values["inner"] < 10  # half of it, and something is left for the end
+    assert 19 < report.within(60, last=True) < 20
+    assert report.within(3) == 3
+    with pytest.raises(EdgeCascadeError, match="no time was left"):
+        Report(lambda _: None, tmp_path / "other.json", 5).within(60)
 
 
 def test_a_command_that_takes_too_long_is_ended_with_what_it_started() -> None:
     status, said = run_within(["sh", "-c", "echo out; echo err >&2; exit 3"], 60)
     assert (status, said) == (3, "out\nerr\n")
-    with pytest.raises(EdgeCascadeError, match=r"sh was ended after 0 s; its last line: begun"):
-        run_within(["sh", "-c", "echo begun; sleep 600 & wait"], 0.3)
+    start = monotonic()
+    status, said = run_within(["sh", "-c", "echo begun; sleep 600 & wait"], 0.3)
+    assert (status, said) == (-9, "begun\nended after 0 s\n")
+    assert monotonic() - start < 60
