@@ -248,10 +248,15 @@ def tokens(backend: Backend, count: int, seed: int = 5) -> Any:
     return np.random.default_rng(seed).integers(0, backend.vocab, count).astype(np.int32)
 
 
-def fill(backend: Backend, batch: int, context: int) -> None:
-    """Slots 0 to batch - 1 hold `context` tokens, other ones each; the rest is empty."""
+def empty(backend: Backend) -> None:
+    """No slot holds a token, which is how LLM takes a backend over."""
     for slot in range(backend.slots):
         backend.reset(slot)
+
+
+def fill(backend: Backend, batch: int, context: int) -> None:
+    """Slots 0 to batch - 1 hold `context` tokens, other ones each; the rest is empty."""
+    empty(backend)
     for slot in range(batch if context else 0):
         backend.prefill(slot, tokens(backend, context, seed=slot))
 
@@ -317,6 +322,7 @@ def first_token(llm: LLM, plan: Plan, count: int) -> dict[str, Any]:
     """Tokens of a prompt over the time from the call of LLM.generate to its first token."""
     prompt = [int(t) for t in np.random.default_rng(count).integers(0, llm.vocab, count)]
     rule: dict[str, Any] = {"temperature": 0.0, "ignore_eos": True, "reuse": False}
+    empty(llm._backend)
     seconds = [
         llm.generate(prompt, max_tokens=1, **rule).timings.first_token_s
         for _ in range(4 if plan.least_s else 1)
@@ -357,6 +363,7 @@ def generate(llm: LLM, plan: Plan, batch: int) -> dict[str, Any]:
     prompts = [[int(t) for t in np.random.default_rng(i).integers(0, llm.vocab, 16)]
                for i in range(batch)]  # fmt: skip
     rule: dict[str, Any] = {"temperature": 0.0, "ignore_eos": True, "reuse": False}
+    empty(llm._backend)
     answers = llm.generate(prompts, max_tokens=plan.answer, **rule)
     rate = sum(answer.timings.decode_tokens_per_s for answer in answers)
     return {"batch": batch, "tokens": plan.answer, "tokens_per_s": rate}

@@ -6,7 +6,7 @@
 Does what the script does with these arguments; files of its own are in FOLDER. With FAULTS in the
 environment the build fails, the second decode step loses the GPU, the comparison with the CPU ends
 its process, and a prompt never ends. Without arguments it writes FOLDER/alone.json: the launches of
-a whole 30B's step. Times mean nothing here.
+a whole 30B's step, and what LLM.generate makes of slots that were full. Times mean nothing here.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ def main(stand_ins: str, kernels: str, stream_read: str, folder: str, *arguments
     from edgecascade.backends.base import Options
     from edgecascade.backends.cuda import CudaBackend
     from edgecascade.bundle import Bundle
+    from edgecascade.llm import LLM
 
     def write(path: str | Path, pattern: str = "ME*") -> Path:
         layers = {"hybrid_override_pattern": pattern, "num_hidden_layers": len(pattern)}
@@ -73,7 +74,19 @@ def main(stand_ins: str, kernels: str, stream_read: str, folder: str, *arguments
         whole._stream, lambda: whole._run(whole._decode_calls, 1, 1, 1, 64)
     )
     whole.close()
-    Path(folder, "alone.json").write_text(json.dumps({"launches": graph.nodes}))
+
+    short = Bundle.open(write(f"{folder}/short"))
+    backend = CudaBackend(short, Options(2, 40))
+    answers = []
+    with LLM(short, backend, "tested") as llm:
+        for work in (
+            lambda: gpu.generate(llm, gpu.QUICK, 2),
+            lambda: gpu.first_token(llm, gpu.QUICK, 9),
+        ):
+            gpu.fill(backend, 2, 35)
+            answers.append(work()["tokens"])
+    made = {"launches": graph.nodes, "answers": answers}
+    Path(folder, "alone.json").write_text(json.dumps(made))
 
 
 def break_parts(gpu: Any, driver: ctypes.CDLL) -> None:

@@ -158,6 +158,11 @@ def test_the_greedy_tokens_are_compared_with_the_cpus(seen: dict[str, Any]) -> N
     assert compared["distance"] < 0.05  # tests/tolerances.py: 8-bit activations there, halves here
 
 
+def test_llm_generate_is_measured_in_empty_slots(alone: dict[str, Any]) -> None:
+    """They were full: what was measured before leaves them so."""
+    assert alone["answers"] == [2, 9]
+
+
 def test_a_part_that_faults_dies_or_hangs_costs_no_other(program: Program, tmp_path: Path) -> None:
     out = tmp_path / "seen.json"
     parts = ("build", "decode", "cpu", "prefill", "generate")
