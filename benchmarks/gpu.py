@@ -10,7 +10,8 @@ ceiling    what a device-to-device copy moves, and what a kernel that only reads
            (stream_read.cu); shares are of the larger
 decode     1, 2, 4 and 8 sequences with contexts of 0 and 1k tokens: the graph alone, and a step of
            the backend with greedy tokens, and with drawn ones
-cpu        the same tokens fed to the CPU backend: greedy choices equal where the lead allows
+cpu        the same tokens fed to the CPU backend: greedy choices equal where the lead allows; and a
+           row of 2, 4 and 8 sequences has the bits that it has alone
 prefill    128, 512 and 2048 tokens of one sequence: the backend alone in its largest chunks, the
            same in pieces as LLM cuts them, and LLM.generate up to the first token
 generate   LLM.generate with the greedy rule, sampling included
@@ -358,6 +359,25 @@ def compare(cuda: Backend, cpu: Backend, plan: Plan) -> dict[str, Any]:
     }
 
 
+def batches(backend: Backend, plan: Plan) -> dict[str, Any]:
+    """How many rows of steps of several sequences have other bits than the same sequence alone:
+    those of the first step, which is captured, and of two that replay it.
+    """
+    most = max(plan.batches)
+    fed = tokens(backend, 3 * most).reshape(3, most).tolist()
+
+    def rows(batch: int) -> list[bytes]:
+        """Of all sequences in all steps, `batch` sequences a step."""
+        fill(backend, most, plan.ops_context)
+        groups = [range(at, min(at + batch, most)) for at in range(0, most, batch)]
+        steps = [(group, [step[i] for i in group]) for step in fed for group in groups]
+        return [row.tobytes() for step in steps for row in np.asarray(backend.decode(*step))]
+
+    alone = rows(1)
+    unequal = {batch: sum(map(bytes.__ne__, alone, rows(batch))) for batch in plan.batches}
+    return {"rows": len(alone), "context": plan.ops_context, "unequal": unequal}
+
+
 def generate(llm: LLM, plan: Plan, batch: int) -> dict[str, Any]:
     """Tokens a second of greedy answers that run together."""
     prompts = [[int(t) for t in np.random.default_rng(i).integers(0, llm.vocab, 16)]
@@ -384,6 +404,7 @@ def measure(name: str, bundle: Bundle, plan: Plan, report: Report) -> None:
             report.rows("decode", steps, lambda step: [told_decode(backend, plan, *step, say)])
         elif name == "cpu":
             report.take("cpu", lambda: told_compare(backend, bundle, plan, say))
+            report.take("batches", lambda: told_batches(backend, plan, say))
         elif name == "prefill":
             sizes = {count: sorted({count, min(count, plan.piece)})[::-1] for count in plan.prompts}
             pieces = [(count, piece) for count in plan.prompts for piece in sizes[count]]
@@ -516,6 +537,14 @@ def told_compare(
     say(f"{'cpu':10} {seen}")
     if seen["wrong"]:
         raise EdgeCascadeError(f"{seen['wrong']} greedy tokens differ from the CPU's: {seen}")
+    return seen
+
+
+def told_batches(backend: Backend, plan: Plan, say: Callable[[str], None]) -> dict[str, Any]:
+    seen = batches(backend, plan)
+    say(f"{'batches':10} {seen}")
+    if any(seen["unequal"].values()):
+        raise EdgeCascadeError(f"rows have other bits in company than alone: {seen}")
     return seen
 
 

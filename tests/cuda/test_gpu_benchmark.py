@@ -9,11 +9,12 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from time import monotonic
 from typing import Any
 
+import numpy as np
 import pytest
 from gpu_benchmark_program import L2_BYTES
 from kernels import CUDA_EMULATED, ROOT, cuda_emulated
@@ -145,7 +146,7 @@ def test_every_figure_is_there(seen: dict[str, Any]) -> None:
     assert [row["tokens"] for row in seen["first_token"]] == [9]
     assert [row["batch"] for row in seen["generate"]] == [1, 2]
     ops = len(seen["ops"]) + len(seen["prompt_ops"])
-    assert len(seen["said"]) == 1 + 2 + 6 + 6 + ops + 4 + 2 + 1 + 1 + 2 + 1
+    assert len(seen["said"]) == 1 + 2 + 6 + 6 + ops + 4 + 2 + 1 + 1 + 1 + 2 + 1
     assert all(op["share"] for op in seen["ops"] if op["bytes"])
     assert seen["gpu"]["cuda_driver"] == "12.6"
     assert {"commit", "date", "device", "version"} <= seen.keys()
@@ -156,6 +157,44 @@ def test_the_greedy_tokens_are_compared_with_the_cpus(seen: dict[str, Any]) -> N
     assert compared["rows"] == 3
     assert compared["wrong"] == 0
     assert compared["distance"] < 0.05  # tests/tolerances.py: 8-bit activations there, halves here
+
+
+def test_rows_in_company_are_compared_with_the_same_alone(seen: dict[str, Any]) -> None:
+    assert seen["batches"] == {"rows": 6, "context": 3, "unequal": {"1": 0, "2": 0}}
+
+
+@pytest.mark.parametrize("mistake", ["company", "neighbour", "replay"])
+def test_a_row_with_other_bits_in_company_is_found(mistake: str) -> None:
+    class Wrong:
+        """A step's row is its slot and token, but for the mistake."""
+
+        vocab, slots, steps = 100, 8, 0
+
+        def reset(self, slot: int) -> None:
+            self.steps = 0
+
+        def prefill(self, slot: int, tokens: Any) -> None:
+            pass
+
+        def decode(self, slots: Sequence[int], fed: Sequence[int]) -> Any:
+            self.steps += 1
+            rows = np.array([slots, fed], np.float32).T
+            if mistake == "company" and len(slots) == 8:
+                rows[7] = np.nextafter(rows[7], 1000)
+            if mistake == "neighbour" and len(slots) > 1:
+                rows[1] = rows[0]
+            if mistake == "replay" and len(slots) == 2 and self.steps > 4:
+                rows[0] = -1
+            return rows
+
+    with pytest.raises(EdgeCascadeError, match="rows have other bits in company") as caught:
+        gpu.told_batches(Wrong(), gpu.Plan(), lambda _: None)  # type: ignore[arg-type]
+    wrong = {
+        "company": {1: 0, 2: 0, 4: 0, 8: 3},
+        "neighbour": {1: 0, 2: 12, 4: 6, 8: 3},
+        "replay": {1: 0, 2: 8, 4: 0, 8: 0},
+    }
+    assert str(wrong[mistake]) in str(caught.value)
 
 
 def test_llm_generate_is_measured_in_empty_slots(alone: dict[str, Any]) -> None:
