@@ -428,12 +428,17 @@ def instruments(backend: CudaBackend, plan: Plan, report: Report) -> None:
         if batch == 1 and ready is not None:
             ways = [(overlap, prefetch) for overlap in (False, True) for prefetch in (False, True)]
             report.rows("boundary", ways, lambda way: [told_boundary(ops, *way, say)])
+        if batch == plan.batches[0]:  # before the other batches, should time run out
+            prompt_ops(backend, plan, report)
+
+
+def prompt_ops(backend: CudaBackend, plan: Plan, report: Report) -> None:
     count = plan.prompt_ops
     if report.take("prompt_ops_tokens", lambda: read(backend, count)) is None:
         return
-    prompt = OpTimer(backend, plan.ceiling, plan.least_s, prompt=count)
-    report.rows("prompt_ops", prompt.labels,
-                lambda label: told_ops(prompt, label, count, "prompt op", 0, say))  # fmt: skip
+    ops = OpTimer(backend, plan.ceiling, plan.least_s, prompt=count)
+    report.rows("prompt_ops", ops.labels,
+                lambda label: told_ops(ops, label, count, "prompt op", 0, report.say))  # fmt: skip
 
 
 def stand(backend: CudaBackend, plan: Plan, batch: int) -> int:
