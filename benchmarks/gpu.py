@@ -19,7 +19,7 @@ long       decode with contexts of 16k
 ops        each op of a decode step alone (gpu_ops.py), at a context of 1k; between two launches,
            and the whole step, with and without overlap and prefetch; each op of a prompt of 512
            tokens alone, and each launch of it
-memcheck   a part of the suite under compute-sanitizer, only where it is asked for; racecheck, too
+memcheck   a part of the suite under compute-sanitizer; racecheck, too
 
 What is measured is Nemotron-3-Nano-30B's shapes with random weights: 17 GB under build/, written
 meanwhile. Each part is a process of its own with a limit of its own: a GPU's fault takes everything
@@ -27,8 +27,8 @@ from the process that made it, and some do not end.
 
 A line a figure, and JSON in benchmarks/results, which is there after every part; what the checks
 say is in logs beside it. --quick: 8 layers, shorter contexts. --minutes: it ends by then with what
-it has. --parts: only these. What fails or does not fit is named, in the JSON too, the rest goes on,
-and the status is 1.
+it has, and without the sanitizer. --parts: only these. What fails or does not fit is named, in the
+JSON too, the rest goes on, and the status is 1.
 """
 
 from __future__ import annotations
@@ -605,7 +605,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, help="end by then, with what there is")
     parser.add_argument("--bundle", type=Path, help="measure this one; default: a synthetic 30B")
     parser.add_argument(
-        "--parts", nargs="+", choices=LIMITS, help="default: all but the sanitizer's"
+        "--parts", nargs="+", choices=LIMITS, help="default: all; in --minutes, no sanitizer"
     )
     parser.add_argument("--no-build", action="store_true", help="the library is there already")
     parser.add_argument("--no-checks", action="store_true", help="only measure")
@@ -624,9 +624,9 @@ def main() -> int:
     out = args.out or RESULTS / f"{here['date']}-{gpu}-30b-speed{kind}.json"
     report = Report(partial(print, flush=True), out, 60 * (args.minutes or float("inf")))
     report.values |= here
-    chosen = {"gpu", *(args.parts or LIMITS.keys() - SANITIZERS)}
+    chosen = {"gpu", *(args.parts or LIMITS.keys() - (SANITIZERS if args.minutes else set()))}
     chosen -= {"build"} if args.no_build else set()
-    chosen -= {"suite"} if args.no_checks else set()
+    chosen -= {"suite", *SANITIZERS} if args.no_checks else set()
     chosen |= {"bundle"} if chosen & MEASURED else set()
     parts = [part for part in LIMITS if part in chosen]
 
