@@ -77,9 +77,9 @@ class Child:
         self._closing = False
         self._state = ChildState()
         self._beat = 0.0
-        self._process: subprocess.Popen[bytes] | None = None
         self._folder = Path(tempfile.mkdtemp(prefix="edgecascade-child-"))
-        self._log = self._folder / "log"
+        # Held open: somebody may clean the folder of temporary files while the program runs.
+        self._log = open(self._folder / "log", "a+b", buffering=0)  # noqa: SIM115
         self._ear = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
         self._ear.bind(str(self._folder / "notify"))
         self._ear.settimeout(TURN_S)
@@ -121,6 +121,7 @@ class Child:
             self._changed.notify_all()
         self._thread.join()
         self._ear.close()
+        self._log.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
     # From here on everything runs on the child's thread.
@@ -135,49 +136,49 @@ class Child:
                 return
             try:
                 self._before(command, self._other)
-                if self._wanted == command:
-                    self._serve(command)
-            except OSError as error:
-                self._crashed(f"cannot be started: {error}")
+                words = self._serve(command) if self._wanted == command else ""
+            except Exception as error:  # a thread that is gone would be a device without a service
+                log.exception("the service is not kept running")
+                words = f"cannot be kept running: {error!r}"
+            if words:
+                self._crashed(words)
 
-    def _serve(self, command: Command) -> None:
-        """One run of the program, and the pause after it if it ended by itself."""
-        self._start(command)
-        assert self._process is not None
-        while self._wanted == command and self._process.poll() is None:
-            self._listen()
-            if self._log.stat().st_size > MAX_LOG_BYTES:
-                os.truncate(self._log, 0)
-            if self._hangs():
-                self._process.kill()
-        if self._wanted == command:
-            status = self._process.wait()
-            self._gone()
-            self._crashed(f"ended with status {status}: {self._tail()}")
-        else:
-            self._stop(self._process)
+    def _serve(self, command: Command) -> str:
+        """One run of the program: how it ended, or nothing if something else is wanted."""
+        process = self._start(command)
+        try:
+            self._set(command=command, pid=process.pid, started_at=time.monotonic(),
+                      loaded_at=None, ready_at=None)  # fmt: skip
+            while self._wanted == command and process.poll() is None:
+                self._listen()
+                if os.fstat(self._log.fileno()).st_size > MAX_LOG_BYTES:
+                    self._log.truncate(0)
+                if self._hangs():
+                    process.kill()
+            ended = process.poll() is not None and self._wanted == command
+            return f"ended with status {process.returncode}: {self._tail()}" if ended else ""
+        finally:  # whatever went wrong, the next one has the same name
+            self._stop(process)
             self._gone()
 
-    def _start(self, command: Command) -> None:
+    def _start(self, command: Command) -> subprocess.Popen[bytes]:
         environment = {
             **self._environment,
             "NOTIFY_SOCKET": str(self._folder / "notify"),
             "WATCHDOG_USEC": str(int(WATCHDOG_S * 1e6)),
         }
         self._drop_old_words()
-        self._log.unlink(missing_ok=True)
-        with open(self._log, "ab") as out:
-            self._process = subprocess.Popen(
-                leashed(command),
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=out,
-                env=environment,
-                start_new_session=True,  # Ctrl-C is for us; it is told to drain
-            )
-        log.info("started %s as %d", " ".join(command), self._process.pid)
-        self._set(command=command, pid=self._process.pid, started_at=time.monotonic(),
-                  loaded_at=None, ready_at=None)  # fmt: skip
+        self._log.truncate(0)
+        process = subprocess.Popen(
+            leashed(command),
+            stdin=subprocess.DEVNULL,
+            stdout=self._log,
+            stderr=self._log,
+            env=environment,
+            start_new_session=True,  # Ctrl-C is for us; it is told to drain
+        )
+        log.info("started %s as %d", " ".join(command), process.pid)
+        return process
 
     def _listen(self) -> None:
         try:
@@ -206,12 +207,14 @@ class Child:
             process.wait()
 
     def _gone(self) -> None:
-        self._process = None
-        self._set(command=None, pid=None, loaded_at=None, ready_at=None, ended_at=time.monotonic())
+        now = time.monotonic()
+        crashes = 0 if now - self._state.started_at > STEADY_S else self._state.crashes
+        self._set(command=None, pid=None, loaded_at=None, ready_at=None, ended_at=now,
+                  crashes=crashes)  # fmt: skip
 
     def _crashed(self, words: str) -> None:
-        ran_s = self._state.ended_at - self._state.started_at
-        crashes = 1 if ran_s > STEADY_S else self._state.crashes + 1
+        """Count it, and pause before the next start."""
+        crashes = self._state.crashes + 1
         log.error("the service %s", words)
         self._set(crashes=crashes, last_words=words)
         pause_s = backoff_s(crashes, FIRST_PAUSE_S, LONGEST_PAUSE_S)
@@ -234,9 +237,8 @@ class Child:
 
     def _tail(self) -> str:
         try:
-            with open(self._log, "rb") as log_file:
-                size = log_file.seek(0, os.SEEK_END)
-                log_file.seek(max(0, size - TAIL_BYTES))
-                return log_file.read().decode(errors="replace").strip()
+            fd = self._log.fileno()
+            start = max(0, os.fstat(fd).st_size - TAIL_BYTES)
+            return os.pread(fd, TAIL_BYTES, start).decode(errors="replace").strip()
         except OSError:
             return ""

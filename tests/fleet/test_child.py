@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -36,6 +37,8 @@ if behaviour == "crash":
     print("no such bundle", file=sys.stderr)
     sys.exit(3)
 say(b"STATUS=loaded")
+while behaviour == "asked" and not os.path.exists(place + "/go"):
+    time.sleep(0.01)
 if behaviour != "deaf":
     say(b"READY=1")
 while True:
@@ -126,6 +129,73 @@ def test_what_cannot_be_started_is_a_crash(make: Make) -> None:
     one = make()
     one.want(("/nowhere/python", "-c", "pass"))
     assert one.wait(lambda state: state.crashes >= 1, WAIT_S)
+
+
+def test_a_log_that_somebody_removes_ends_nothing(make: Make, tmp_path: Path) -> None:
+    one = make()
+    one.want(program(tmp_path, "asked"))
+    assert one.wait(lambda state: state.loaded_at is not None, WAIT_S)
+    (one._folder / "log").unlink()
+    (tmp_path / "go").touch()
+    assert one.wait(ready, WAIT_S)
+    assert one.end(WAIT_S)
+    assert (tmp_path / "runs").read_text() == "asked\n"
+    assert (tmp_path / "ends").read_text() == "drained\n"
+
+
+def test_it_is_ended_before_the_next_starts_whatever_goes_wrong(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(child, "FIRST_PAUSE_S", 0.01)
+    one = make()
+    troubles = ["no more descriptors"]
+
+    def hangs() -> bool:
+        if one.state.ready_at is not None and troubles:
+            raise RuntimeError(troubles.pop())
+        return False
+
+    monkeypatch.setattr(one, "_hangs", hangs)
+    one.want(program(tmp_path, "well"))
+    assert one.wait(lambda state: state.crashes == 1 and ready(state), WAIT_S)
+    assert "no more descriptors" in one.state.last_words
+    assert one.end(WAIT_S)
+    assert (tmp_path / "ends").read_text() == "drained\ndrained\n"
+
+
+def test_what_fails_before_a_start_is_tried_again(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(child, "FIRST_PAUSE_S", 0.01)
+    troubles = [subprocess.TimeoutExpired("engine", 10), OSError("no memory")]
+
+    def before(command: child.Command, stopped: threading.Event) -> None:
+        if troubles:
+            raise troubles.pop()
+
+    one = make(before=before)
+    one.want(program(tmp_path, "well"))
+    assert one.wait(lambda state: state.crashes == 2 and ready(state), WAIT_S)
+
+
+def test_what_fails_before_a_start_is_counted_also_after_a_steady_run(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(child, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(child, "STEADY_S", 0.0)
+    ends = threading.Event()
+
+    def before(command: child.Command, stopped: threading.Event) -> None:
+        if ends.is_set():
+            raise OSError("no memory")
+
+    one = make(before=before)
+    one.want(program(tmp_path, "well"))
+    assert one.wait(ready, WAIT_S)
+    ends.set()
+    assert one.state.pid is not None
+    os.kill(one.state.pid, signal.SIGKILL)
+    assert one.wait(lambda state: state.crashes >= 3, WAIT_S)
 
 
 def test_one_that_hangs_is_killed(
