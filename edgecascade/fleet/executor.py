@@ -183,7 +183,10 @@ class Executor:
         self.host.halt()
         update = self.state.update
         unproven = update is not None and update.phase is Phase.PROBATION
-        self.host.start(self.state.previous if unproven else self.state.active)
+        try:
+            self.host.start(self.state.previous if unproven else self.state.active)
+        except OSError as failed:  # what runs goes on; after the rest it is asked for again
+            log.error("the service is left as it is: %s", failed)
         self.host.wake(self.host.now() + REST_S)
 
     def _read(self) -> ev.Booted:

@@ -99,6 +99,9 @@ class Intake:
     refresh_s: float = 3600.0
     rest_s: float = REST_S
     outlook: Outlook = field(default_factory=Outlook, init=False)
+    # When the metadata of the last good refresh expire; 0 when there was none. Kept in memory: it
+    # is told every second, and a disk that fails must not keep a device from that.
+    fresh_until: float = field(default=0.0, init=False)
 
     def __post_init__(self) -> None:
         self._waiting: deque[Envelope] = deque(maxlen=MAX_WAITING)
@@ -107,6 +110,9 @@ class Intake:
         self._asked_at = -1e9
         self._next_refresh = 0.0
         self._current: Trust | None = None
+        with contextlib.suppress(OSError):
+            belief = self.trusts[0].belief if self.trusts else None
+            self.fresh_until = 0.0 if belief is None else belief.fresh_until
         self._thread = threading.Thread(target=self._run, name="orders", daemon=True)
 
     def start(self) -> None:
@@ -134,13 +140,7 @@ class Intake:
 
     def is_stale(self, now: float) -> bool:
         """Whether the repository may be hiding news."""
-        return not self.trusts or self.trusts[0].is_stale(now)
-
-    @property
-    def fresh_until(self) -> float:
-        """When the metadata of the last good refresh expire; 0 when there was none."""
-        belief = self.trusts[0].belief if self.trusts else None
-        return 0.0 if belief is None else belief.fresh_until
+        return not self.trusts or self.trusts[0].now(now).time >= self.fresh_until
 
     # From here on everything runs on the thread.
 
@@ -154,6 +154,10 @@ class Intake:
                     self._refresh(self.trusts)
                 else:
                     self.take(envelope)
+            except OSError as error:
+                log.error("an order waits for the disk: %s", error)
+                if envelope is not None:
+                    self._again(envelope)
             except Exception:  # a thread that is gone would be a device that no order reaches
                 log.exception("an order is not handled")
 
@@ -245,7 +249,7 @@ class Intake:
         trouble: EdgeCascadeError = NetworkError("no repository is named; set `repository`")
         for trust in trusts:
             try:
-                trust.refresh(time.time())
+                self.fresh_until = trust.refresh(time.time()).fresh_until
             except EdgeCascadeError as error:
                 log.warning("repository: %s", error)
                 trouble = error

@@ -95,11 +95,6 @@ class Trust:
         data = self._files.read(BELIEF, trust.MAX_BELIEF_BYTES)
         return None if data is None else Belief.parse(data)
 
-    def is_stale(self, system: float) -> bool:
-        """Whether a device has heard nothing for so long that news may be kept from it."""
-        belief = self.belief
-        return belief is None or self.now(system).time >= belief.fresh_until
-
     def order_keys(self, system: float) -> OrderKeys:
         """The keys of the last good refresh, for when the repository is out of reach.
 
@@ -124,8 +119,8 @@ class Trust:
             UpdateFailed: when the device's disk fails.
         """
         self._updater = None
-        floor = read_floor(self._files).metadata
         with self._explained():
+            floor = read_floor(self._files).metadata
             updater, now = self._refreshed(system, floor)
             known: Any = updater._trusted_set
             parts = known.root, known.timestamp, known.snapshot
@@ -136,10 +131,10 @@ class Trust:
             raise_floor(self._files, metadata=seen)
             self._proven, self._since = floor.merged(seen).time, self._monotonic()
             keys = OrderKeys.parse(self._target(updater, self._keys_target(updater)))
-        until = trust.fresh_until(*parts)
-        belief = Belief(until, known.targets.expires.timestamp(), keys)
-        if self.belief != belief:
-            replace_file(self._files, BELIEF, belief.to_bytes())
+            until = trust.fresh_until(*parts)
+            belief = Belief(until, known.targets.expires.timestamp(), keys)
+            if self.belief != belief:
+                replace_file(self._files, BELIEF, belief.to_bytes())
         self._updater = updater
         return Refreshed(keys, until, now)
 

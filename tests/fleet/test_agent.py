@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
+import queue
 import shutil
 import threading
 import time
@@ -23,6 +25,7 @@ from edgecascade.fleet import agent as agents
 from edgecascade.fleet import orders
 from edgecascade.fleet.agent import Agent, own, trusted_root
 from edgecascade.fleet.faults.web import Site, drip
+from edgecascade.fleet.fs import RealFiles
 from edgecascade.fleet.home import Home
 from edgecascade.fleet.host import DeviceHost
 from edgecascade.fleet.intake import Envelope, Held, Intake, Offer, Refusal, Result, said_order
@@ -32,6 +35,7 @@ from edgecascade.fleet.release import GoldenPrompt, Health, Release
 from edgecascade.fleet.repository import Offer as ReleaseOffer
 from edgecascade.fleet.settings import HELP, AgentSettings, foreign_config, from_options
 from edgecascade.fleet.sources import HttpSource, Patience, Source
+from edgecascade.fleet.state import DeviceState, Slot
 from edgecascade.service.config import ServiceConfig, from_mapping
 
 GROUP, NAME, DEVICE = "lab", "tiny", "robot-7"
@@ -282,6 +286,29 @@ def test_an_order_for_others_is_none_of_ours(home: Home, tmp_path: Path) -> None
     assert box.results == []
 
 
+def test_an_order_waits_for_a_disk_that_fails(
+    home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    box = Box(home, tmp_path / "device", folder_fetch(home.served))
+    working, troubles = Trust.order_keys, [OSError(errno.EIO, "no such sector")]
+
+    def order_keys(trust: Trust, system: float) -> orders.OrderKeys:
+        if troubles:
+            raise troubles.pop()
+        return working(trust, system)
+
+    monkeypatch.setattr(Trust, "order_keys", order_keys)
+    taken: queue.Queue[Result] = queue.Queue()
+    box.intake.post = taken.put
+    envelope = home.repository().sign_order(order(home, "disk"))
+    box.intake._waiting.append(Envelope(envelope, pause_s=0.01))
+    box.intake.start()
+    try:
+        assert isinstance(taken.get(timeout=60), Offer)
+    finally:
+        box.intake.close()
+
+
 class Voice:
     """The agent of a host that only downloads."""
 
@@ -351,11 +378,38 @@ def test_a_device_that_is_kept_from_news_says_so(home: Home, tmp_path: Path) -> 
     try:
         never = made._standing()
         assert (never.update_stale, never.fresh_until) == (True, 0.0)
-        made._intake.trusts[0].refresh(time.time())
+        made._intake._refresh(made._intake.trusts)
         fresh = made._standing()
         assert fresh.update_stale is False
         assert 29 * 86_400 < fresh.fresh_until - time.time() < 31 * 86_400
         assert made._intake.is_stale(time.time() + 31 * 86_400)  # a timestamp is good for 30 days
+    finally:
+        made._host.close()
+        made._lock.close()
+
+
+def test_an_agent_outlives_a_disk_that_fails_for_a_while(
+    home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = settings(
+        tmp_path / "device", home, repository=(str(home.served),), mqtt="mqtt://127.0.0.1:1"
+    )
+    made = Agent(device)
+    try:
+        made._intake._refresh(made._intake.trusts)
+        before = made._standing()
+        made._executor.state = DeviceState(active=Slot(NAME, "1", 1, "a" * 64, "b" * 64))
+        made._executor._stale = True
+
+        def read(files: RealFiles, path: str, limit: int) -> bytes | None:
+            raise OSError(errno.EIO, "no such sector", path)
+
+        monkeypatch.setattr(RealFiles, "read", read)
+        made._executor.tick()
+        after = made._standing()
+        assert (after.update_stale, after.fresh_until) == (False, before.fresh_until)
+        assert after.bundle == f"{NAME} 1", "it is known what was kept last"
+        assert made._wake_at > made.now()
     finally:
         made._host.close()
         made._lock.close()

@@ -201,10 +201,10 @@ def test_time_is_never_before_what_is_proven(
 def test_silence_is_noticed_when_the_timestamp_expires(siege: Siege) -> None:
     device = siege.device
     fresh_until = device.refresh().fresh_until
-    assert not device.trust.is_stale(fresh_until - 1)
-    assert device.trust.is_stale(fresh_until)
+    assert not device.is_stale(fresh_until - 1)
+    assert device.is_stale(fresh_until)
     device.lose("belief")
-    assert device.trust.is_stale(siege.now)
+    assert device.is_stale(siege.now)
 
 
 def test_orders_are_checked_by_the_last_known_keys(siege: Siege) -> None:

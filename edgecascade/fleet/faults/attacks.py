@@ -196,7 +196,7 @@ def freeze(siege: Siege) -> None:
     """Nothing new is shown any more: noticed when the timestamp expires."""
     siege.device.refresh()
     siege.pass_time(siege.rng.uniform(1.0, 30) * DAY_S)
-    if not siege.device.trust.is_stale(siege.device.clock):
+    if not siege.device.is_stale(siege.device.clock):
         raise FleetError("the silence is not noticed")
     siege.device.refresh()
 
@@ -207,7 +207,7 @@ def silence(siege: Siege) -> None:
     siege.device.refresh()
     siege.mirror.down = True
     siege.pass_time(siege.rng.uniform(1.1, 30) * DAY_S)
-    if not siege.device.trust.is_stale(siege.device.clock):
+    if not siege.device.is_stale(siege.device.clock):
         raise FleetError("the silence is not noticed")
     siege.device.refresh()
 

@@ -37,7 +37,7 @@ from edgecascade.fleet.intake import Envelope, Intake, Offer, Result
 from edgecascade.fleet.keys import public_hex
 from edgecascade.fleet.needs import fleet_extra
 from edgecascade.fleet.orders import MAX_ENVELOPE_BYTES, Action, Order, OrderKey, OrderKeys
-from edgecascade.fleet.refresh import Trust
+from edgecascade.fleet.refresh import Refreshed, Trust
 from edgecascade.fleet.release import Release
 from edgecascade.service import wire
 
@@ -64,9 +64,11 @@ class _Trust:
 
     keys: OrderKeys
     published: list[Published]
+    belief: None = None
 
-    def refresh(self, system: float) -> None:
+    def refresh(self, system: float) -> Refreshed:
         """Nothing is new."""
+        return Refreshed(self.keys, NOW + 1.0, self.now(system))
 
     def order_keys(self, system: float) -> OrderKeys:
         """See Trust."""
@@ -75,10 +77,6 @@ class _Trust:
     def now(self, system: float) -> Now:
         """See Trust."""
         return Now(NOW, False)
-
-    def is_stale(self, system: float) -> bool:
-        """See Trust."""
-        return False
 
     def release(self, name: str, version: str, sha256: str) -> tuple[Release, bytes]:
         """See Trust."""

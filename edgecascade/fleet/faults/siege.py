@@ -24,6 +24,7 @@ from edgecascade.fleet.clock import BUILT
 from edgecascade.fleet.events import Ordered, RaiseFloor
 from edgecascade.fleet.floor import raise_floor, read_floor
 from edgecascade.fleet.fs import RealFiles
+from edgecascade.fleet.intake import Intake
 from edgecascade.fleet.keys import Key, KeyFolders
 from edgecascade.fleet.metadata import RolePlan, SignedMetadata
 from edgecascade.fleet.orders import Order
@@ -93,6 +94,14 @@ class Device:
     def refresh(self) -> Refreshed:
         """Ask the mirror for news."""
         return self.trust.refresh(self.clock)
+
+    def is_stale(self, system: float) -> bool:
+        """Whether it notices, at this time, that news may be kept from it."""
+        intake = Intake(
+            [self.trust], lambda folder: self.trust, DEVICE, [GROUP], lambda release: "",
+            lambda result: None,
+        )  # fmt: skip
+        return intake.is_stale(system)
 
     def take(self, envelope: bytes) -> Order:
         """Take an order up.
