@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import stat
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from edgecascade.errors import InvalidRequest
 
@@ -35,6 +37,25 @@ def checked_path(path: object) -> Path:
     if not Path(name).name or "\0" in name:
         raise InvalidRequest(f"path is {path!r}; give the path of a file")
     return Path(name)
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file to read. Links may lead anywhere and pipes wait for ever: they count as absent.
+
+    Raises:
+        FileNotFoundError: for anything but a regular file.
+    """
+    absent = FileNotFoundError(errno.ENOENT, "no such regular file", str(path))
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as error:
+        if error.errno in (errno.ENOTDIR, errno.ELOOP, errno.ENXIO):
+            raise absent from error
+        raise
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise absent
+    return open(fd, "rb")
 
 
 def write_file(path: Path, data: bytes) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Protocol
 
 from edgecascade import verified
-from edgecascade.files import fsync_folder, sha256_file
+from edgecascade.files import fsync_folder, open_regular, sha256_file
 
 FILE_MODE = 0o644
 
@@ -106,15 +106,10 @@ class RealFiles:
     def read(self, path: str, limit: int) -> bytes | None:
         """See Files."""
         try:
-            fd = os.open(self.root / path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-        except OSError as error:
-            if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
-                return None
-            raise
-        with open(fd, "rb") as source:
-            if not stat.S_ISREG(os.fstat(fd).st_mode):
-                return None
-            data = source.read(limit + 1)
+            with open_regular(self.root / path) as source:
+                data = source.read(limit + 1)
+        except FileNotFoundError:
+            return None
         return data if len(data) <= limit else None
 
     def size(self, path: str) -> int | None:

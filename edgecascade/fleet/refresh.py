@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgecascade.errors import FleetError, NetworkError, UpdateFailed, UpdateRefused
-from edgecascade.files import fsync_folder
+from edgecascade.files import fsync_folder, open_regular
 from edgecascade.fleet import release as releases
 from edgecascade.fleet import trust
 from edgecascade.fleet.clock import Now, trusted_now
@@ -258,8 +258,7 @@ def folder_fetch(folder: str | Path) -> Fetch:
         parts = path.split("/")
         if {"", ".", ".."} & set(parts):
             raise FileNotFoundError(path)
-        fd = os.open(base / path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-        with open(fd, "rb") as source:
+        with open_regular(base / path) as source:
             return source.read(limit + 1)
 
     return fetch

@@ -13,11 +13,11 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from edgecascade.files import open_regular
 from edgecascade.fleet.sources import Body, SourceFault, checked_path
 from edgecascade.service import wire
 from edgecascade.service.config import BrokerAddress
@@ -146,14 +146,12 @@ def _block(folder: Path, name: str, path: str, offset: int) -> Block:
     with contextlib.suppress(SourceFault, OSError):
         if checked_path(path).split("/")[0] not in FOLDERS:
             return Block(name, 404)
-        fd = os.open(folder / path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-        with open(fd, "rb") as source:
-            found = os.fstat(fd)
-            if stat.S_ISREG(found.st_mode):
-                if found.st_size > MAX_FILE_BYTES or offset > found.st_size:
-                    return Block(name, 416, offset, found.st_size)
-                source.seek(offset)
-                return Block(name, 200, offset, found.st_size, source.read(BLOCK_BYTES))
+        with open_regular(folder / path) as source:
+            size = os.fstat(source.fileno()).st_size
+            if size > MAX_FILE_BYTES or offset > size:
+                return Block(name, 416, offset, size)
+            source.seek(offset)
+            return Block(name, 200, offset, size, source.read(BLOCK_BYTES))
     return Block(name, 404)
 
 

@@ -5,17 +5,20 @@ from __future__ import annotations
 
 import os
 import random
+import socket
 from pathlib import Path
 
 import pytest
 
 from edgecascade import verified
 from edgecascade.errors import UpdateFailed
-from edgecascade.fleet import fs
+from edgecascade.fleet import fs, relay
 from edgecascade.fleet.faults.world import Published, publish
 from edgecascade.fleet.fs import RealFiles, remove_tree, replace_file
+from edgecascade.fleet.refresh import folder_fetch
 from edgecascade.fleet.store import DISK_BLOCK, Store
 from edgecascade.manifest import ENGINES
+from edgecascade.service import wire
 
 
 @pytest.fixture(autouse=True)
@@ -35,6 +38,36 @@ def store(root: Path) -> Store:
     made = Store(RealFiles(root), margin_bytes=0)
     made.prepare()
     return made
+
+
+@pytest.mark.parametrize("kind", ["absent", "folder", "link", "pipe", "socket", "below-a-file"])
+def test_what_is_no_file_is_absent_and_is_closed(
+    root: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = root / "metadata" / "thing"
+    path.parent.mkdir()
+    (root / "secret").write_bytes(b"secret")
+    with socket.socket(socket.AF_UNIX) as ear:
+        match kind:
+            case "folder":
+                path.mkdir()
+            case "link":
+                path.symlink_to(root / "secret")
+            case "pipe":
+                os.mkfifo(path)
+            case "socket":
+                monkeypatch.chdir(root)  # its whole path may be too long
+                ear.bind("metadata/thing")
+            case "below-a-file":
+                path.parent.rmdir()
+                path.parent.write_bytes(b"")
+        question = wire.encode({"id": "a", "path": "metadata/thing", "offset": 0})
+        opened = os.listdir("/proc/self/fd")
+        assert RealFiles(root).read("metadata/thing", 10) is None
+        with pytest.raises(FileNotFoundError):
+            folder_fetch(root)("metadata/thing", 10)
+        assert b'"status":404' in (relay.answer(root, question) or b"")
+        assert os.listdir("/proc/self/fd") == opened
 
 
 def put(store: Store, what: Published, *, but: str = "") -> None:

@@ -274,11 +274,9 @@ def test_folder_is_not_left(tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("secret")
     (tmp_path / "inside" / "link").symlink_to(tmp_path / "secret")
     fetch = folder_fetch(tmp_path / "inside")
-    for path in ("../secret", "/etc/passwd", "a/../../secret", "", "./x"):
+    for path in ("../secret", "/etc/passwd", "a/../../secret", "", "./x", "link"):
         with pytest.raises(FileNotFoundError):
             fetch(path, 10)
-    with pytest.raises(OSError, match="symbolic link"):
-        fetch("link", 10)
 
 
 @pytest.mark.parametrize("module", [clock, orders, release, trust])
