@@ -4,20 +4,22 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
+import json
 import os
 import signal
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgecascade.cli.show import print_json
 from edgecascade.errors import InvalidRequest
+from edgecascade.files import replace_file
 
 if TYPE_CHECKING:
     from edgecascade.fleet.settings import AgentSettings
-    from edgecascade.fleet.state import Verdict
+    from edgecascade.fleet.state import DeviceState
 
 POLL_S = 0.5
 
@@ -115,72 +117,57 @@ def _run(settings: AgentSettings) -> int:
 def _install(args: argparse.Namespace, settings: AgentSettings) -> int:
     from dataclasses import replace
 
-    from edgecascade.fleet.agent import ANSWER, REQUEST, Agent, own
-    from edgecascade.fleet.intake import said_order
-    from edgecascade.fleet.orders import MAX_ENVELOPE_BYTES
+    from edgecascade.fleet.agent import ANSWER, REQUEST, Agent, is_over, no_order, own
+    from edgecascade.fleet.state import DeviceState
 
     folder = Path(args.folder).resolve()
-    names = []
-    for group in settings.groups:
-        with (
-            contextlib.suppress(FileNotFoundError),
-            open(folder / "orders" / f"{group}.json", "rb") as source,
-        ):
-            said = said_order(source.read(MAX_ENVELOPE_BYTES))
-            names.append(said.order if said else "")
-    if not names:
-        groups = ", ".join(settings.groups)
-        raise InvalidRequest(f"{folder} has no order for the groups {groups} in orders/")
+    if not any((folder / "orders" / f"{group}.json").exists() for group in settings.groups):
+        raise InvalidRequest(no_order(str(folder), settings.groups))
     end = time.monotonic() + args.timeout
     try:
         own(settings.folder).close()
     except InvalidRequest:  # an agent runs: it shall do it
         (settings.folder / ANSWER).unlink(missing_ok=True)
-        part = settings.folder / f"{REQUEST}.part"
-        part.write_text(str(folder), encoding="utf-8")
-        os.replace(part, settings.folder / REQUEST)
-        return _wait(settings.folder, names, end, json=args.json)
+        replace_file(settings.folder / REQUEST, os.fsencode(folder))
+        answers: dict[str, str | None] = {}
+        state = DeviceState()
+        while time.monotonic() < end and not is_over(answers, state):
+            time.sleep(POLL_S)
+            answers = _answers(settings.folder / ANSWER)
+            state = _state(settings.folder)  # later than the answers, which say what it will hold
+        return _show(answers, state, as_json=args.json)
     agent = Agent(replace(settings, mqtt="", service=None, repository=()))
     agent.install(str(folder))
-    agent.run(
-        lambda: (
-            bool(agent.refusal)
-            or all(agent.verdict(name) for name in names)
-            or time.monotonic() > end
-        )
-    )
-    return _show([agent.verdict(name) for name in names], agent.refusal, json=args.json)
+    agent.run(lambda: is_over(agent.answers, agent.state) or time.monotonic() > end)
+    return _show(agent.answers, agent.state, as_json=args.json)
 
 
-def _wait(root: Path, names: list[str], end: float, *, json: bool) -> int:
-    from edgecascade.fleet.agent import ANSWER
-
-    verdicts: list[Verdict | None] = []
-    while time.monotonic() < end:
-        time.sleep(POLL_S)
-        state = _state(root)
-        verdicts = [state.verdict(name) for name in names]
-        if (root / ANSWER).exists():
-            return _show(verdicts, (root / ANSWER).read_text(encoding="utf-8"), json=json)
-        if all(verdicts):
-            break
-    return _show(verdicts, "", json=json)
+def _answers(path: Path) -> dict[str, str | None]:
+    """What a running agent has said of the orders so far."""
+    try:
+        said: dict[str, str | None] = json.loads(path.read_bytes())
+        return said
+    except FileNotFoundError:
+        return {}
 
 
-def _show(verdicts: list[Verdict | None], refusal: str, *, json: bool) -> int:
+def _show(answers: Mapping[str, str | None], state: DeviceState, *, as_json: bool) -> int:
     from dataclasses import asdict
 
-    found = [verdict for verdict in verdicts if verdict is not None]
-    if json:
-        print_json({"verdicts": [asdict(v) for v in found], "refusal": refusal})
+    found = [verdict for name in answers if (verdict := state.verdict(name)) is not None]
+    names = [verdict.order for verdict in found]
+    refused = {name: why or f"order {name!r}: no verdict in time"
+               for name, why in answers.items() if why or name not in names}  # fmt: skip
+    if as_json:
+        print_json({"verdicts": [asdict(v) for v in found], "refused": refused})
     else:
         for verdict in found:
             said = " ".join(f"{key}: {value}" for key, value in verdict.evidence.items())
             print(f"{verdict.order}: {verdict.state} {verdict.bundle_to}  {said}".rstrip())
-        if refusal or len(found) < len(verdicts):
-            print(refusal or "no verdict in time", file=sys.stderr)
-    done = len(found) == len(verdicts) and all(v.state == "SUCCEEDED" for v in found)
-    return 0 if done and not refusal else 1
+        for why in refused.values() if answers else ("the agent does not answer",):
+            print(why, file=sys.stderr)
+    taken = [verdict.state for verdict in found if not answers[verdict.order]]
+    return 0 if taken and set(taken) == {"SUCCEEDED"} else 1
 
 
 def _state(root: Path) -> Any:

@@ -16,9 +16,10 @@ import contextlib
 import fcntl
 import importlib.metadata
 import logging
+import os
 import queue
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,23 +27,32 @@ from typing import IO, Any
 
 from edgecascade.device.facts import facts
 from edgecascade.errors import InvalidRequest, NetworkError
-from edgecascade.files import replace_file
+from edgecascade.files import canonical_json, replace_file
 from edgecascade.fleet import events as ev
 from edgecascade.fleet.executor import Answer, Executor
 from edgecascade.fleet.fs import RealFiles
 from edgecascade.fleet.host import DeviceHost
 from edgecascade.fleet.identity import own_key
-from edgecascade.fleet.intake import NOT_YET, Held, Intake, Offer, Refusal, Result
+from edgecascade.fleet.intake import (
+    NOT_YET,
+    Held,
+    Intake,
+    Offer,
+    Refusal,
+    Result,
+    Skipped,
+    said_order,
+)
 from edgecascade.fleet.jobs import Job, first_to_forget
 from edgecascade.fleet.line import Line
-from edgecascade.fleet.orders import MAX_ENVELOPE_BYTES
+from edgecascade.fleet.orders import MAX_ENVELOPE_BYTES, Order
 from edgecascade.fleet.refresh import MAX_ROOT_BYTES, Fetch, Trust, folder_fetch
 from edgecascade.fleet.relay import SCHEME, MqttSource
 from edgecascade.fleet.release import Release
 from edgecascade.fleet.settings import AgentSettings, foreign_config
 from edgecascade.fleet.sources import Patience, Source, SourceFault, read_file, source_of
 from edgecascade.fleet.standing import Refused, Standing
-from edgecascade.fleet.state import MAX_VERDICTS, Slot, Verdict
+from edgecascade.fleet.state import MAX_VERDICTS, DeviceState, Slot
 from edgecascade.service import units
 from edgecascade.service.service import next_boot
 
@@ -55,7 +65,7 @@ PROGRESS_STEP = 0.05  # of a download, between two reports
 LOCK_S = 0.5
 MAX_INBOX = 1000
 REQUEST = "install.request"  # what `agent install` leaves for a running agent
-ANSWER = "install.answer"  # why that was not even tried
+ANSWER = "install.answer"  # what it has come to: `Agent.answers`
 TRUST_ROOT = "root.json"
 
 
@@ -76,6 +86,9 @@ class Agent:
         self._jobs: dict[str, Job] = {}
         self._status_at = self._wake_at = self._tick_at = 0.0
         self._refusal: Refusal | None = None
+        # Of each order of the latest stick: why nothing more will come of it, or nothing if a
+        # verdict will; None as long as it is not judged.
+        self.answers: dict[str, str | None] = {}
         self._stopping = False
         self._line: Line | None = None
         self._root_json = trusted_root(self._root, settings.trust)
@@ -124,24 +137,29 @@ class Agent:
                 self._line.close()
             self._lock.close()
 
-    def install(self, folder: str) -> int:
-        """Take the orders of a published folder; how many there were for this device's groups."""
-        found = 0
+    def install(self, folder: str) -> None:
+        """Take the orders of a published folder for this device's groups, if it has any."""
+        self.answers = {}
         for group in self._settings.groups:
-            path = Path(folder, "orders", f"{group}.json")
-            with contextlib.suppress(FileNotFoundError), open(path, "rb") as source:
-                self._intake.put(source.read(MAX_ENVELOPE_BYTES + 1), folder)
-                found += 1
-        return found
+            path = f"orders/{group}.json"
+            try:
+                data = folder_fetch(folder)(path, MAX_ENVELOPE_BYTES)
+            except FileNotFoundError:
+                continue
+            except (OSError, ValueError) as error:
+                self.answers[path] = f"{folder}/{path} cannot be read: {error}"
+                continue
+            said = said_order(data)
+            self.answers["" if said is None else said.order] = None
+            self._intake.put(data, folder)
+        if not self.answers:
+            self.answers[folder] = no_order(folder, self._settings.groups)
+        self._publish_answers()
 
     @property
-    def refusal(self) -> str:
-        """Why the last order that came was not obeyed; empty if it was."""
-        return "" if self._refusal is None else self._refusal.message
-
-    def verdict(self, order: str) -> Verdict | None:
-        """What became of an order."""
-        return self._executor.state.verdict(order)
+    def state(self) -> DeviceState:
+        """What the device has, and what became of orders."""
+        return self._executor.state
 
     def _loop(self, until: Callable[[], bool]) -> None:
         period_s, alive_at, told = units.watchdog_period_s(), 0.0, False
@@ -182,15 +200,14 @@ class Agent:
     def _requested(self) -> None:
         path = self._root / REQUEST
         try:
-            folder = path.read_text(encoding="utf-8")
+            folder = os.fsdecode(path.read_bytes())
+            path.unlink()  # it is done once, whatever comes of it
         except FileNotFoundError:
             return
-        except (OSError, ValueError) as error:
+        except OSError as error:
             log.error("%s: %s", path, error)
-            folder = ""
-        path.unlink(missing_ok=True)
-        if folder:
-            self.install(folder)
+            return
+        self.install(folder)
 
     def _taken(self, result: Result) -> None:
         match result:
@@ -199,23 +216,44 @@ class Agent:
                     self._host.sticks = {order.order: source}
                 self._refusal = None
                 self._executor.offer(order, document, refusal)
-            case Held(order, reason, message):
+                self._answer(source, order.order, self._no_verdict(order))
+            case Skipped(order, source):
+                text = f"order {order.order!r} is not for {self._settings.device_id}"
+                self._answer(source, order.order, text)
+            case Held(order, reason, message, source):
+                self._answer(source, order.order, f"order {order.order!r} waits: {message}")
                 if not self._known(order.order):
                     evidence = {"reason": reason, "message": message}
                     held = ev.Report(order.order, order.seq, "QUEUED", evidence=evidence)
                     self._report(replace(held, group=order.group, release=order.release_sha256))
             case Refusal(name, seq, reason, message, source, group):
                 self._refusal = result
-                if source:
-                    self._answer_request(f"order {name!r} is refused: {message}")
+                self._answer(source, name, f"order {name!r} is refused: {message}")
                 if name and reason not in NOT_YET and not self._known(name):
                     evidence = {"reason": reason, "message": message}
                     # It names no release: anybody may have written this order.
                     self._report(ev.Report(name, seq, "REJECTED", group=group, evidence=evidence))
 
-    def _answer_request(self, text: str) -> None:
+    def _no_verdict(self, order: Order) -> str:
+        """Why an order that was offered ends without a verdict of its own; nothing if it does."""
+        if order.action != "install":
+            return f"order {order.order!r} says {order.action}, and installs nothing"
+        if self._executor.pending(order.order) or self.state.verdict(order.order) is not None:
+            return ""
+        heard = self.state.seqs.get(order.key, -1)
+        if heard > order.seq:
+            return f"order {order.order!r} has the number {order.seq}, {heard} was heard before it"
+        return f"order {order.order!r} is not taken, since the disk failed; give it again"
+
+    def _answer(self, source: str, order: str, text: str) -> None:
+        """Say what an order has come to, if it is of the latest stick."""
+        if source and order in self.answers:
+            self.answers[order] = text
+            self._publish_answers()
+
+    def _publish_answers(self) -> None:
         with contextlib.suppress(OSError):
-            (self._root / ANSWER).write_text(text, encoding="utf-8")
+            replace_file(self._root / ANSWER, canonical_json(self.answers))
 
     def _known(self, order: str) -> bool:
         """Whether the device has a state of its own for an order of this name."""
@@ -369,6 +407,23 @@ def own(root: Path) -> IO[bytes]:
                 time.sleep(0.05)
     except OSError as error:
         raise InvalidRequest(f"root {str(root)!r} cannot be written: {error.strerror}") from error
+
+
+def no_order(folder: str, groups: Sequence[str]) -> str:
+    """What is said of a folder without an order for a device."""
+    return f"{folder} has no order for the groups {', '.join(groups)} in orders/"
+
+
+def is_over(answers: Mapping[str, str | None], state: DeviceState) -> bool:
+    """Whether nothing more will come of the orders of a stick."""
+
+    def ended(order: str, answer: str | None) -> bool:
+        current = state.update
+        if current is not None and current.order.order == order and not current.paused:
+            return False
+        return bool(answer) or (answer is not None and state.verdict(order) is not None)
+
+    return bool(answers) and all(ended(*each) for each in answers.items())
 
 
 def trusted_root(folder: Path, given: str | None) -> bytes:

@@ -146,6 +146,13 @@ class Executor:
             self._documents[sha256] = document
         self.post(ev.Ordered(order, target, refusal))
 
+    def pending(self, order: str) -> bool:
+        """Whether something is still to come of an order that was offered."""
+        current = self.state.update
+        if current is not None and current.order.order == order:
+            return not current.paused
+        return any(waits.order.order == order for waits in self._deferred.values())
+
     def tick(self) -> None:
         """Time has passed."""
         self.post(ev.Ticked())

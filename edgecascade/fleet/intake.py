@@ -62,9 +62,18 @@ class Held:
     order: Order
     reason: str
     message: str
+    source: str = ""
 
 
-Result = Offer | Refusal | Held
+@dataclass(frozen=True)
+class Skipped:
+    """An order of a stick that is for others."""
+
+    order: Order
+    source: str
+
+
+Result = Offer | Refusal | Held | Skipped
 
 
 @dataclass(frozen=True)
@@ -194,9 +203,11 @@ class Intake:
             return
         if not order.concerns(self.device, self.groups):
             log.info("order %s does not concern %s", order.order, self.device)
+            if envelope.source:
+                self.post(Skipped(order, envelope.source))
             return
         if order.action != "install":
-            self.post(Offer(order))
+            self.post(Offer(order, source=envelope.source))
         elif trouble is not None:
             self._hold(envelope, order, trouble)
         else:
@@ -217,7 +228,7 @@ class Intake:
         if tries > order.policy.retries:
             self.post(Offer(order, None, f"{_reason(trouble)}: {trouble}", envelope.source))
             return
-        self.post(Held(order, _reason(trouble), str(trouble)))
+        self.post(Held(order, _reason(trouble), str(trouble), envelope.source))
         self._again(replace(envelope, tries=tries))
 
     def _refused(self, envelope: Envelope, error: UpdateRefused) -> None:

@@ -138,6 +138,76 @@ def test_a_stick_of_another_fleet_is_refused(
     assert "not known" in capsys.readouterr().err
 
 
+def test_one_order_of_a_stick_that_is_refused_does_not_keep_another_from_being_installed(
+    home: Home, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    past = order(home, "past", group="past", seq=home.repository().next_seq("past"))
+    home.repository().sign_order(replace(past, expires=time.time() - 1))
+    home.repository().sign_order(order(home, "present"))
+    assert install(home, tmp_path / "device", "--group", "past", "--json") == 0
+    said = json.loads(capsys.readouterr().out)
+    assert [verdict["order"] for verdict in said["verdicts"]] == ["present"]
+    assert said["refused"].keys() == {"past"}
+    assert "expired" in said["refused"]["past"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"device": "robot-8"}, "is not for robot-7"),
+        ({"action": "pause"}, "says pause, and installs nothing"),
+        ({"seq": 1}, "has the number 1, 9 was heard before it"),
+        ({"release_sha256": "0" * 64}, "wrong-release"),
+    ],
+)
+def test_an_order_that_installs_nothing_ends_the_command_at_once(
+    home: Home,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    changes: dict[str, Any],
+    reason: str,
+) -> None:
+    stick, root = tmp_path / "stick", tmp_path / "device"
+    shutil.copytree(home.served, stick)
+    (signer,) = (key.signer for key in home.keys.keys("orders"))
+    root.mkdir()
+    state = DeviceState(seqs={replace(order(home, "any")).key: 9} if "seq" in changes else {})
+    (root / "state.json").write_bytes(state.to_bytes())
+    envelope = orders.sign(order(home, "nothing", **changes), [signer])
+    (stick / "orders" / f"{GROUP}.json").write_bytes(envelope)
+    command = ["agent", "install", str(stick), "--root", str(root), "--device-id", DEVICE]
+    trust = str(home.folder / "root.json")
+    assert main([*command, "--group", GROUP, "--trust", trust, "--timeout", "60"]) == 1
+    said = capsys.readouterr()
+    assert reason in said.out + said.err
+
+
+def test_a_running_agent_outlives_a_stick_that_cannot_be_read(
+    home: Home, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stick = tmp_path / "stick"
+    (stick / "orders" / f"{GROUP}.json").mkdir(parents=True)
+    running = Agent(settings(tmp_path / "device", home))
+    thread = threading.Thread(target=running.run)
+    thread.start()
+    try:
+        words = [str(stick), "--root", str(tmp_path / "device"), "--device-id", DEVICE]
+        command = ["agent", "install", *words, "--group", GROUP, "--timeout", "60"]
+        assert main(command) == 1
+        assert f"no order for the groups {GROUP}" in capsys.readouterr().err
+
+        def fetch(path: str, limit: int) -> bytes:
+            raise OSError(errno.EIO, "Input/output error")
+
+        monkeypatch.setattr(agents, "folder_fetch", lambda folder: fetch)
+        assert main(command) == 1
+        assert "Input/output error" in capsys.readouterr().err
+        assert thread.is_alive()
+    finally:
+        running.stop()
+        thread.join()
+
+
 def test_a_stick_without_an_order_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
