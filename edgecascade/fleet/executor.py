@@ -331,6 +331,9 @@ class Executor:
             reason = self.store.check(effect.slot)
         except OSError as error:  # of a passing trouble nothing follows for the bundle
             return error
+        except Exception as error:  # without an answer no service would start
+            log.exception("%s is not checked", effect.slot.manifest)
+            return OSError(f"{effect.slot.manifest} is not checked: {error!r}")
         return ev.Checked(effect.slot.manifest, not reason, reason)
 
     def _collect(self, effect: ev.Collect) -> None:
@@ -350,3 +353,6 @@ def _attempt(order: str, work: Callable[[], ev.Event]) -> ev.Event:
         return ev.Failed(order, error.code, str(error))
     except OSError as error:
         return ev.Failed(order, "disk-failed", str(error))
+    except Exception as error:  # an answer that never comes is an update that never ends
+        log.exception("a step of %s failed", order)
+        return ev.Failed(order, "unexpected", repr(error))

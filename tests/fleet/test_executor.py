@@ -4,6 +4,9 @@
 from __future__ import annotations
 
 import random
+import subprocess
+from collections.abc import Mapping
+from typing import Any
 
 import pytest
 
@@ -22,6 +25,8 @@ from edgecascade.fleet.faults.world import (
     order_for,
     publish,
 )
+from edgecascade.fleet.release import Release
+from edgecascade.fleet.state import Slot
 
 
 @pytest.fixture
@@ -125,3 +130,42 @@ def test_a_lost_state_is_said_and_the_golden_bundle_runs(releases: list[Publishe
     device.executor.post(ev.Ticked())
     device.deliver(order_for(releases[1], 2), releases[1])
     assert device.state.active == releases[1].slot
+
+
+def test_a_step_that_fails_in_a_way_nobody_foresaw_ends_the_update(
+    releases: list[Published], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files, world = SimFiles(), World(releases, room_for_two=True)
+    installed(files, world, releases[0], 1)
+    device = Device(files, world).boot()
+
+    def hangs(slot: Slot, release: Release) -> tuple[bool, Mapping[str, Any]]:
+        raise subprocess.TimeoutExpired("trial", 10)
+
+    monkeypatch.setattr(device, "try_out", hangs)
+    device.deliver(order_for(releases[1], 2), releases[1])
+    word = last_word(world, "order-2")
+    assert word is not None
+    assert (word.state, word.evidence["reason"]) == ("FAILED", "unexpected")
+    assert "TimeoutExpired" in str(word.evidence["message"])
+    assert world.running == releases[0].slot
+
+
+def test_a_check_that_fails_in_a_way_nobody_foresaw_is_made_again(
+    releases: list[Published], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files, world = SimFiles(), World(releases)
+    installed(files, world, releases[0], 1)
+    world.running = None
+    device = Device(files, world)
+    working, troubles = device.store.check, [RuntimeError("can't start new thread")]
+
+    def check(slot: Slot) -> str:
+        if troubles:
+            raise troubles.pop()
+        return working(slot)
+
+    monkeypatch.setattr(device.store, "check", check)
+    device.boot()
+    device.settle()
+    assert world.running == releases[0].slot

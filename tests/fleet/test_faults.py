@@ -29,6 +29,7 @@ from edgecascade.fleet.faults import (
     spoke,
 )
 from edgecascade.fleet.faults.runner import Result, chosen, closing_line, run_class
+from edgecascade.fleet.faults.world import Violation
 from edgecascade.fleet.fetch import Downloader
 from edgecascade.fleet.line import Line
 from edgecascade.fleet.orders import Window
@@ -108,7 +109,7 @@ def test_a_missing_sync_is_found_and_found_again_by_its_case() -> None:
 def _failure(scenario: crash.Scenario, files: crash.SimFiles, cuts: int) -> str | None:
     try:
         scenario.check(files.copy(), cuts=cuts)
-    except AssertionError as error:
+    except Violation as error:
         return str(error)
     return None
 

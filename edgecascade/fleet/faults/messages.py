@@ -153,7 +153,7 @@ def run(seed: int, count: int, case: str | None = None) -> Outcome:
         scene = _Scene(random.Random(each))
         try:
             _play(scene)
-        except Exception as error:  # noqa: BLE001  whatever it is, it was not survived
+        except (Violation, Exception) as error:  # noqa: BLE001  whatever it is, it was not survived
             failures.append(Failure(str(each), f"{type(error).__name__}: {error}"))
         tried += scene.faults
         if tried >= count or case is not None:

@@ -23,6 +23,7 @@ from edgecascade.fleet.faults.sim import SimFile, SimFiles
 from edgecascade.fleet.faults.watched import Watched
 from edgecascade.fleet.faults.world import (
     Device,
+    Violation,
     World,
     check_device,
     check_nothing_more,
@@ -185,8 +186,8 @@ def noticed(mutant: Mutant, seed: int) -> str:
         for trial in (*TRIALS, _power_cuts):
             try:
                 trial(seed, skip)
-            except (Exception, Cut) as error:  # noqa: BLE001  a mutant may break in any way
-                said = str(error) if isinstance(error, AssertionError) else repr(error)
+            except (Exception, Cut, Violation) as error:  # noqa: BLE001  it may break in any way
+                said = str(error) if isinstance(error, Violation) else repr(error)
                 return f"{trial.__name__.strip('_')}: {said:.200}"
     return ""
 

@@ -30,8 +30,8 @@ MARGIN_BYTES = 4096
 PATIENCE = 60  # ticks until an update must have ended
 
 
-class Violation(AssertionError):
-    """Something that must hold does not."""
+class Violation(BaseException):
+    """Something that must hold does not. No `except Exception` may take it for a failed step."""
 
 
 def require(good: object, message: str) -> None:
