@@ -9,7 +9,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -23,11 +23,13 @@ from edgecascade.fleet import probation
 from edgecascade.fleet.child import Child, ChildState, Command
 from edgecascade.fleet.executor import Evidence, Work
 from edgecascade.fleet.fetch import Blob, Downloader, DownloadStopped, Pace
+from edgecascade.fleet.fs import RealFiles
 from edgecascade.fleet.orders import Order
 from edgecascade.fleet.release import DeltaRef, Release
 from edgecascade.fleet.settings import AgentSettings
 from edgecascade.fleet.sources import Patience, Source
 from edgecascade.fleet.state import Slot
+from edgecascade.fleet.store import MARGIN_BYTES
 
 log = logging.getLogger(__name__)
 
@@ -280,12 +282,7 @@ class _Loader:
 
     def differences(self, release: Release, missing: Mapping[str, int]) -> set[str]:
         """Make what can be made of blobs that are here; the blobs that could be made."""
-        blobs = self._host._root / "blobs"
-        chosen: dict[str, DeltaRef] = {}
-        for each in release.deltas:
-            better = each.target not in chosen or each.size < chosen[each.target].size
-            if each.target in missing and (blobs / each.base).is_file() and better:
-                chosen[each.target] = each
+        chosen = self._chosen(release, missing)
         made: set[str] = set()
 
         def keep(blob: Blob, path: Path) -> None:
@@ -299,10 +296,42 @@ class _Loader:
             self._fetch([Blob(each.sha256, each.size) for each in chosen.values()], keep)
         except DownloadFailed as error:
             log.warning("fetching whole blobs instead of differences: %s", error)
+            self._drop(release)
         return made
 
+    def _chosen(self, release: Release, missing: Mapping[str, int]) -> dict[str, DeltaRef]:
+        """The smallest difference for each blob, while there is room for it beside all blobs."""
+        files, best = RealFiles(self._host._root), dict[str, DeltaRef]()
+        for each in release.deltas:
+            better = each.target not in best or each.size < best[each.target].size
+            if each.target in missing and files.size(f"blobs/{each.base}") is not None and better:
+                best[each.target] = each
+
+        def lacking(sha256: str, size: int) -> int:
+            return size - (files.size(f"partial/{sha256}") or 0)
+
+        spare = files.free_bytes() - MARGIN_BYTES - sum(lacking(*each) for each in missing.items())
+        chosen: dict[str, DeltaRef] = {}
+        for target, each in best.items():
+            need = lacking(each.sha256, each.size)
+            if need <= spare:
+                chosen[target] = each
+                spare -= need
+        self._drop(release, keep={each.sha256 for each in chosen.values()})
+        return chosen
+
+    def _drop(self, release: Release, keep: Collection[str] = ()) -> None:
+        """Give the room back that differences have taken: the whole blobs need it."""
+        for each in release.deltas:
+            self._restored(each).unlink(missing_ok=True)
+            if each.sha256 not in keep:
+                (self._partial / each.sha256).unlink(missing_ok=True)
+
+    def _restored(self, each: DeltaRef) -> Path:
+        return self._partial / f"{each.target}.restored"
+
     def _restore(self, each: DeltaRef, path: Path, size: int) -> bool:
-        part = self._partial / f"{each.target}.restored"
+        part = self._restored(each)
         try:
             with open(part, "wb") as out:
                 base = self._host._root / "blobs" / each.base
@@ -311,7 +340,7 @@ class _Loader:
                 os.fsync(out.fileno())
             os.replace(part, self._partial / each.target)
             return True
-        except FleetError as error:
+        except (FleetError, OSError) as error:
             log.warning("fetching blob %s as a whole: %s", each.target, error)
             part.unlink(missing_ok=True)
             return False

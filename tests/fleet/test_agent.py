@@ -5,37 +5,45 @@ from __future__ import annotations
 
 import argparse
 import errno
+import hashlib
 import json
 import os
 import queue
+import random
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, BinaryIO, cast
 
 import pytest
 from golden import Build
 
 from edgecascade.cli import main
 from edgecascade.errors import DownloadFailed, InvalidRequest, NetworkError
+from edgecascade.files import sha256_file
 from edgecascade.fleet import agent as agents
+from edgecascade.fleet import delta as deltas
 from edgecascade.fleet import orders
 from edgecascade.fleet.agent import Agent, own, trusted_root
 from edgecascade.fleet.faults.web import Site, drip
+from edgecascade.fleet.fetch import Downloader
 from edgecascade.fleet.fs import RealFiles
 from edgecascade.fleet.home import Home
 from edgecascade.fleet.host import DeviceHost
 from edgecascade.fleet.intake import Envelope, Held, Intake, Offer, Refusal, Result, said_order
 from edgecascade.fleet.orders import Order, Policy
 from edgecascade.fleet.refresh import Trust, folder_fetch
-from edgecascade.fleet.release import GoldenPrompt, Health, Release
+from edgecascade.fleet.release import DeltaRef, GoldenPrompt, Health, Release
 from edgecascade.fleet.repository import Offer as ReleaseOffer
 from edgecascade.fleet.settings import HELP, AgentSettings, foreign_config, from_options
-from edgecascade.fleet.sources import HttpSource, Patience, Source
+from edgecascade.fleet.sources import Body, FolderSource, HttpSource, Patience, Source
 from edgecascade.fleet.state import DeviceState, Slot
+from edgecascade.fleet.store import MARGIN_BYTES, Store
 from edgecascade.service.config import ServiceConfig, from_mapping
 
 GROUP, NAME, DEVICE = "lab", "tiny", "robot-7"
@@ -407,6 +415,100 @@ def download(home: Home, root: Path, site: Site, release: Release) -> None:
         host.download(order(home, "any"), release, release.blobs, lambda sha256: None)
     finally:
         host.close()
+
+
+class Differing:
+    """A device that has a blob, and a folder with its successor and the difference."""
+
+    def __init__(self, home: Home, folder: Path) -> None:
+        rng = random.Random(4)
+        base, more = rng.randbytes(2 << 20), rng.randbytes(1 << 20)
+        self.blob = base[: 1 << 20] + more
+        self.root, self.opened = folder / "device", list[str]()
+        (served := folder / "served").mkdir()
+        (self.root / "blobs").mkdir(parents=True)
+        (self.root / "partial").mkdir()
+        self.sha256 = hashlib.sha256(self.blob).hexdigest()
+        held = self.root / "blobs" / hashlib.sha256(base).hexdigest()
+        held.write_bytes(base)
+        (served / self.sha256).write_bytes(self.blob)
+        size = deltas.make(held, served / self.sha256, served / "delta")
+        made = DeltaRef(self.sha256, held.name, sha256_file(served / "delta"), size)
+        (served / "delta").rename(served / made.sha256)
+        self.delta = made.sha256
+        self._release = cast("Release", SimpleNamespace(deltas=(made,)))
+        self._order = order(home, "differing")
+        source = FolderSource(served)
+
+        def open_at(path: str, *more: Any) -> Body:
+            self.opened.append(path)
+            return FolderSource.open(source, path, *more)
+
+        source.open = open_at  # type: ignore[method-assign]
+        device = settings(self.root, home, repository=("anywhere",))
+        self._host = DeviceHost(device, Voice(), lambda slot: self._release, lambda place: source,
+                                lambda: None, PATIENCE)  # fmt: skip
+
+    def download(self) -> bytes:
+        """What comes, kept as the executor does."""
+        store = Store(RealFiles(self.root))
+        self._host._mine.halts = self._host._halts
+        missing = {self.sha256: len(self.blob)}
+        self._host.download(self._order, self._release, missing, store.adopt)
+        assert os.listdir(self.root / "partial") == []
+        return (self.root / "blobs" / self.sha256).read_bytes()
+
+    def close(self) -> None:
+        self._host.close()
+
+
+@pytest.fixture
+def differing(home: Home, tmp_path: Path) -> Iterator[Differing]:
+    with closing(Differing(home, tmp_path)) as made:
+        yield made
+
+
+def test_a_difference_is_fetched_instead_of_the_blob(differing: Differing) -> None:
+    assert differing.download() == differing.blob
+    assert differing.opened == [differing.delta]
+
+
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EIO])
+def test_a_difference_that_the_disk_does_not_take_leaves_its_room_to_the_blob(
+    differing: Differing, monkeypatch: pytest.MonkeyPatch, error: int
+) -> None:
+    def restore(base: Path, delta: Path, size: int, sha256: str, out: BinaryIO) -> None:
+        out.write(differing.blob[:1000])
+        raise OSError(error, os.strerror(error))
+
+    fetched, left = Downloader.fetch, list[set[str]]()
+
+    def fetch(loader: Downloader, *more: Any) -> None:
+        left.append(set(os.listdir(loader._folder)))
+        fetched(loader, *more)
+
+    monkeypatch.setattr(deltas, "restore", restore)
+    monkeypatch.setattr(Downloader, "fetch", fetch)
+    assert differing.download() == differing.blob
+    assert differing.opened == [differing.delta, differing.sha256]
+    assert left == [set(), set()]
+
+
+def test_a_difference_is_left_where_only_the_blob_has_room(
+    differing: Differing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = len(differing.blob) + MARGIN_BYTES
+    monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_bavail=free, f_frsize=1))
+    (differing.root / "partial" / differing.delta).write_bytes(b"begun when there was more room")
+    (differing.root / "partial" / f"{differing.sha256}.restored").write_bytes(b"a power cut")
+    assert differing.download() == differing.blob
+    assert differing.opened == [differing.sha256]
+
+
+def test_a_difference_that_no_mirror_has_leaves_its_room_to_the_blob(differing: Differing) -> None:
+    (differing.root / "partial" / differing.delta).write_bytes(b"begun, from a mirror that is gone")
+    (differing.root.parent / "served" / differing.delta).unlink()
+    assert differing.download() == differing.blob
 
 
 def on_disk(root: Path) -> int:
