@@ -52,7 +52,7 @@ def measure(bundle: Path, folder: Path, *, link: bool) -> dict[str, Any]:
     done = repository.publish(bundle, Offer("synthetic", "1"), now, link=link)
     seconds, cpu_s = time.monotonic() - started, time.process_time() - cpu
     started = time.monotonic()
-    again = repository.publish(bundle, Offer("synthetic", "2", config={"slots": 2}), now)
+    again = repository.publish(bundle, Offer("synthetic", "2", config={"flush_ms": 20}), now)
     again_s = time.monotonic() - started
     with tempfile.TemporaryDirectory() as root:
         started = time.monotonic()

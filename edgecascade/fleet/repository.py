@@ -44,6 +44,7 @@ from edgecascade.fleet.metadata import (
 from edgecascade.fleet.needs import fleet_extra
 from edgecascade.fleet.orders import NAME, Order, OrderKey, OrderKeys
 from edgecascade.fleet.release import FileRef, Health, Release, Requires
+from edgecascade.fleet.settings import foreign_config
 
 with fleet_extra():
     from tuf.api.metadata import TargetFile, Targets
@@ -428,6 +429,9 @@ def _draft(folder: Path, offer: Offer, older: Sequence[tuple[Release, str]]) -> 
         files = bundle.manifest.files
         manifest_bytes = (folder / layout.MANIFEST).stat().st_size
         bundle_id = bundle.id
+    # A release never changes, and this one would be of use to nobody.
+    if foreign := foreign_config(offer.config):
+        raise FleetError(f"no such release can be: {foreign}", reason="malformed")
     try:
         return Release(
             name=offer.name,

@@ -11,7 +11,7 @@ from typing import Any
 
 from edgecascade.errors import InvalidRequest
 from edgecascade.fleet.orders import is_mirror
-from edgecascade.service.config import BrokerAddress, ServiceConfig, read_file
+from edgecascade.service.config import BrokerAddress, ServiceConfig, from_mapping, read_file
 from edgecascade.service.topics import DEFAULT_PREFIX, is_name
 
 SUFFIX = "-agent"  # the agent's own name: it has a certificate of its own
@@ -104,7 +104,14 @@ def foreign_config(config: Mapping[str, Any]) -> str:
     """Why a release's configuration cannot be used here; empty if it can."""
     known = {field.name for field in fields(ServiceConfig)}
     wrong = sorted((config.keys() & DEVICE_KEYS) | (config.keys() - known))
-    return f"its configuration sets {', '.join(wrong)}, which no release may set" if wrong else ""
+    if wrong:
+        return f"its configuration sets {', '.join(wrong)}, which no release may set"
+    try:
+        values = from_mapping(config, "its configuration")
+        ServiceConfig(mqtt="mqtt://any", device_id="any", **values)
+    except InvalidRequest as error:
+        return str(error)
+    return ""
 
 
 HELP = {

@@ -265,6 +265,11 @@ def test_a_release_cannot_say_who_the_device_is(key: str) -> None:
     assert foreign_config({"flush_ms": 20}) == ""
 
 
+@pytest.mark.parametrize("value", ["fast", -1, None])
+def test_a_release_cannot_set_what_the_service_cannot_read(value: object) -> None:
+    assert "flush_ms" in foreign_config({"flush_ms": value})
+
+
 def test_the_device_s_own_words_stand_above_a_release_s(tmp_path: Path) -> None:
     own_file = tmp_path / "service.yaml"
     own_file.write_text("mqtt: mqtt://site\nflush_ms: 99\n")

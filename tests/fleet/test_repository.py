@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import checkpoints
 import numpy as np
@@ -27,7 +28,7 @@ from edgecascade.fleet.refresh import Trust, folder_fetch
 from edgecascade.fleet.release import Health, Requires
 from edgecascade.fleet.repository import Offer, Repository
 
-OFFER = Offer(NAME, "1.0", Requires(memory_mb=4), Health(min_tok_s=1.0), {"slots": 2})
+OFFER = Offer(NAME, "1.0", Requires(memory_mb=4), Health(min_tok_s=1.0), {"flush_ms": 20})
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +139,15 @@ def test_damaged_bundle_is_not_published(
         with pytest.raises(FleetError, match=r"weights-00003-.* was changed: its SHA-256 is"):
             repository.publish(bundle, OFFER, START, link=link)
         assert repository.releases() == {}
+
+
+@pytest.mark.parametrize("config", [{"slots": 3}, {"flush_ms": "fast"}, {"device_id": "r"}])
+def test_a_configuration_that_every_device_would_refuse_is_not_published(
+    repository: Repository, bundles: tuple[Path, Path], config: dict[str, Any]
+) -> None:
+    with pytest.raises(FleetError, match=f"its configuration sets {next(iter(config))}"):
+        repository.publish(bundles[0], replace(OFFER, config=config), START)
+    assert repository.releases() == {}
 
 
 def test_version_that_cannot_be_a_folder_is_refused(
