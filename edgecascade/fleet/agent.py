@@ -46,7 +46,14 @@ from edgecascade.fleet.intake import (
 from edgecascade.fleet.jobs import Job, first_to_forget
 from edgecascade.fleet.line import Line
 from edgecascade.fleet.orders import MAX_ENVELOPE_BYTES, Order
-from edgecascade.fleet.refresh import MAX_ROOT_BYTES, Fetch, Trust, folder_fetch
+from edgecascade.fleet.refresh import (
+    MAX_ROOT_BYTES,
+    TRUST_ROOT,
+    Fetch,
+    Trust,
+    check_root,
+    folder_fetch,
+)
 from edgecascade.fleet.relay import SCHEME, MqttSource
 from edgecascade.fleet.release import Release
 from edgecascade.fleet.settings import AgentSettings, foreign_config
@@ -66,7 +73,6 @@ LOCK_S = 0.5
 MAX_INBOX = 1000
 REQUEST = "install.request"  # what `agent install` leaves for a running agent
 ANSWER = "install.answer"  # what it has come to: `Agent.answers`
-TRUST_ROOT = "root.json"
 
 
 class Agent:
@@ -429,18 +435,21 @@ def is_over(answers: Mapping[str, str | None], state: DeviceState) -> bool:
 def trusted_root(folder: Path, given: str | None) -> bytes:
     """The root.json that all trust begins with: kept at the first start, and never replaced.
 
+    One that was damaged since keeps no service from starting: each refresh says so.
+
     Raises:
         InvalidRequest: when there is none.
+        UpdateRefused: when what is given is none.
     """
     kept = folder / TRUST_ROOT
-    if not kept.exists():
-        if given is None:
-            raise InvalidRequest("trust is missing; give the repository's root.json, once")
-        data = Path(given).read_bytes()
-        replace_file(kept, data)
-    data = kept.read_bytes()
-    if len(data) > MAX_ROOT_BYTES:
-        raise InvalidRequest(f"{kept} has {len(data)} bytes and is no root.json")
+    if kept.exists():
+        return kept.read_bytes()
+    if given is None:
+        raise InvalidRequest("trust is missing; give the repository's root.json, once")
+    with open(given, "rb") as source:
+        data = source.read(MAX_ROOT_BYTES + 1)
+    check_root(data, given)
+    replace_file(kept, data)
     return data
 
 

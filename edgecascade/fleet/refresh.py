@@ -46,6 +46,7 @@ log = logging.getLogger(__name__)
 # one that is not there; NetworkError or OSError for a repository out of reach.
 Fetch = Callable[[str, int], bytes]
 
+TRUST_ROOT = "root.json"  # below the device's root: what all trust begins with
 TUF = "tuf"  # ngclient's folder below the device's root
 BELIEF = "belief"
 MAX_ROOT_BYTES = 512_000
@@ -196,6 +197,7 @@ class Trust:
     def _client(self, now: Now) -> Updater:
         with fleet_extra():
             from tuf.ngclient import Updater, UpdaterConfig
+        check_root(self._root_json, self.root / TRUST_ROOT)
         folder = self.root / TUF
         folder.mkdir(parents=True, exist_ok=True)
         config = UpdaterConfig(
@@ -248,6 +250,29 @@ class Trust:
                 if not path.is_symlink():
                     _fsync(path)
             fsync_folder(Path(folder))
+
+
+def check_root(data: bytes, path: str | Path) -> None:
+    """Whether trust can begin with the content of a file.
+
+    Raises:
+        UpdateRefused: naming the file, when it is no root metadata, or not signed by its own keys.
+    """
+    with fleet_extra():
+        from tuf.api.exceptions import RepositoryError
+        from tuf.api.metadata import Metadata, Root
+    try:
+        if len(data) > MAX_ROOT_BYTES:
+            raise ValueError(f"{len(data)} bytes are too many")
+        found = Metadata[Root].from_bytes(data)
+        if not isinstance(found.signed, Root):
+            raise ValueError("it is other metadata")
+        found.signed.verify_delegate(Root.type, found.signed_bytes, found.signatures)
+    except (RepositoryError, ValueError) as error:
+        raise UpdateRefused(
+            f"{path} is no repository's root.json ({error}); the operator has the right one",
+            reason="malformed",
+        ) from error
 
 
 def folder_fetch(folder: str | Path) -> Fetch:

@@ -24,7 +24,7 @@ import pytest
 from golden import Build
 
 from edgecascade.cli import main
-from edgecascade.errors import DownloadFailed, InvalidRequest, NetworkError
+from edgecascade.errors import DownloadFailed, InvalidRequest, NetworkError, UpdateRefused
 from edgecascade.files import sha256_file
 from edgecascade.fleet import agent as agents
 from edgecascade.fleet import delta as deltas
@@ -37,7 +37,7 @@ from edgecascade.fleet.home import Home
 from edgecascade.fleet.host import DeviceHost
 from edgecascade.fleet.intake import Envelope, Held, Intake, Offer, Refusal, Result, said_order
 from edgecascade.fleet.orders import Order, Policy
-from edgecascade.fleet.refresh import Trust, folder_fetch
+from edgecascade.fleet.refresh import MAX_ROOT_BYTES, Trust, folder_fetch
 from edgecascade.fleet.release import DeltaRef, GoldenPrompt, Health, Release
 from edgecascade.fleet.repository import Offer as ReleaseOffer
 from edgecascade.fleet.settings import HELP, AgentSettings, foreign_config, from_options
@@ -257,6 +257,33 @@ def test_the_root_of_trust_is_never_replaced(home: Home, tmp_path: Path) -> None
     other.write_text("{}")
     assert trusted_root(tmp_path, str(other)) == first
     assert trusted_root(tmp_path, None) == first
+
+
+def test_what_is_no_root_of_trust_is_not_kept(home: Home, tmp_path: Path) -> None:
+    sound = (home.folder / "root.json").read_bytes()
+    other = next((home.served / "metadata").glob("*.targets.json")).read_bytes()
+    unsigned = sound.replace(b'"sig":"', b'"sig":"00').replace(b'"sig": "', b'"sig": "00')
+    for wrong in (b"hello", b"", b"[]", other, unsigned, sound + b" " * MAX_ROOT_BYTES):
+        given = tmp_path / "notes.txt"
+        given.write_bytes(wrong)
+        with pytest.raises(UpdateRefused, match=r"notes\.txt is no repository's root\.json"):
+            trusted_root(tmp_path, str(given))
+    assert trusted_root(tmp_path, str(home.folder / "root.json")) == sound
+
+
+def test_a_root_of_trust_that_was_damaged_is_named_and_ends_no_agent(
+    home: Home, tmp_path: Path
+) -> None:
+    root = tmp_path / "device"
+    root.mkdir()
+    (root / "root.json").write_bytes(b"{}")
+    made = Agent(settings(root, home, repository=(str(home.served),)))
+    try:
+        made._intake._refresh(made._intake.trusts)
+        assert f"{root}/root.json is no repository's root.json" in made._standing().repository
+    finally:
+        made._host.close()
+        made._lock.close()
 
 
 @pytest.mark.parametrize("key", ["mqtt", "device_id", "key", "clients", "state_dir", "command"])
