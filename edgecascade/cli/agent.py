@@ -85,7 +85,7 @@ def _enroll(settings: AgentSettings, folder: str | None) -> int:
         print(data.decode())
         return 0
     path = Path(folder, f"{settings.device_id}.enroll.json")
-    path.write_bytes(data + b"\n")
+    replace_file(path, data + b"\n")
     print(f"{path}: give it to the operator, for edgecascade fleet devices --enroll")
     return 0
 

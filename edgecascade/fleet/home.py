@@ -33,6 +33,7 @@ from edgecascade.fleet.rollout import FIRST
 if TYPE_CHECKING:
     from edgecascade.fleet.repository import Repository
 
+ROOT = "root.json"
 UNITS = {"": 1e-3, "k": 1.0, "M": 1e3, "G": 1e6}  # of bit/s, in kbit/s
 
 
@@ -61,7 +62,10 @@ class Home:
         """
         from edgecascade.fleet.repository import Repository
 
-        return Repository(self.served, self.keys)
+        found = Repository(self.served, self.keys)
+        if not (self.folder / ROOT).exists():  # an init that was killed has not come to it
+            self.put_root(found)
+        return found
 
     def init(self, profile: str, operators: Sequence[str]) -> Repository:
         """Make the folder, keys and an empty repository."""
@@ -77,7 +81,7 @@ class Home:
 
     def put_root(self, repository: Repository) -> None:
         """Bring root.json up to date, for devices that are set up from now on."""
-        replace_file(self.folder / "root.json", repository.root_json)
+        replace_file(self.folder / ROOT, repository.root_json)
 
     def note(self, event: str, facts: Mapping[str, Any]) -> None:
         """A line in the audit log."""

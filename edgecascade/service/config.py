@@ -80,7 +80,11 @@ def broker_address(
         parts = urlsplit(url)
         port = parts.port
     except ValueError as error:
-        raise InvalidRequest(f"broker {_masked(url)!r} is not an address: {error}") from error
+        # What it says holds parts of the address, which may be the password's.
+        raise InvalidRequest(
+            f"broker {_masked(url)!r} is not an address; give mqtt://host:port or "
+            "mqtts://host:port, with / ? # of a password written as %2F %3F %23"
+        ) from error
     more = parts.path not in ("", "/") or parts.query or parts.fragment
     if parts.scheme not in SCHEMES or not parts.hostname or more or port == 0:
         shown = _masked(url)
@@ -112,8 +116,9 @@ def broker_address(
 
 
 def _masked(url: str) -> str:
-    """For messages: without the password."""
-    return re.sub(r":[^:/@]*@", ":***@", url)
+    """For messages: without the password, also where it is not written as it must be."""
+    start = url.find("//") + 2 if "//" in url else 0
+    return url[:start] + re.sub(r"(?s):.*@", ":***@", url[start:])
 
 
 def _readable(name: str, path: str | Path | None) -> Path | None:

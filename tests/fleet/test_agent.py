@@ -23,6 +23,7 @@ from typing import Any, BinaryIO, cast
 import pytest
 from golden import Build
 
+from edgecascade.cli import agent as commands
 from edgecascade.cli import main
 from edgecascade.errors import DownloadFailed, InvalidRequest, NetworkError, UpdateRefused
 from edgecascade.files import sha256_file
@@ -240,6 +241,23 @@ def test_a_running_agent_takes_a_stick(
         running.stop()
         thread.join()
     assert f"beside: SUCCEEDED {NAME} 1" in capsys.readouterr().out
+
+
+def test_an_enrolment_is_on_the_stick_or_the_one_before_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = AgentSettings(str(tmp_path / "device"), DEVICE)
+    commands._enroll(device, str(tmp_path))
+    path = tmp_path / f"{DEVICE}.enroll.json"
+    before = path.read_bytes()
+
+    def full(fd: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        commands._enroll(replace(device, groups=(GROUP,)), str(tmp_path))
+    assert path.read_bytes() == before
 
 
 def test_a_folder_has_one_owner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

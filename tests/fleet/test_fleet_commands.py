@@ -255,6 +255,17 @@ def test_keys_are_shown_added_and_revoked(shell: Shell, capsys: pytest.CaptureFi
     assert events[-4:] == ["keys-add", "keys-revoke", "keys-rotate", "keys-refresh"]
 
 
+def test_what_an_init_that_was_killed_left_out_is_made_up_for(tmp_path: Path, build: Build) -> None:
+    fleet = ("--fleet", str(tmp_path))
+    named = (str(build("tiny", "exact")), "--name", "tiny", "--version", "1")
+    assert main(["fleet", "init", *fleet]) == 0
+    given = (tmp_path / "root.json").read_bytes()
+    for words in (("publish", *named), ("keys", "--refresh")):
+        (tmp_path / "root.json").unlink()
+        assert main(["fleet", *words, *fleet]) == 0
+        assert (tmp_path / "root.json").read_bytes() == given
+
+
 @pytest.mark.parametrize(
     ("text", "kbit_s"),
     [("10Gbit", 10_000_000.0), ("200 Mbit/s", 200_000.0), ("1.5kbit", 1.5), ("500bit", 0.5)],

@@ -123,7 +123,18 @@ def test_an_address_that_cannot_be_is_refused(url: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "url", ["mqtt://me:secret@b:0", "mqtt://me:secret@b:99999", "x://:secret@"]
+    "url",
+    [
+        "mqtt://me:secret@b:0",
+        "mqtt://me:secret@b:99999",
+        "x://:secret@",
+        "x://me:se:secret@b",
+        "x://me:secret@secret@b",
+        "mqtt://me:secret/secret@b",
+        "mqtt://me:secret#secret@b",
+        "mqtt://me:secret?secret\n@b",
+        "me:secret@b",
+    ],
 )
 def test_a_refused_address_is_shown_without_its_password(url: str) -> None:
     with pytest.raises(InvalidRequest, match="broker") as caught:
