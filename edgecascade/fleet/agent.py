@@ -177,7 +177,8 @@ class Agent:
                 self._inbox.get(timeout=max(0.01, min(TURN_S, wake_s)))()
             if self._line is not None and self._line.fatal:
                 raise NetworkError(self._line.fatal)
-            if period_s is not None and now >= alive_at:
+            turns = self._line is None or self._line.alive
+            if period_s is not None and now >= alive_at and turns:
                 units.notify("WATCHDOG=1")
                 alive_at = now + period_s
             self._periodic()

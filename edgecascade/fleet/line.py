@@ -93,6 +93,11 @@ class Line:
         return self._link.up
 
     @property
+    def alive(self) -> bool:
+        """Whether its thread turns, connected or not."""
+        return self._link.alive
+
+    @property
     def fatal(self) -> str | None:
         """Why it will not come back."""
         return self._link.fatal

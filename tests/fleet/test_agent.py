@@ -46,6 +46,7 @@ from edgecascade.fleet.sources import Body, FolderSource, HttpSource, Patience, 
 from edgecascade.fleet.state import DeviceState, Slot
 from edgecascade.fleet.store import MARGIN_BYTES, Store
 from edgecascade.service.config import ServiceConfig, from_mapping
+from edgecascade.service.mqtt import Link
 
 GROUP, NAME, DEVICE = "lab", "tiny", "robot-7"
 PATIENCE = Patience(connect_s=5, head_s=0.5, read_s=0.5, min_bytes_per_s=10_000, window_s=0.3)
@@ -635,3 +636,23 @@ def test_an_agent_outlives_a_disk_that_fails_for_a_while(
     finally:
         made._host.close()
         made._lock.close()
+
+
+@pytest.mark.parametrize("alive", [True, False])
+def test_systemd_hears_nothing_while_the_network_thread_is_stuck(
+    home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, alive: bool
+) -> None:
+    words: list[str] = []
+    turns = iter(range(10))
+    monkeypatch.setattr(agents, "TURN_S", 0.01)
+    monkeypatch.setattr("edgecascade.service.units.watchdog_period_s", lambda: 0.0)
+    monkeypatch.setattr("edgecascade.service.units.notify", lambda said: bool(words.append(said)))
+    made = Agent(settings(tmp_path / "device", home, mqtt="mqtt://127.0.0.1:1"))
+    assert made._line is not None
+    monkeypatch.setattr(Link, "alive", property(lambda link: alive))
+    try:
+        made._loop(lambda: next(turns, None) is None)
+    finally:
+        made._host.close()
+        made._lock.close()
+    assert ("WATCHDOG=1" in words) is alive
