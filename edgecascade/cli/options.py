@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from edgecascade.errors import InvalidRequest
@@ -89,6 +91,23 @@ def numbers(text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError as error:
         raise InvalidRequest(f"--token-ids is {text!r}; write numbers as in 1,2,3") from error
+
+
+def natural(text: str) -> int:
+    """A whole number of 0 or more."""
+    return _at_least(text, 0)
+
+
+def within(low: float, high: float) -> Callable[[str], float]:
+    """A number in these bounds."""
+
+    def number(text: str) -> float:
+        with suppress(ValueError):
+            if low <= (value := float(text)) <= high:
+                return value
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from {low:.0f} to {high:.0f}")
+
+    return number
 
 
 def positive(text: str) -> int:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
-from edgecascade.cli.options import positive
+from edgecascade.cli import plan
 from edgecascade.cli.screen import Screen, device, facts
 from edgecascade.cli.show import print_json
 from edgecascade.errors import InvalidRequest
@@ -35,7 +35,7 @@ def add(acts: Any, home_options: Callable[[argparse.ArgumentParser], None], home
     rollout = acts.add_parser("rollout", help="bring a release to a group, stage by stage")
     home_options(rollout)
     broker_options(rollout)
-    _plan_options(rollout)
+    plan.add_options(rollout)
     rollout.set_defaults(run=lambda args: _rollout(args, home(args)))
     texts = {
         "status": "how a rollout stands",
@@ -88,40 +88,14 @@ def operator_address(args: argparse.Namespace) -> BrokerAddress:
     )
 
 
-def _plan_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", help="of the model, as published")
-    parser.add_argument("version", nargs="?", help="the newest by default")
-    parser.add_argument("--group", required=True, help="of devices")
-    parser.add_argument("--order", help="a name for this rollout")
-    parser.add_argument("--stages", default="first,1,5,25,100", help="one device, then percent")
-    parser.add_argument("--first", metavar="DEVICE", help="the first device")
-    parser.add_argument("--mirror", action="append", default=[], metavar="URL",
-                        help="where devices fetch, the nearest first; several times")  # fmt: skip
-    parser.add_argument(
-        "--egress", help="of all mirrors together, as 10Gbit: sets each device's share"
-    )
-    parser.add_argument("--limit", metavar="RATE", help="of each device, as 20Mbit")
-    parser.add_argument("--parallel", type=positive, default=4, help="downloads of a device")
-    parser.add_argument("--window", help="as 01:30+180@Europe/Berlin: when devices may work")
-    parser.add_argument("--soak", type=float, default=300.0, metavar="SECONDS",
-                        help="between a stage's success and the next stage")  # fmt: skip
-    parser.add_argument("--lost-after", type=float, metavar="SECONDS", dest="lost_s",
-                        help="silence on trial (default: from the release's health)")  # fmt: skip
-    parser.add_argument("--pass-percent", type=float, default=95.0)
-    parser.add_argument("--fail-percent", type=float, default=5.0)
-    parser.add_argument("--tolerate-lost", type=int, default=0, metavar="DEVICES")
-    parser.add_argument("--retries", type=int, default=3, help="of a download")
-    parser.add_argument("--allow-downgrade", action="store_true")
-    parser.add_argument("--valid-days", type=float, default=7.0, help="of each signature")
-
-
 def _rollout(args: argparse.Namespace, home: Home) -> int:
     release, sha256 = home.repository().release(args.name, args.version)
     running = _unfinished(home, args.group)
     if running is None:
-        record = _new_record(args, home, release, sha256)
+        record = plan.new_record(args, release, sha256)
     elif running.order.release_sha256 == sha256:
         record = running
+        plan.check_same(args, record, plan.new_record(args, release, sha256))
         print(f"going on with {record.order.order}", file=sys.stderr)
     else:
         raise InvalidRequest(
@@ -143,54 +117,6 @@ def _unfinished(home: Home, group: str) -> Record | None:
     mine = [record for record in home.records.all() if record.order.group == group]
     latest = mine[-1] if mine else None
     return latest if latest and latest.progress.state in ("running", "paused") else None
-
-
-def _new_record(args: argparse.Namespace, home: Home, release: Any, sha256: str) -> Record:
-    from edgecascade.fleet.home import order_id, rate, stages, window
-    from edgecascade.fleet.orders import Cohort, Limits, Order, Policy
-    from edgecascade.fleet.record import Record
-    from edgecascade.fleet.rollout import Plan, Progress, Thresholds
-
-    now = time.time()
-    name = args.order or order_id(release.name, release.version, now)
-    health = release.health
-    lost_s = args.lost_s
-    if lost_s is None:
-        lost_s = 2 * (health.load_s + health.soak_s) + 300.0
-    plan = Plan(
-        name,
-        stages=stages(args.stages),
-        thresholds=Thresholds(
-            success=args.pass_percent / 100,
-            failed=args.fail_percent / 100,
-            lost=args.tolerate_lost + 1,
-            lost_s=lost_s,
-            soak_s=args.soak,
-        ),
-        first=args.first,
-        bytes=sum(release.blobs.values()),
-        egress_kbit_s=rate(args.egress) if args.egress else None,
-        valid_s=args.valid_days * 86_400,
-    )
-    try:
-        order = Order(
-            order=name,
-            seq=1,
-            group=args.group,
-            bundle=release.name,
-            version=release.version,
-            release_sha256=sha256,
-            not_before=0.0,
-            expires=now + plan.valid_s,
-            window=window(args.window) if args.window else None,
-            cohort=Cohort(name, 100),
-            limits=Limits(int(rate(args.limit)) if args.limit else None, args.parallel),
-            policy=Policy(args.retries, args.allow_downgrade),
-            mirrors=tuple(args.mirror),
-        )
-    except ValueError as error:
-        raise InvalidRequest(f"no such order can be: {error}") from None
-    return Record(order, plan, Progress(1))
 
 
 def _file(home: Home, operator: Operator, record: Record) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import pty
@@ -20,7 +21,7 @@ import pytest
 from golden import Build
 from virtual_devices import virtual_devices
 
-from edgecascade.cli import main
+from edgecascade.cli import main, plan
 from edgecascade.errors import InvalidRequest
 from edgecascade.fleet import audit
 from edgecascade.fleet.faults.virtual import VirtualFleet
@@ -207,6 +208,65 @@ def test_one_rollout_at_a_time_in_a_group(shell: Shell, capsys: pytest.CaptureFi
         assert f"edgecascade fleet abort {said['order']}" in capsys.readouterr().err
         assert shell.run("abort", said["order"]) == 0
         assert shell.rollout("1.0") == 0
+
+
+def test_a_rollout_goes_on_as_it_began(shell: Shell, capsys: pytest.CaptureFixture[str]) -> None:
+    began = ("--pass-percent", "80", "--stages", "first,100", "--limit", "20Mbit")
+    with shell.devices(2):
+        process, said = shell.begin("--soak", "600", *began, lines=1)
+        process.kill()
+        process.communicate()
+        order, other = said["order"], ("--limit", "20000kbit", "--stages", "first,5,100")
+        assert shell.run("rollout", "tiny", "--group", shell.group, *other, "--soak", "5") == 1
+        said = capsys.readouterr().err
+        assert (
+            f"{order} goes on with --stages first,100, not first,5,100; --soak 600, not 5" in said
+        )
+        assert f"edgecascade fleet abort {order} --mqtt {shell.broker.url}" in said
+        assert shell.run("rollout", "tiny", "--group", shell.group, "--order", "another") == 1
+        assert f"{order} goes on with --order {order}, not another" in capsys.readouterr().err
+        process, _ = shell.begin("--soak", "600", *began, lines=1)  # the same is no other
+        assert process.poll() is None
+        assert shell.run("abort", order) == 0
+
+
+def test_every_option_of_a_plan_can_be_compared(prepared: Path) -> None:
+    parser = argparse.ArgumentParser()
+    plan.add_options(parser)
+    options = {action.dest for action in parser._actions if action.option_strings}
+    assert options - {"help", "group"} == plan.SHOWN.keys()
+    words = {
+        "order": "o", "stages": "first,1.5,100", "first": "r", "mirror": "http://m/",
+        "egress": "5000kbit", "limit": "3kbit", "parallel": "2",
+        "window": "sat,sun:01:30+180@Europe/Berlin", "soak": "7", "lost_after": "8",
+        "pass_percent": "70", "fail_percent": "9", "tolerate_lost": "3", "retries": "1",
+        "valid_days": "2",
+    }  # fmt: skip
+    given = [f"--{name.replace('_', '-')}={word}" for name, word in words.items()]
+    args = parser.parse_args(["tiny", "--group", "g", "--allow-downgrade", *given])
+    release, sha256 = Home(prepared).repository().release("tiny")
+    made = plan.new_record(args, release, sha256)
+    shown = {name: show(made) for name, show in plan.SHOWN.items()}
+    assert shown == {**words, "allow_downgrade": "true"}
+
+
+@pytest.mark.parametrize(
+    ("option", "typed", "said"),
+    [
+        ("--pass-percent", "200", "'200' is no number from 50 to 100"),
+        ("--fail-percent", "-1", "'-1' is no number from 0 to 100"),
+        ("--soak", "nan", "'nan' is no number from 0 to 2592000"),
+        ("--lost-after", "0", "'0' is no number from 1 to 86400"),
+        ("--tolerate-lost", "-1", "'-1' is no whole number of 0 or more"),
+        ("--retries", "-1", "'-1' is no whole number of 0 or more"),
+    ],
+)
+def test_a_number_that_cannot_be_is_named_as_it_was_typed(
+    shell: Shell, capsys: pytest.CaptureFixture[str], option: str, typed: str, said: str
+) -> None:
+    with pytest.raises(SystemExit):
+        shell.run("rollout", "tiny", "--group", "g", option, typed)
+    assert f"argument {option}: {said}" in capsys.readouterr().err
 
 
 def test_commands_name_what_is_wrong(shell: Shell, capsys: pytest.CaptureFixture[str]) -> None:
