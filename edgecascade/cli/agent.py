@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import signal
 import sys
@@ -15,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 from edgecascade.cli.show import print_json
 from edgecascade.errors import InvalidRequest
-from edgecascade.files import replace_file
 
 if TYPE_CHECKING:
     from edgecascade.fleet.settings import AgentSettings
@@ -70,7 +68,7 @@ def _agent(args: argparse.Namespace) -> int:
 
 def _enroll(settings: AgentSettings, folder: str | None) -> int:
     from edgecascade.fleet.agent import own
-    from edgecascade.fleet.identity import enrolment, own_key, stored_key
+    from edgecascade.fleet.identity import enrolment, own_key, put_enrolment, stored_key
 
     try:
         with own(settings.folder):
@@ -80,12 +78,10 @@ def _enroll(settings: AgentSettings, folder: str | None) -> int:
         if known is None:
             raise
         key = known
-    data = enrolment(settings, key)
     if folder is None:
-        print(data.decode())
+        print(enrolment(settings, key).decode())
         return 0
-    path = Path(folder, f"{settings.device_id}.enroll.json")
-    replace_file(path, data + b"\n")
+    path = put_enrolment(folder, settings, key)
     print(f"{path}: give it to the operator, for edgecascade fleet devices --enroll")
     return 0
 
@@ -117,38 +113,29 @@ def _run(settings: AgentSettings) -> int:
 def _install(args: argparse.Namespace, settings: AgentSettings) -> int:
     from dataclasses import replace
 
-    from edgecascade.fleet.agent import ANSWER, REQUEST, Agent, is_over, no_order, own
+    from edgecascade.fleet import stick
+    from edgecascade.fleet.agent import Agent, own
     from edgecascade.fleet.state import DeviceState
 
     folder = Path(args.folder).resolve()
     if not any((folder / "orders" / f"{group}.json").exists() for group in settings.groups):
-        raise InvalidRequest(no_order(str(folder), settings.groups))
+        raise InvalidRequest(stick.no_order(str(folder), settings.groups))
     end = time.monotonic() + args.timeout
     try:
         own(settings.folder).close()
     except InvalidRequest:  # an agent runs: it shall do it
-        (settings.folder / ANSWER).unlink(missing_ok=True)
-        replace_file(settings.folder / REQUEST, os.fsencode(folder))
+        stick.ask(settings.folder, folder)
         answers: dict[str, str | None] = {}
         state = DeviceState()
-        while time.monotonic() < end and not is_over(answers, state):
+        while time.monotonic() < end and not stick.is_over(answers, state):
             time.sleep(POLL_S)
-            answers = _answers(settings.folder / ANSWER)
+            answers = stick.answered(settings.folder)
             state = _state(settings.folder)  # later than the answers, which say what it will hold
         return _show(answers, state, as_json=args.json)
     agent = Agent(replace(settings, mqtt="", service=None, repository=()))
     agent.install(str(folder))
-    agent.run(lambda: is_over(agent.answers, agent.state) or time.monotonic() > end)
+    agent.run(lambda: stick.is_over(agent.answers, agent.state) or time.monotonic() > end)
     return _show(agent.answers, agent.state, as_json=args.json)
-
-
-def _answers(path: Path) -> dict[str, str | None]:
-    """What a running agent has said of the orders so far."""
-    try:
-        said: dict[str, str | None] = json.loads(path.read_bytes())
-        return said
-    except FileNotFoundError:
-        return {}
 
 
 def _show(answers: Mapping[str, str | None], state: DeviceState, *, as_json: bool) -> int:
@@ -188,7 +175,7 @@ def _status(args: argparse.Namespace) -> int:
     from edgecascade.fleet.settings import AgentSettings
     from edgecascade.service.config import read_file
 
-    root = args.root or (read_file(args.config, AgentSettings)["root"] if args.config else None)
+    root = args.root or (read_file(args.config, AgentSettings).get("root") if args.config else None)
     if root is None or not Path(root).is_dir():
         raise InvalidRequest(f"root is {root!r}; give the device's folder: --root DIR")
     state = _state(Path(root))

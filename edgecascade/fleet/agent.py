@@ -16,10 +16,9 @@ import contextlib
 import fcntl
 import importlib.metadata
 import logging
-import os
 import queue
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,8 +26,9 @@ from typing import IO, Any
 
 from edgecascade.device.facts import facts
 from edgecascade.errors import InvalidRequest, NetworkError
-from edgecascade.files import canonical_json, replace_file
+from edgecascade.files import replace_file
 from edgecascade.fleet import events as ev
+from edgecascade.fleet import stick
 from edgecascade.fleet.executor import Answer, Executor
 from edgecascade.fleet.fs import RealFiles
 from edgecascade.fleet.host import DeviceHost
@@ -71,8 +71,6 @@ STATUS_S = 1.0
 PROGRESS_STEP = 0.05  # of a download, between two reports
 LOCK_S = 0.5
 MAX_INBOX = 1000
-REQUEST = "install.request"  # what `agent install` leaves for a running agent
-ANSWER = "install.answer"  # what it has come to: `Agent.answers`
 
 
 class Agent:
@@ -92,9 +90,7 @@ class Agent:
         self._jobs: dict[str, Job] = {}
         self._status_at = self._wake_at = self._tick_at = 0.0
         self._refusal: Refusal | None = None
-        # Of each order of the latest stick: why nothing more will come of it, or nothing if a
-        # verdict will; None as long as it is not judged.
-        self.answers: dict[str, str | None] = {}
+        self.answers: dict[str, str | None] = {}  # to the orders of the latest stick
         self._stopping = False
         self._line: Line | None = None
         self._root_json = trusted_root(self._root, settings.trust)
@@ -159,8 +155,8 @@ class Agent:
             self.answers["" if said is None else said.order] = None
             self._intake.put(data, folder)
         if not self.answers:
-            self.answers[folder] = no_order(folder, self._settings.groups)
-        self._publish_answers()
+            self.answers[folder] = stick.no_order(folder, self._settings.groups)
+        stick.answer(self._root, self.answers)
 
     @property
     def state(self) -> DeviceState:
@@ -205,16 +201,13 @@ class Agent:
             self._inbox.put_nowait(lambda: None)
 
     def _requested(self) -> None:
-        path = self._root / REQUEST
         try:
-            folder = os.fsdecode(path.read_bytes())
-            path.unlink()  # it is done once, whatever comes of it
-        except FileNotFoundError:
-            return
+            folder = stick.take(self._root)
         except OSError as error:
-            log.error("%s: %s", path, error)
+            log.error("a request to install cannot be read: %s", error)
             return
-        self.install(folder)
+        if folder is not None:
+            self.install(folder)
 
     def _taken(self, result: Result) -> None:
         match result:
@@ -256,11 +249,7 @@ class Agent:
         """Say what an order has come to, if it is of the latest stick."""
         if source and order in self.answers:
             self.answers[order] = text
-            self._publish_answers()
-
-    def _publish_answers(self) -> None:
-        with contextlib.suppress(OSError):
-            replace_file(self._root / ANSWER, canonical_json(self.answers))
+            stick.answer(self._root, self.answers)
 
     def _known(self, order: str) -> bool:
         """Whether the device has a state of its own for an order of this name."""
@@ -414,23 +403,6 @@ def own(root: Path) -> IO[bytes]:
                 time.sleep(0.05)
     except OSError as error:
         raise InvalidRequest(f"root {str(root)!r} cannot be written: {error.strerror}") from error
-
-
-def no_order(folder: str, groups: Sequence[str]) -> str:
-    """What is said of a folder without an order for a device."""
-    return f"{folder} has no order for the groups {', '.join(groups)} in orders/"
-
-
-def is_over(answers: Mapping[str, str | None], state: DeviceState) -> bool:
-    """Whether nothing more will come of the orders of a stick."""
-
-    def ended(order: str, answer: str | None) -> bool:
-        current = state.update
-        if current is not None and current.order.order == order and not current.paused:
-            return False
-        return bool(answer) or (answer is not None and state.verdict(order) is not None)
-
-    return bool(answers) and all(ended(*each) for each in answers.items())
 
 
 def trusted_root(folder: Path, given: str | None) -> bytes:

@@ -11,6 +11,7 @@ import logging
 from pathlib import Path
 
 from edgecascade.errors import FleetError
+from edgecascade.files import replace_file
 from edgecascade.fleet import reports
 from edgecascade.fleet.keys import Key, KeyFolders
 from edgecascade.fleet.reports import DeviceKey
@@ -56,6 +57,13 @@ def enrolment(settings: AgentSettings, key: Key) -> bytes:
     """What the operator enrolls."""
     device = DeviceKey(settings.device_id, settings.name, key.public, settings.groups)
     return reports.sign_enrolment(device, key.signer)
+
+
+def put_enrolment(folder: str, settings: AgentSettings, key: Key) -> Path:
+    """Write it as DEVICE.enroll.json, such as on a stick; it is there when this returns."""
+    path = Path(folder, f"{settings.device_id}.enroll.json")
+    replace_file(path, enrolment(settings, key) + b"\n")
+    return path
 
 
 def _folder(root: Path) -> KeyFolders:
