@@ -105,7 +105,7 @@ def compile_graph(
         model = to_onnx(graph)
     except ImportError as error:
         raise BuildError(
-            f"an engine needs onnx: pip install 'edgecascade[engine]' ({error})"
+            f"an engine needs onnx: pip install '.[engine]' in the clone ({error})"
         ) from error
     ranges = [
         profile_of({t.name: dims(t, p) for t in graph.inputs.values()})

@@ -30,7 +30,7 @@ def libraries() -> Path:
     spec, bindings = (find_spec(name) for name in PACKAGES)
     if spec is None or spec.origin is None or bindings is None:
         raise BackendUnavailable(
-            "TensorRT-RTX is not installed: pip install 'edgecascade[check]' (Linux on x86-64)"
+            "TensorRT-RTX is not installed: pip install '.[check]' in the clone (Linux on x86-64)"
         )
     return Path(spec.origin).parent
 

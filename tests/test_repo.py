@@ -273,6 +273,16 @@ def test_commands_of_the_readme_exist() -> None:
     assert "\nmake test\n" in ci
 
 
+def test_extras_are_installed_from_the_clone() -> None:
+    """It is on no index, so that another package of this name would be installed."""
+    text = "\n".join(path.read_text() for path in text_files() if path != Path(__file__))
+    assert not re.findall(r"pip install\s+\S?edgecascade\S*", text)
+    named = set(re.findall(r"pip install\s+'\.\[([\w,]+)\]'", text))
+    project = (ROOT / "pyproject.toml").read_text()
+    extras = set(re.findall(r"^(\w+) = \[", project, re.MULTILINE))
+    assert {"check", "engine", "fleet"} <= named <= extras
+
+
 def test_cli_commands_of_the_docs_exist() -> None:
     from edgecascade.cli import build_parser
 

@@ -217,6 +217,10 @@ def _add_keys(acts: Any) -> None:
 
 
 def _keys(args: argparse.Namespace) -> int:
+    if args.lost and not args.rotate:
+        raise InvalidRequest(f"--lost {args.lost[0]} is of --rotate ROLE, which is not given")
+    if args.group and not args.add_operator:
+        raise InvalidRequest(f"--group {args.group[0]} is of --add-operator, which is not given")
     where = home(args)
     repository, now = where.repository(), time.time()
     if args.refresh:

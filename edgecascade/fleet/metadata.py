@@ -308,7 +308,8 @@ def _latest_root(folder: Path) -> int:
     ]
     if not versions:
         raise FleetError(
-            f"{folder.parent} is no repository; make one: edgecascade fleet init {folder.parent}",
+            f"{folder.parent} is no repository; make one: "
+            f"edgecascade fleet init --fleet {folder.parent.parent}",
             reason="no-repository",
         )
     return max(versions)

@@ -21,6 +21,6 @@ def fleet_extra() -> Iterator[None]:
     except ModuleNotFoundError as error:
         raise FleetError(
             f"updates of a fleet need {error.name}, which is not installed: "
-            "pip install 'edgecascade[fleet]'",
+            "pip install '.[fleet]' in the clone",
             reason="not-installed",
         ) from error

@@ -87,7 +87,8 @@ class Repository:
         self._blobs = BlobFolder(self.folder / "blobs")
         if not (self.folder / "metadata").is_dir():
             raise FleetError(
-                f"{self.folder} is no repository; make one: edgecascade fleet init {self.folder}",
+                f"{self.folder} is no repository; make one: "
+                f"edgecascade fleet init --fleet {self.folder.parent}",
                 reason="no-repository",
             )
 

@@ -326,6 +326,14 @@ def test_the_device_s_own_words_stand_above_a_release_s(tmp_path: Path) -> None:
     ServiceConfig(**from_mapping(values, "test"))
 
 
+def test_the_status_of_a_device_without_a_folder_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "agent.yaml").write_text("device_id: robot-7\n")
+    assert main(["agent", "status", "--config", str(tmp_path / "agent.yaml")]) == 1
+    assert "give the device's folder: --root DIR" in capsys.readouterr().err
+
+
 def test_settings_are_strict(tmp_path: Path) -> None:
     file = tmp_path / "agent.yaml"
     file.write_text(f"root: {tmp_path}\ndevice_id: robot-7\ngroups: [a, b]\nrefresh_s: 60\n")

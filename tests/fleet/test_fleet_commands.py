@@ -7,6 +7,7 @@ import argparse
 import json
 import os
 import pty
+import shutil
 import subprocess
 import sys
 import time
@@ -324,6 +325,35 @@ def test_what_an_init_that_was_killed_left_out_is_made_up_for(tmp_path: Path, bu
         (tmp_path / "root.json").unlink()
         assert main(["fleet", *words, *fleet]) == 0
         assert (tmp_path / "root.json").read_bytes() == given
+
+
+def test_the_way_out_of_no_repository_can_be_typed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    where = ("--fleet", str(tmp_path / "mine"))
+    for _ in ("no folder", "an empty one"):
+        assert main(["fleet", "keys", *where]) == 1
+        command = capsys.readouterr().err.partition("make one: edgecascade ")[2].split()
+        assert command == ["fleet", "init", *where]
+        (tmp_path / "mine" / "repository" / "metadata").mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(tmp_path / "mine")
+    assert main(command) == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--lost", "ab12"), "--lost ab12 is of --rotate"),
+        (("--lost", "ab12", "--refresh"), "--lost ab12 is of --rotate"),
+        (("--group", "site-7"), "--group site-7 is of --add-operator"),
+        (("--group", "site-7", "--revoke-operator", "maria"), "--group site-7 is of"),
+    ],
+)
+def test_an_option_of_keys_that_would_do_nothing_is_refused(
+    shell: Shell, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], said: str
+) -> None:
+    assert main(["fleet", "keys", "--fleet", str(shell.home.folder), *words]) == 1
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

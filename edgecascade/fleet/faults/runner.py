@@ -71,7 +71,7 @@ def run_class(name: str, seed: int, *, short: bool, case: str | None = None) -> 
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("edgecascade"):
             raise
-        outcome = Outcome(skipped=f"{error.name} is not installed: pip install edgecascade[fleet]")
+        outcome = Outcome(skipped=f"{error.name} is not installed: pip install '.[fleet]'")
     return Result(name, title, outcome, seed, count, round(time.monotonic() - begin, 1))
 
 
