@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 from edgecascade.errors import UpdateFailed
 from edgecascade.fleet.needs import fleet_extra
 
-CODEC = "xor+zstd"
 CHUNK = 1 << 20
 MAX_WINDOW = 8 << 20  # the most memory a frame may ask for; also what level 3 uses
 LEVEL = 3

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timedelta, timezone
 from typing import TYPE_CHECKING, Any, Literal
@@ -260,15 +260,6 @@ def is_mirror(url: str) -> bool:
 def order_to_json(order: Order) -> dict[str, Any]:
     """An order as a JSON object."""
     return asdict(order)
-
-
-def order_from_json(raw: Mapping[str, Any]) -> Order:
-    """The order in a JSON object.
-
-    Raises:
-        ValueError: for anything that `order_to_json` does not write.
-    """
-    return strict.read(Order, raw, "order")
 
 
 def sign(order: Order, signers: Sequence[Signer]) -> bytes:

@@ -389,13 +389,3 @@ def stage_s(plan: Plan, devices: int) -> float:
     """How long so many devices take: the download at the egress given, then soak."""
     download = devices * plan.bytes * 8 / (plan.egress_kbit_s * 1000) if plan.egress_kbit_s else 0.0
     return download + plan.thresholds.soak_s
-
-
-def schedule(plan: Plan, devices: int) -> list[tuple[float, int, float]]:
-    """For a fleet of this size: percentage, devices and length of each stage."""
-    rows, before = [], 0
-    for percent in plan.stages:
-        reached = max(1 if percent == FIRST else 0, round(devices * percent / 100))
-        rows.append((percent, reached, stage_s(plan, max(0, reached - before))))
-        before = max(before, reached)
-    return rows
