@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
-import os
 import platform
 import random
 import threading
@@ -25,6 +24,7 @@ from typing import Any, Protocol
 from edgecascade.completion import Event
 from edgecascade.device.monitor import Monitor
 from edgecascade.errors import BackendError, InvalidRequest, NetworkError
+from edgecascade.files import replace_file
 from edgecascade.service import report, units, wire
 from edgecascade.service.config import ServiceConfig, state_folder
 from edgecascade.service.core import Core, Live, Model
@@ -296,12 +296,7 @@ def next_boot(folder: Path, device: str) -> int:
         except ValueError:
             boot = int(time.time())  # beyond any count that was lost
             log.warning("%s holds no number; the boot counter goes on from %d", path, boot)
-        part = path.with_suffix(".part")
-        with open(part, "w", encoding="ascii") as out:
-            out.write(f"{boot}\n")
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(part, path)
+        replace_file(path, b"%d\n" % boot)
     except OSError as error:
         raise InvalidRequest(
             f"state folder {str(folder)!r} cannot be written ({error.strerror}); give --state-dir"
