@@ -40,22 +40,31 @@ Pool::Pool(int threads)
       owner_(getpid()),
       scratch_(new std::byte[threads * kScratchBytes + kAlign]) {
   workers_.reserve(threads_ - 1);
-  for (int i = 1; i < threads_; ++i) workers_.emplace_back([this, i] { work(i); });
+  try {
+    for (int i = 1; i < threads_; ++i) workers_.emplace_back([this, i] { work(i); });
+  } catch (...) {  // no more threads may be had, and those that run must not outlive this
+    end();
+    throw;
+  }
 }
 
 Pool::~Pool() {
+  if (getpid() == owner_) {
+    end();
+    return;
+  }
+  for (std::thread& worker : workers_) worker.detach();
+  // A condition waits at its end for those who sleep on it, and they are not in this process.
+  sleep_.release();
+}
+
+void Pool::end() {
   stop_.store(true);
   {
-    std::lock_guard<std::mutex> lock(sleep_);
-    wake_.notify_all();
+    std::lock_guard<std::mutex> lock(sleep_->lock);
+    sleep_->wake.notify_all();
   }
-  for (std::thread& worker : workers_) {
-    if (getpid() == owner_) {
-      worker.join();
-    } else {
-      worker.detach();
-    }
-  }
+  for (std::thread& worker : workers_) worker.join();
 }
 
 std::byte* Pool::scratch(int thread) const {
@@ -89,8 +98,8 @@ void Pool::run(int64_t units, Call call, void* context) {
     done_.store(0);
     ticket_.store(static_cast<uint64_t>(generation + 1) << 32);
     if (sleepers_.load() > 0) {
-      std::lock_guard<std::mutex> lock(sleep_);
-      wake_.notify_all();
+      std::lock_guard<std::mutex> lock(sleep_->lock);
+      sleep_->wake.notify_all();
     }
     drain(generation + 1, 0);
     waitForOthers(units);
@@ -148,9 +157,9 @@ bool Pool::waitForWork(uint32_t seen) {
   for (int i = 1; !changed(); ++i) {
     pause();
     if (i % kPausesPerClockRead != 0 || std::chrono::steady_clock::now() - start < kSpin) continue;
-    std::unique_lock<std::mutex> lock(sleep_);
+    std::unique_lock<std::mutex> lock(sleep_->lock);
     sleepers_.fetch_add(1);
-    wake_.wait(lock, changed);
+    sleep_->wake.wait(lock, changed);
     sleepers_.fetch_sub(1);
     break;
   }

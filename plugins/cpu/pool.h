@@ -54,6 +54,12 @@ class Pool {
   void drain(uint32_t generation, int thread);
   bool waitForWork(uint32_t seen);
   void waitForOthers(int64_t units);
+  void end();
+
+  struct Sleep {
+    std::mutex lock;
+    std::condition_variable wake;
+  };
 
   const int threads_;
   const int owner_;  // process id: after fork() the workers are not in the child
@@ -71,8 +77,7 @@ class Pool {
   alignas(64) std::atomic<int64_t> done_{0};
   alignas(64) std::atomic<int> sleepers_{0};
   std::atomic<bool> stop_{false};
-  std::mutex sleep_;
-  std::condition_variable wake_;
+  std::unique_ptr<Sleep> sleep_ = std::make_unique<Sleep>();
 };
 
 // CPUs that this process may use: the affinity mask, then the cgroup's quota.

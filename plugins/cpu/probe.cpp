@@ -81,10 +81,15 @@ double readRate(const uint64_t* data, int threads) {
     total.fetch_add(done);
     sink.fetch_xor(sum);
   };
-  std::vector<std::thread> others;
-  for (int i = 1; i < threads; ++i) others.emplace_back(read, i);
-  read(0);
-  for (std::thread& other : others) other.join();
+  {
+    struct Joined : std::vector<std::thread> {
+      ~Joined() {
+        for (std::thread& each : *this) each.join();
+      }
+    } others;
+    for (int i = 1; i < threads; ++i) others.emplace_back(read, i);
+    read(0);
+  }
   const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - start;
   return static_cast<double>(total.load() * kSliceBytes) / elapsed.count();
 }
