@@ -27,7 +27,7 @@ from edgecascade import manifest as layout
 from edgecascade import verified
 from edgecascade.errors import BundleError, BundleMismatch, EdgeCascadeError, UnsupportedModel
 from edgecascade.files import sha256_files
-from edgecascade.manifest import Manifest, StoredTensor, parse_json, parse_manifest
+from edgecascade.manifest import Manifest, StoredFile, StoredTensor, parse_json, parse_manifest
 from edgecascade.models import family
 from edgecascade.tensors import ALIGNMENT, Codec
 
@@ -55,7 +55,7 @@ class Bundle:
         self.report: dict[str, Any] = {}
         self.chat_template: str | None = None
         self.tokenizer_file: Path | None = None
-        self._maps: dict[str, mmap.mmap] = {}
+        self._maps = {file.name: _map_file(file, content.files) for file in self.weight_files}
 
     @classmethod
     def open(cls, path: str | Path, *, verify: bool | None = None) -> Bundle:
@@ -81,11 +81,12 @@ class Bundle:
     def _open(cls, folder: Path, verify: bool | None) -> Bundle:
         content, bundle_id = _read_manifest(folder)
         _check_folder(folder, content)
+        # Mapped before they are hashed: another bundle may take this one's name at any time.
+        bundle = cls(folder, content, bundle_id)
         if verify is not False:
             _check_digests(folder, content, trust_stamps=verify is None)
         _check_headers(folder, content)
         _check_model(folder, content)
-        bundle = cls(folder, content, bundle_id)
         bundle._read_texts()
         return bundle
 
@@ -104,8 +105,8 @@ class Bundle:
         boundary.
         """
         tensor = self._tensor(name)
-        if tensor.file not in self._maps:
-            self._maps[tensor.file] = _map_file(self.path / tensor.file)
+        if not self._maps:
+            raise BundleError(f"bundle {self.path} is closed")
         return np.frombuffer(self._maps[tensor.file], np.uint8, tensor.bytes, tensor.offset)
 
     def matrix(self, name: str) -> NDArray[Any]:
@@ -319,6 +320,9 @@ def _read_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def _map_file(path: Path) -> mmap.mmap:
+def _map_file(path: Path, promised: Mapping[str, StoredFile]) -> mmap.mmap:
     with open(path, "rb") as source:
-        return mmap.mmap(source.fileno(), 0, access=mmap.ACCESS_READ)
+        mapped = mmap.mmap(source.fileno(), 0, access=mmap.ACCESS_READ)
+    if len(mapped) != promised[path.name].bytes:
+        raise BundleError(f"{path} is being replaced; open the bundle again")
+    return mapped

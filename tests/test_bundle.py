@@ -258,3 +258,26 @@ def test_codec_numbers_are_those_of_the_c_header() -> None:
     header = (Path(__file__).parent.parent / "plugins/include/edgecascade.h").read_text()
     for codec in Codec:
         assert f"EC_{codec.name} = {codec.ec_type}" in header
+
+
+def test_an_open_bundle_keeps_its_weights_when_another_takes_its_name(
+    made: Path, own: Path, tmp_path: Path
+) -> None:
+    other = checkpoints.write(tmp_path / "other", checkpoints.arrays("BF16", seed=4))
+    with Bundle.open(made) as old, Bundle.open(own) as bundle:
+        build_bundle(other, own, precision="balanced", verify=False, overwrite=True)
+        assert Bundle.open(own).id != bundle.id
+        for name in bundle.tensors:
+            assert np.array_equal(bundle.map(name), old.map(name)), name
+
+
+def test_weights_that_are_gone_or_cut_off_are_the_bundles_error(own: Path) -> None:
+    bundle = Bundle.open(own)
+    bundle.close()
+    with pytest.raises(BundleError, match="is closed"):
+        bundle.map(next(iter(bundle.tensors)))
+    weights = bundle.weight_files[0]
+    promised = bundle.manifest.files[weights.name]
+    os.truncate(weights, promised.bytes - ALIGNMENT)
+    with pytest.raises(BundleError, match="is being replaced"):
+        Bundle(own, bundle.manifest)
