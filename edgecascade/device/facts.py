@@ -78,10 +78,13 @@ class DeviceFacts:
 
 
 def facts(root: Path = ROOT, power: PowerReader | None = None) -> DeviceFacts:
-    """Read everything once. A reader that is kept saves the search for the power monitors."""
+    """Read everything once. A reader that is kept saves the search for the power monitors, and
+    looks at the alarms of the rails; else those are left to whoever keeps one.
+    """
     identity = read_identity(root)
+    drawn = PowerReader(root).read(alarms=False) if power is None else power.read()
     seen = Evidence(
-        rails=(drawn := (power or PowerReader(root)).read()).rails,
+        rails=drawn.rails,
         gpu=read_gpu_clock(root),
         mode=read_power_mode(root),
         zones=read_zones(root),

@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Iterator, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from edgecascade.device.sysfs import ROOT, names, read_int, read_text
@@ -81,13 +81,14 @@ class Sensor:
         state = read_int(self.folder / f"curr{self.channel}_{kind}_alarm", 0, 1)
         return None if state is None else state == 1
 
-    def read(self) -> Rail:
-        """Everything about the rail."""
+    def read(self, *, alarms: bool) -> Rail:
+        """Everything about the rail; who looks at its alarms takes them from all others."""
         voltage_mv, current_ma = self.voltage_mv(), self.current_ma()
         power_mw = self.power_mw() if self.has_power else _product_mw(voltage_mv, current_ma)
-        return Rail(
-            self.name, power_mw, voltage_mv, current_ma, self.alarm("crit"), self.alarm("max")
-        )
+        rail = Rail(self.name, power_mw, voltage_mv, current_ma)
+        if not alarms:
+            return rail
+        return replace(rail, crit_alarm=self.alarm("crit"), max_alarm=self.alarm("max"))
 
 
 def find_sensors(root: Path = ROOT) -> tuple[Sensor, ...]:
@@ -128,9 +129,9 @@ class PowerReader:
             self._look_again()
         return total_mw
 
-    def read(self) -> Power:
-        """Every rail with its alarms."""
-        power = total(tuple(sensor.read() for sensor in self._sensors))
+    def read(self, *, alarms: bool = True) -> Power:
+        """Every rail, with its alarms or leaving them latched."""
+        power = total(tuple(sensor.read(alarms=alarms) for sensor in self._sensors))
         if any(rail.power_mw is None for rail in power.rails) or not power.rails:
             self._look_again()
         return power

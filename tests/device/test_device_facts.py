@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from edgecascade.device.facts import DeviceFacts, facts
 from edgecascade.device.memory import Memory
 from edgecascade.device.monitor import Cost, Monitor
+from edgecascade.device.power import PowerReader
 
 GARBAGE = st.one_of(
     st.just(""),
@@ -86,6 +87,18 @@ def test_hot_orin_with_a_lowered_clock_is_throttled(orin_nx: Path) -> None:
     seen = facts(orin_nx)
     assert seen.throttling.reasons == ("thermal: tj at 98.5 C, GPU at 918 of 1173 MHz",)
     assert seen.telemetry()["throttled"] is True
+
+
+def test_a_look_in_passing_leaves_the_alarms_to_who_keeps_a_reader(
+    orin_nx: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (orin_nx / "sys/bus/i2c/devices/1-0040/hwmon/hwmon1/curr1_crit_alarm").write_text("1\n")
+    real, opened = os.open, list[str]()
+    monkeypatch.setattr(os, "open", lambda at, *a, **k: opened.append(str(at)) or real(at, *a, **k))
+    assert facts(orin_nx).power.total_mw is not None
+    assert opened
+    assert not [path for path in opened if path.endswith("_alarm")]
+    assert facts(orin_nx, PowerReader(orin_nx)).throttling.active
 
 
 @pytest.mark.parametrize("name", sorted(TREES))
