@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgecascade.errors import CheckpointError, UnsupportedModel
+from edgecascade.files import unique_keys
 
 log = logging.getLogger(__name__)
 
@@ -182,6 +183,11 @@ def _headers(folder: Path) -> list[SourceTensor]:
         if not single.exists():
             raise CheckpointError(f"{folder} has neither {SINGLE} nor {INDEX}; {DOWNLOAD_AGAIN}")
         return read_header(single)
+    if single.exists():
+        raise CheckpointError(
+            f"{folder} has both {SINGLE} and {INDEX}, which is two sets of weights; remove the one "
+            "that is not meant"
+        )
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} has no weight_map; {DOWNLOAD_AGAIN}")
@@ -231,7 +237,7 @@ def read_header(path: Path) -> list[SourceTensor]:
                     f"{path}: header length {size} is impossible in a file of {file_bytes} bytes; "
                     f"{DOWNLOAD_AGAIN}"
                 )
-            header = json.loads(source.read(size).decode(), object_pairs_hook=_no_repeats)
+            header = json.loads(source.read(size).decode(), object_pairs_hook=unique_keys)
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
@@ -245,14 +251,6 @@ def read_header(path: Path) -> list[SourceTensor]:
     tensors = [_entry(path, name, entry, start) for name, entry in header.items()]
     _check_cover(path, tensors, start, file_bytes)
     return tensors
-
-
-def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} occurs twice")
-    return made
 
 
 def _entry(path: Path, name: str, entry: Any, start: int) -> SourceTensor:

@@ -27,6 +27,22 @@ def canonical_json(value: Any) -> bytes:
     return text.encode() + b"\n"
 
 
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of a JSON text, as json.loads takes it for its `object_pairs_hook`.
+
+    Raises:
+        ValueError: for a key that is given twice, of which another reader might take the first.
+    """
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise ValueError(f"key {key!r} is given twice")
+            seen.add(key)
+    return value
+
+
 def checked_path(path: object) -> Path:
     """The path of a file.
 

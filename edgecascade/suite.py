@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from edgecascade.errors import InvalidRequest, SuiteError
+from edgecascade.files import unique_keys
 from edgecascade.text.template import checked_messages
 from edgecascade.text.tokenizer import checked_text
 from edgecascade.text.tools import ToolCall, checked_tools
@@ -145,7 +146,7 @@ def problem(value: Any, schema: Mapping[str, Any]) -> str | None:
 
     try:
         error = best_match(_validator(json.dumps(schema)).iter_errors(value))
-    except (Unresolvable, RecursionError) as wrong:
+    except (Unresolvable, RecursionError, OverflowError) as wrong:  # 1e400 is multipleOf nothing
         return f"its schema cannot be followed: {str(wrong)[:200] or 'it is nested too deep'}"
     if error is None:
         return None
@@ -271,7 +272,7 @@ def loads(text: str | bytes) -> Any:
         ValueError: also for what is nested too deep.
     """
     try:
-        return json.loads(text, parse_constant=_no_constant, object_pairs_hook=_once)
+        return json.loads(text, parse_constant=_no_constant, object_pairs_hook=unique_keys)
     except RecursionError:
         raise ValueError("it is nested too deep") from None
 
@@ -328,15 +329,6 @@ def _object(line: bytes) -> dict[str, Any]:
         _refuse(f"not JSON: {error}")
     if not isinstance(value, dict):
         _refuse(f"{_shown(value)} is not an object")
-    return value
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {twice!r} is there twice")
     return value
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import checkpoints
 import numpy as np
 import pytest
 
+from build_engine.checkpoint import read_header
 from build_engine.read import Model, read, widen
 from edgecascade.errors import CheckpointError, EdgeCascadeError, UnsupportedModel
 from edgecascade.tensors import Transform
@@ -207,7 +209,7 @@ DAMAGE: dict[str, tuple[Damage, type[EdgeCascadeError], str]] = {
     "repeated name": (
         overwrite(SHARD, b"\x0e\0\0\0\0\0\0\0" + b'{"a":1,"a":2}\n'),
         CheckpointError,
-        "'a' occurs twice",
+        "key 'a' is given twice",
     ),
     "overlapping tensors": (edit_header(overlap), CheckpointError, "overlaps the one before"),
     "offset beyond the file": (
@@ -329,6 +331,22 @@ def test_missing_folder_and_folder_without_weights_are_refused(tmp_path: Path) -
     (checkpoints.write(tmp_path / "c") / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"has neither model\.safetensors nor"):
         read(tmp_path / "c")
+
+
+def test_two_sets_of_weights_are_refused(tmp_path: Path) -> None:
+    folder = checkpoints.write(tmp_path / "c", shards=2)
+    shutil.copy(checkpoints.write(tmp_path / "single") / "model.safetensors", folder)
+    with pytest.raises(CheckpointError, match=r"both model\.safetensors and model.*two sets"):
+        read(folder)
+
+
+def test_a_header_of_many_repeated_names_is_refused_at_once(tmp_path: Path) -> None:
+    names = "".join(f'"{i}":0,' for i in range(50_000))
+    header = f'{{{names}"49999":0}}'.encode()
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(CheckpointError, match="key '49999' is given twice"):
+        read_header(path)
 
 
 def test_all_wrong_tensors_are_named_up_to_ten(tmp_path: Path) -> None:

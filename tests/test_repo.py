@@ -61,7 +61,7 @@ MAY_IMPORT = {
     "service": "backoff bundle completion device engine errors files llm sampling scheduler "
     "session text",
     "client": "errors service text",
-    "suite": "errors text",
+    "suite": "errors files text",
     "scoring": "completion suite",
     "evaluation": "completion errors llm sampling scoring suite text ticket",
     "fleet": "backoff bundle completion device errors files llm manifest service tensors verified",

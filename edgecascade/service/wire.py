@@ -14,6 +14,8 @@ import re
 from dataclasses import fields, is_dataclass
 from typing import Any, NoReturn
 
+from edgecascade.files import unique_keys
+
 MAX_DEPTH = 32
 MAX_INTEGER = 2**53  # what a double, and so every other JSON reader, still tells from its neighbour
 
@@ -39,13 +41,17 @@ def decode(payload: bytes) -> Any:
     try:
         value = json.loads(
             text,
-            object_pairs_hook=_object,
+            object_pairs_hook=unique_keys,
             parse_int=_integer,
             parse_float=_float,
             parse_constant=_constant,
         )
     except json.JSONDecodeError as error:
         raise BadJson(f"not JSON: {error.msg} at character {error.pos}") from error
+    except BadJson:
+        raise
+    except ValueError as error:
+        raise BadJson(str(error)) from error
     return value
 
 
@@ -94,15 +100,6 @@ def _check_depth(payload: bytes) -> None:
                 raise BadJson(f"nested deeper than {MAX_DEPTH} levels")
         elif not inside and mark in b"]}":
             depth -= 1
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) != len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise BadJson(f"key {twice!r} is given twice")
-    return value
 
 
 def _integer(digits: str) -> int:
