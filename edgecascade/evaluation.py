@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from edgecascade.completion import Completion
-from edgecascade.errors import BundleMismatch, InvalidRequest
+from edgecascade.errors import BundleMismatch, ContextExceeded, InvalidRequest
 from edgecascade.llm import LLM
 from edgecascade.sampling import SamplingParams
 from edgecascade.scoring import (
@@ -134,8 +134,17 @@ def _prompts(llm: LLM, suite: Suite) -> list[Prompt]:
             else:
                 messages, tools = list(sample.messages), sample.tools
                 prompt = llm.prompter.from_messages(messages, tools, thinking=sample.thinking)
+            _check_fits(llm, len(prompt.tokens) + max(len(_target(llm, sample, prompt)) - 1, 0))
         prompts.append(prompt)
     return prompts
+
+
+def _check_fits(llm: LLM, tokens: int) -> None:
+    if tokens > llm.max_context:
+        raise ContextExceeded(
+            f"prompt and target have {tokens} tokens, the context holds {llm.max_context}; "
+            "shorten them, or load with a larger max_context if the model allows"
+        )
 
 
 def _check_alike(
@@ -191,6 +200,8 @@ def _result(
     target = _target(llms[0], sample, prompt)
     # Without a target two bundles are compared along the other one's answer.
     given = target or (completions[-1].token_ids if len(llms) > 1 else ())
+    # The other one's context may hold more; the last token is not read.
+    given = given[: min(llm.max_context for llm in llms) - len(prompt.tokens) + 1]
     rows = [_given(llm, prompt, given) for llm in llms] if given else []
     answers = [
         Answer(done, score(sample, done), likelihood(rows[index], target) if target else None)

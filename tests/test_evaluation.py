@@ -178,6 +178,18 @@ def test_without_a_target_bundles_are_compared_along_the_other_s_answer(
     assert figures.divergence > 0
 
 
+def test_what_the_other_one_s_context_holds_more_is_left_out(
+    build: Build, own: list[Values]
+) -> None:
+    samples = [one | {"thinking": True} for one in own]
+    with (
+        LLM.load(build("tiny", "speed"), max_context=48) as short,
+        LLM.load(build("tiny", "speed")) as long,
+    ):
+        result = evaluate(short, suite_of(samples, max_tokens=60), against=long)
+    assert all(each.other is not None for each in result.results)
+
+
 def test_company_changes_nothing(llm: LLM, build: Build, own: list[Values]) -> None:
     def shown(result: Evaluation) -> Values:
         return {key: value for key, value in result.to_dict().items() if "per_s" not in key}
@@ -202,13 +214,14 @@ def test_bundles_that_read_otherwise_are_not_compared(
 
 
 def test_what_cannot_be_asked_is_an_error_with_its_line(llm: LLM, own: list[Values]) -> None:
+    asked = llm.stats().prefilled_tokens
     long = own[1] | {"prompt": "go " * 5000}
-    with pytest.raises(ContextExceeded, match=r"^own\.jsonl:3: the prompt has"):
+    with pytest.raises(ContextExceeded, match=r"^own\.jsonl:3: prompt and target have"):
         evaluate(llm, suite_of([own[0], long]))
     target = own[1] | {"target": "go " * 5000}
-    with pytest.raises(ContextExceeded, match=r"^own\.jsonl:3: "):
+    with pytest.raises(ContextExceeded, match=r"^own\.jsonl:3: prompt and target have"):
         evaluate(llm, suite_of([own[0], target]))
-    assert llm.stats().running == 0
+    assert llm.stats().prefilled_tokens == asked, "it is told before any sample is asked"
 
 
 def test_a_bundle_without_a_tokenizer_is_refused(build: Build, own: list[Values]) -> None:
