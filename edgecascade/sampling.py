@@ -147,13 +147,15 @@ class SamplingParams:
         return tuple(field.name for field in fields(cls))
 
     def sampling(self, recommended: Mapping[str, Any]) -> Sampling:
-        """The numbers to sample with: the caller's, else the bundle's, else neutral ones."""
-        merged = {}
+        """The numbers to sample with: the caller's, else the bundle's, else neutral ones; rounded
+        to float32, in which backends compute, so that the definition draws what they draw.
+        """
+        merged: dict[str, Any] = {}
         for field in fields(Sampling):
             value = getattr(self, field.name)
             value = recommended.get(field.name) if value is None else value
             if value is not None:
-                merged[field.name] = value
+                merged[field.name] = value if field.name == "top_k" else _in_float32(value)
         return Sampling(**merged)
 
     def _number(self, name: str, words: str, holds: Callable[[float], bool]) -> None:
@@ -266,7 +268,7 @@ def sample(logits: Floats, row: SampleRow) -> tuple[int, float]:
             f"no token can be chosen: all {logits.size} logits are NaN or -inf; "
             "the mask allows nothing, or the weights are damaged"
         )
-    if params.temperature == 0:
+    if params.temperature == 0 or scores[best] == np.inf:  # beside which nothing has a chance
         return best, logprob(logits, best)
     order = np.argsort(-scores, kind="stable")[: params.top_k or None]
     order = order[scores[order] > -np.inf]

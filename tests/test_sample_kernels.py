@@ -102,6 +102,25 @@ def test_the_token_is_the_definitions(
 
 
 @pytest.mark.parametrize("isa", ISAS)
+def test_beside_an_infinite_logit_nothing_has_a_chance(isa: str) -> None:
+    logits = np.random.default_rng(2).standard_normal((1, 100)).astype(np.float32)
+    logits[0, [7, 30]] = np.inf
+    rows = [SampleRow(Sampling(), uniform, NONE, NONE) for uniform in (0.0, 0.4, 0.6, 0.99)]
+    tokens, _ = draw(Kernels(isa), np.repeat(logits, 4, axis=0), rows)
+    with np.errstate(invalid="ignore"):  # of their log probabilities
+        want = [sampling.sample(logits[0], row)[0] for row in rows]
+    assert tokens.tolist() == want == [7, 7, 7, 7]
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_ties_at_a_cut_are_cut_in_float32(isa: str) -> None:
+    logits = np.ones((1, 100), np.float32)
+    params = sampling.SamplingParams(top_p=0.1).sampling({})
+    for uniform in (0.05, 0.45, 0.95):
+        assert_as_defined(Kernels(isa), logits, [SampleRow(params, uniform, NONE, NONE)])
+
+
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("spread", [0.0, 3.0])
 def test_a_vocabulary_of_131072(isa: str, spread: float) -> None:
     rng = np.random.default_rng(5)

@@ -96,7 +96,7 @@ def test_a_budget_for_thinking_that_is_off_is_refused() -> None:
 def test_the_caller_comes_before_the_bundle_and_the_bundle_before_neutral() -> None:
     recommended = {"temperature": 0.6, "top_p": 0.95, "eos_token_id": [2]}
     resolved = SamplingParams(temperature=0, top_k=7).sampling(recommended)
-    assert resolved == Sampling(temperature=0, top_p=0.95, top_k=7)
+    assert resolved == Sampling(temperature=0, top_p=float(np.float32(0.95)), top_k=7)
     assert SamplingParams().sampling({}) == Sampling()
 
 
