@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,8 +24,14 @@ from build_engine.graph import to_onnx
 from build_engine.rtx import loader_path
 from edgecascade import errors
 from edgecascade.bundle import Bundle
-from edgecascade.engines import EngineKey, remove_engine, write_engine
-from edgecascade.errors import BuildError, EdgeCascadeError, InvalidRequest
+from edgecascade.engines import (
+    EngineKey,
+    read_engine,
+    read_timing_cache,
+    remove_engine,
+    write_engine,
+)
+from edgecascade.errors import BuildError, BundleError, EdgeCascadeError, InvalidRequest
 from edgecascade.trace import Graph, dims, profiles, trace_bundle
 
 log = logging.getLogger(__name__)
@@ -62,7 +68,8 @@ def build_engine(
     Raises:
         BackendUnavailable: when the builder, or what its plugins call, is not here.
         BuildError: when the builder refuses the graph, the engine cannot be written, or it answers
-        with other tokens than the bundle was verified with; then it is removed.
+        with other tokens than the bundle was verified with. Then, or when that cannot be tried, the
+        bundle keeps the engine that it had.
     """
     graph = trace_bundle(bundle)
     made = compile_graph(
@@ -75,6 +82,7 @@ def build_engine(
     )
     if made.key is None:
         raise BuildError("the builder does not say what its plan is for")
+    put_back = _engine_before(bundle, made.key)
     try:
         path = write_engine(bundle, made.key, made.plan, made.facts, made.timing_cache)
     except OSError as error:
@@ -84,9 +92,20 @@ def build_engine(
     try:
         accepted = accept(bundle)
     except BaseException:
-        remove_engine(bundle, made.key)
+        put_back()
         raise
     return path, replace(made, accepted=accepted)
+
+
+def _engine_before(bundle: Bundle, key: EngineKey) -> Callable[[], object]:
+    """What leaves a bundle with the engine that it has now: one that is not proven is worth less
+    than one that was.
+    """
+    try:
+        old, cache = read_engine(bundle, key), read_timing_cache(bundle, key)
+    except BundleError:  # none, or a damaged one
+        return lambda: remove_engine(bundle, key)
+    return lambda: write_engine(bundle, key, old.plan, old.facts, cache)
 
 
 def compile_graph(
@@ -177,18 +196,18 @@ def _run(job: Path, variables: dict[str, str], progress: Progress | None) -> dic
 
 def _heard(line: bytes, progress: Progress | None) -> dict[str, Any] | None:
     """One line of the child: progress, the result, or an error, which is raised here."""
-    try:
+    message: Any = None
+    with suppress(ValueError):
         message = json.loads(line)
-    except ValueError:  # a library printed something
-        log.info("%s", line.decode(errors="replace").rstrip())
-        return None
-    if "error" in message:
-        name, text = message["error"]
-        kind = getattr(errors, name, BuildError)
-        raise kind(text) if issubclass(kind, EdgeCascadeError) else BuildError(text)
-    if "result" in message:
-        found: dict[str, Any] = message["result"]
-        return found
-    if progress is not None:
-        progress(message["phase"], message["step"], message["steps"])
+    match message:
+        case {"error": [str(name), str(text)]}:
+            kind = getattr(errors, name, BuildError)
+            raise kind(text) if issubclass(kind, EdgeCascadeError) else BuildError(text)
+        case {"result": dict(found)}:
+            return found
+        case {"phase": str(phase), "step": int(step), "steps": int(steps)}:
+            if progress is not None:
+                progress(phase, step, steps)
+        case _:  # a library printed something
+            log.info("%s", line.decode(errors="replace").rstrip())
     return None

@@ -42,10 +42,10 @@ CONFIG: dict[str, Any] = {
 }
 
 
-def arrays(dtype: str = "F32", *, fused: bool = False, seed: int = 3) -> Arrays:
-    """Every tensor that CONFIG asks for, without prefix."""
+def arrays(dtype: str = "F32", *, fused: bool = False, seed: int = 3, **config: Any) -> Arrays:
+    """Every tensor that CONFIG asks for, without prefix. `config` replaces keys of it."""
     made: Arrays = {}
-    for tensor in nemotron_h.tensors(nemotron_h.read_config(CONFIG)):
+    for tensor in nemotron_h.tensors(nemotron_h.read_config({**CONFIG, **config})):
         stack = fused and tensor.transform is Transform.EXPERTS and tensor.fused is not None
         parts = []
         for i, (name, shape) in enumerate(tensor.sources):

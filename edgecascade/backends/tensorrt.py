@@ -21,7 +21,7 @@ from edgecascade.backends._device_backend import DeviceBackend
 from edgecascade.backends._lib import PAGE_TOKENS, cuda_library, cuda_library_path
 from edgecascade.backends.base import Options, kv_type
 from edgecascade.bundle import Bundle
-from edgecascade.device.facts import facts
+from edgecascade.device.identity import read_identity
 from edgecascade.engines import EngineKey, engine_key, plugin_hash, read_engine
 from edgecascade.errors import BackendError, BackendUnavailable, BundleError
 from edgecascade.nodes import state_name, state_output
@@ -45,7 +45,7 @@ def key_here(bundle: Bundle, trt: Any, device: Device) -> EngineKey:
         builder="tensorrt",
         version=trt.__version__,
         sm=device.sm,
-        l4t=facts().identity.l4t,
+        l4t=read_identity().l4t,
         plugins=plugin_hash([cuda_library_path()]),
     )
 
@@ -149,6 +149,9 @@ class TensorRTBackend(DeviceBackend):
             address = self._states.address(state.layer, name)
             self._addresses[state_name(state.layer, name)] = address
             self._addresses[state_output(state.layer, name)] = address
+        # What no layer of this model reads is no tensor of its engine.
+        asked = self._graph.inputs.keys() | self._graph.outputs.keys()
+        self._addresses = {name: self._addresses[name] for name in sorted(asked)}
         self._memory_bytes = int(self._engine.device_memory_size_v2)
         self._memory = self._device.alloc(self._memory_bytes)
         self._prefill = self._steps(PREFILL)

@@ -13,19 +13,38 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import checkpoints
 import pytest
 import standin
 from kernels import cuda_emulated
 from tolerances import CUDA_LOGITS
 
+from build_engine.pipeline import build
+
+
+def layers(pattern: str, folder: Path) -> Path:
+    """A bundle of these layers: an engine has no tensor that none of them reads."""
+    config = {"hybrid_override_pattern": pattern, "num_hidden_layers": len(pattern)}
+    arrays = checkpoints.arrays(**config)
+    checkpoint = checkpoints.write(folder / f"checkpoint-{pattern}", arrays, **config)
+    build(checkpoint, folder / f"bundle-{pattern}", precision="speed", verify=False)
+    return folder / f"bundle-{pattern}"
+
 
 @pytest.mark.parametrize("release", ["10.3", "11.4"])
 def test_200_answers_are_the_cpu_backends_and_decode_is_one_launch(
-    prepared: standin.Prepared, own_bundle: Callable[[str, str], Path], release: str
+    prepared: standin.Prepared,
+    own_bundle: Callable[[str, str], Path],
+    tmp_path: Path,
+    release: str,
 ) -> None:
     program = [sys.executable, str(standin.HERE / "end_to_end.py"), release]
     shapes = (("odd", "exact"), ("dense", "quality"), ("groups", "balanced"))
-    more = [own_bundle(*each) for each in shapes]
+    more = [
+        *(own_bundle(*each) for each in shapes),
+        layers("MEM", tmp_path),
+        layers("E-", tmp_path),
+    ]
     arguments = [str(path) for path in (prepared(release), own_bundle("tiny", "speed"), *more)]
     done = subprocess.run(
         [*program, *arguments], cwd=standin.ROOT, capture_output=True, text=True, timeout=1800

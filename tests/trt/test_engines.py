@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from golden import Build
 
+from build_engine import compile as compile_module
 from build_engine.accept import PROMPTS, STEPS, compare
 from edgecascade.backends import open_backend
 from edgecascade.bundle import Bundle
@@ -30,7 +31,7 @@ from edgecascade.engines import (
     remove_engine,
     write_engine,
 )
-from edgecascade.errors import BuildError, BundleError, BundleMismatch
+from edgecascade.errors import BuildError, BundleError, BundleMismatch, OutOfMemory
 from edgecascade.files import canonical_json
 
 PLAN_BYTES = bytes(range(256)) * 40
@@ -203,6 +204,36 @@ def test_building_again_replaces(bundle: Bundle, key: EngineKey, stored: Path) -
 def test_an_engine_that_proved_wrong_goes(bundle: Bundle, key: EngineKey, stored: Path) -> None:
     remove_engine(bundle, key)
     assert not stored.exists()
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_an_engine_that_could_not_be_proven_leaves_what_was_there(
+    bundle: Bundle, key: EngineKey, monkeypatch: pytest.MonkeyPatch, before: bool
+) -> None:
+    if before:
+        write_engine(bundle, key, PLAN_BYTES, {"build_s": 1.5}, b"timings")
+
+    def busy(opened: Bundle) -> None:
+        assert read_engine(opened, key).plan == b"new"
+        raise OutOfMemory("the service holds the GPU's memory")
+
+    monkeypatch.setattr(compile_module, "accept", busy)
+    made = compile_module.Compiled(b"new", b"", key, {})
+    monkeypatch.setattr(compile_module, "compile_graph", lambda *args, **options: made)
+    with pytest.raises(OutOfMemory):
+        compile_module.build_engine(bundle)
+    if not before:
+        with pytest.raises(BundleMismatch):
+            read_engine(bundle, key)
+        return
+    engine = read_engine(bundle, key)
+    assert (engine.plan, engine.facts) == (PLAN_BYTES, {"build_s": 1.5})
+    assert read_timing_cache(bundle, key) == b"timings"
+
+
+@pytest.mark.parametrize("line", [b"3", b"null", b'"error"', b"[1]", b"{}", b'{"step": 1}', b"x{"])
+def test_what_a_library_prints_in_a_build_is_no_message(line: bytes) -> None:
+    assert compile_module._heard(line + b"\n", None) is None
 
 
 def test_the_plugin_hash_is_of_sources_and_kernels(tmp_path: Path) -> None:
