@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Remembers which files were hashed before, so that loading 17 GB again costs no second pass.
 
-A stamp names a file by device and inode and holds size, times and digest. Any write to the file
+A stamp names a file by device and inode and holds size, times and digest. A write to the file
 changes its ctime, which no program can set back; then the stamp no longer fits and the file is
-hashed again. What a stamp cannot see is a disk that returns other bytes than were written: `inspect
---verify` reads them all.
+hashed again. What a stamp cannot see is a disk that returns other bytes than were written, and a
+program that had mapped the file for writing before it was hashed: `inspect --verify` reads all.
 """
 
 from __future__ import annotations
