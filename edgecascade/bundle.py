@@ -39,7 +39,7 @@ _DTYPES: dict[Codec, np.dtype[Any]] = {Codec.F32: np.dtype("<f4"), Codec.F16: np
 
 
 class Bundle:
-    """An open bundle. Weights are mapped, not read; arrays handed out keep the mapping alive."""
+    """An open bundle. Files are mapped, not read; arrays handed out keep the mapping alive."""
 
     def __init__(self, path: Path, content: Manifest, bundle_id: str = "") -> None:
         self.path = path
@@ -54,8 +54,7 @@ class Bundle:
         self.generation: dict[str, Any] = {}
         self.report: dict[str, Any] = {}
         self.chat_template: str | None = None
-        self.tokenizer_file: Path | None = None
-        self._maps = {file.name: _map_file(file, content.files) for file in self.weight_files}
+        self._maps = {name: _map_file(path / name, file) for name, file in content.files.items()}
 
     @classmethod
     def open(cls, path: str | Path, *, verify: bool | None = None) -> Bundle:
@@ -105,9 +104,7 @@ class Bundle:
         boundary.
         """
         tensor = self._tensor(name)
-        if not self._maps:
-            raise BundleError(f"bundle {self.path} is closed")
-        return np.frombuffer(self._maps[tensor.file], np.uint8, tensor.bytes, tensor.offset)
+        return np.frombuffer(self._mapped(tensor.file), np.uint8, tensor.bytes, tensor.offset)
 
     def matrix(self, name: str) -> NDArray[Any]:
         """A float32 or float16 tensor as a read-only array of its logical shape, on the mapped
@@ -125,6 +122,11 @@ class Bundle:
             tensor.shape, dtype, data, strides=strides[-len(tensor.shape) :]
         )
         return made
+
+    @property
+    def tokenizer_json(self) -> bytes | None:
+        """The tokenizer, None where there is none."""
+        return self._text(layout.TOKENIZER)
 
     def close(self) -> None:
         """Let go of the mappings; the last array that was handed out releases the memory."""
@@ -148,16 +150,38 @@ class Bundle:
         return tensor
 
     def _read_texts(self) -> None:
-        self.generation = _read_object(self.path / layout.GENERATION)
-        self.report = _read_object(self.path / layout.REPORT)
-        if layout.CHAT_TEMPLATE in self.manifest.files:
-            template = self.path / layout.CHAT_TEMPLATE
-            try:
-                self.chat_template = _read_bounded(template).decode()
-            except UnicodeDecodeError as error:
-                raise BundleError(f"{template} is not UTF-8: {error}; {layout.REBUILD}") from None
-        if layout.TOKENIZER in self.manifest.files:
-            self.tokenizer_file = self.path / layout.TOKENIZER
+        self.generation = self._object(layout.GENERATION)
+        self.report = self._object(layout.REPORT)
+        template = self._text(layout.CHAT_TEMPLATE)
+        try:
+            self.chat_template = None if template is None else template.decode()
+        except UnicodeDecodeError as error:
+            path = self.path / layout.CHAT_TEMPLATE
+            raise BundleError(f"{path} is not UTF-8: {error}; {layout.REBUILD}") from None
+
+    def _text(self, name: str) -> bytes | None:
+        """A small file's content; None where the bundle has none."""
+        if name not in self.manifest.files:
+            return None
+        data = self._mapped(name)
+        if len(data) > MAX_JSON_BYTES:
+            path = self.path / name
+            raise BundleError(f"{path} has {len(data)} bytes; at most {MAX_JSON_BYTES} are read")
+        return bytes(data)
+
+    def _object(self, name: str) -> dict[str, Any]:
+        path = self.path / name
+        value = parse_json(self._text(name) or b"", str(path))
+        if not isinstance(value, dict):
+            raise BundleError(
+                f"{path} holds {json.dumps(value)[:50]}; expected a JSON object; {layout.REBUILD}"
+            )
+        return value
+
+    def _mapped(self, name: str) -> mmap.mmap | bytes:
+        if not self._maps:
+            raise BundleError(f"bundle {self.path} is closed")
+        return self._maps[name]
 
 
 def _read_manifest(folder: Path) -> tuple[Manifest, str]:
@@ -311,18 +335,10 @@ def _read_bounded(path: Path) -> bytes:
     return path.read_bytes()
 
 
-def _read_object(path: Path) -> dict[str, Any]:
-    value = parse_json(_read_bounded(path), str(path))
-    if not isinstance(value, dict):
-        raise BundleError(
-            f"{path} holds {json.dumps(value)[:50]}; expected a JSON object; {layout.REBUILD}"
-        )
-    return value
-
-
-def _map_file(path: Path, promised: Mapping[str, StoredFile]) -> mmap.mmap:
+def _map_file(path: Path, promised: StoredFile) -> mmap.mmap | bytes:
     with open(path, "rb") as source:
-        mapped = mmap.mmap(source.fileno(), 0, access=mmap.ACCESS_READ)
-    if len(mapped) != promised[path.name].bytes:
+        size = os.fstat(source.fileno()).st_size
+        mapped = mmap.mmap(source.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
+    if size != promised.bytes:
         raise BundleError(f"{path} is being replaced; open the bundle again")
     return mapped

@@ -102,7 +102,7 @@ def describe(bundle: Bundle) -> dict[str, Any]:
         "state_bytes_per_session": cost.session,
         "state_bytes_per_token": cost.token,
         "modules": [asdict(_fit(module, cost)) for module in MODULES],
-        "tokenizer": bundle.tokenizer_file is not None,
+        "tokenizer": bundle.tokenizer_json is not None,
         "chat_template": bundle.chat_template is not None,
     }
 

@@ -73,7 +73,7 @@ class LLM:
         self.bundle = bundle
         self.backend_reason = backend_reason
         self._backend = backend
-        self.prompter = Prompter(bundle.tokenizer_file, bundle.chat_template, bundle.generation)
+        self.prompter = Prompter(bundle.tokenizer_json, bundle.chat_template, bundle.generation)
         self._recommended, self._eos = _recommended(bundle), _stop_ids(bundle)
         for name, value, least in (
             ("chunk_tokens", chunk_tokens, 1),

@@ -68,7 +68,7 @@ def test_bundle_hands_out_what_was_stored(made: Path) -> None:
         assert bundle.generation["eos_token_id"] == [2]
         assert bundle.report["precision"] == "balanced"
         assert bundle.chat_template == "{{ messages }}ü"
-        assert bundle.tokenizer_file is None
+        assert bundle.tokenizer_json is None
         assert bundle.weight_bytes == sum(tensor.bytes for tensor in bundle.tensors.values())
 
 
@@ -264,11 +264,22 @@ def test_an_open_bundle_keeps_its_weights_when_another_takes_its_name(
     made: Path, own: Path, tmp_path: Path
 ) -> None:
     other = checkpoints.write(tmp_path / "other", checkpoints.arrays("BF16", seed=4))
-    with Bundle.open(made) as old, Bundle.open(own) as bundle:
-        build_bundle(other, own, precision="balanced", verify=False, overwrite=True)
-        assert Bundle.open(own).id != bundle.id
-        for name in bundle.tensors:
-            assert np.array_equal(bundle.map(name), old.map(name)), name
+    (other / "chat_template.jinja").write_text("{{ other }}")
+    with Bundle.open(made) as old, pytest.MonkeyPatch.context() as patch:
+
+        def hash_and_replace(paths: list[Path]) -> list[str]:
+            found = sha256_files(paths)
+            patch.undo()
+            build_bundle(other, own, precision="balanced", verify=False, overwrite=True)
+            return found
+
+        patch.setattr(module, "sha256_files", hash_and_replace)
+        with Bundle.open(own, verify=True) as bundle:
+            assert bundle.id == old.id
+            assert bundle.chat_template == old.chat_template
+            for name in bundle.tensors:
+                assert np.array_equal(bundle.map(name), old.map(name)), name
+        assert Bundle.open(own).id != old.id
 
 
 def test_weights_that_are_gone_or_cut_off_are_the_bundles_error(own: Path) -> None:

@@ -41,9 +41,9 @@ class Prompter:
     """A bundle's tokenizer and chat template at work."""
 
     def __init__(
-        self, tokenizer_file: Path | None, template: str | None, generation: Mapping[str, Any]
+        self, tokenizer: Path | bytes | None, template: str | None, generation: Mapping[str, Any]
     ) -> None:
-        self.tokenizer = Tokenizer(tokenizer_file) if tokenizer_file else None
+        self.tokenizer = None if tokenizer is None else Tokenizer(tokenizer)
         self._turns = TurnEncoder(self.tokenizer, TURN_MARKS[1]) if self.tokenizer else None
         self._source = template
         self._generation = generation

@@ -13,17 +13,19 @@ from edgecascade.errors import BundleError, InvalidRequest
 
 
 class Tokenizer:
-    """Text to token ids and back."""
+    """Text to token ids and back, as a tokenizer.json says: a file, or what is in it."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, source: Path | bytes) -> None:
         # Imported here: a bundle without a tokenizer, and `edgecascade --help`, do not need it.
         from tokenizers import Tokenizer as Fast
 
+        name = str(source) if isinstance(source, Path) else "the bundle's tokenizer.json"
         try:
-            self._fast = Fast.from_buffer(path.read_bytes())  # from_file takes no odd file names
+            data = source.read_bytes() if isinstance(source, Path) else source
+            self._fast = Fast.from_buffer(data)  # from_file takes no odd file names
         except Exception as error:  # tokenizers raises nothing narrower
             raise BundleError(
-                f"{path} is not a tokenizer that the tokenizers library reads ({error}); "
+                f"{name} is not a tokenizer that the tokenizers library reads ({error}); "
                 "copy tokenizer.json from the checkpoint and build again"
             ) from error
         self._fast.no_truncation()
