@@ -375,7 +375,7 @@ def _clear_up(path: Path) -> None:
                 continue
             log.warning("removing %s, left by a build that was interrupted", folder)
             shutil.rmtree(folder, ignore_errors=True)
-        except OSError:
+        except BlockingIOError:
             log.info("%s belongs to a build that is running", folder)
         finally:
             os.close(lock)
@@ -423,6 +423,6 @@ def _rename_in_two_steps(source: Path, target: Path, *, swap: bool) -> None:
         except OSError:
             os.rename(old, target)
             raise
-        shutil.rmtree(old, ignore_errors=True)
+        os.rename(old, source)  # as an exchange leaves it, for whoever built to remove
     finally:
         os.close(lock)

@@ -183,15 +183,15 @@ def _headers(folder: Path) -> list[SourceTensor]:
         if not single.exists():
             raise CheckpointError(f"{folder} has neither {SINGLE} nor {INDEX}; {DOWNLOAD_AGAIN}")
         return read_header(single)
-    if single.exists():
-        raise CheckpointError(
-            f"{folder} has both {SINGLE} and {INDEX}, which is two sets of weights; remove the one "
-            "that is not meant"
-        )
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} has no weight_map; {DOWNLOAD_AGAIN}")
     shards = sorted({_shard_name(index, name, shard) for name, shard in weight_map.items()})
+    if single.exists() and SINGLE not in shards:
+        raise CheckpointError(
+            f"{folder} has {SINGLE}, and {INDEX} of other files: two sets of weights; remove the "
+            "one that is not meant"
+        )
     missing = [shard for shard in shards if not os.path.isfile(folder / shard)]
     if missing:
         raise CheckpointError(

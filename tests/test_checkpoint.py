@@ -336,8 +336,17 @@ def test_missing_folder_and_folder_without_weights_are_refused(tmp_path: Path) -
 def test_two_sets_of_weights_are_refused(tmp_path: Path) -> None:
     folder = checkpoints.write(tmp_path / "c", shards=2)
     shutil.copy(checkpoints.write(tmp_path / "single") / "model.safetensors", folder)
-    with pytest.raises(CheckpointError, match=r"both model\.safetensors and model.*two sets"):
+    with pytest.raises(CheckpointError, match=r"has model\.safetensors, and .*two sets of weights"):
         read(folder)
+
+
+def test_an_index_may_name_the_one_file_there_is(tmp_path: Path) -> None:
+    folder = checkpoints.write(tmp_path / "c")
+    names = {tensor.name for tensor in read_header(folder / "model.safetensors")}
+    index = {"weight_map": dict.fromkeys(names, "model.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    alone = read(checkpoints.write(tmp_path / "alone"))
+    assert values(read(folder)).keys() == values(alone).keys()
 
 
 def test_a_header_of_many_repeated_names_is_refused_at_once(tmp_path: Path) -> None:
