@@ -44,6 +44,13 @@ from edgecascade.snapshots import MIN_PIECE_TOKENS
 TOPICS = Topics()
 ASK = [{"role": "user", "content": "go to the dock"}]
 GREEDY = {"temperature": 0, "max_completion_tokens": 24, "seed": 5}
+# Whose first token is no end, as one of a random seed may be.
+LONG: dict[str, Any] = {
+    "temperature": 0,
+    "max_completion_tokens": 2000,
+    "timeout_s": 600,
+    "flush_ms": 0,
+}
 GREEDY_HERE = {"temperature": 0, "max_tokens": 24, "seed": 5}
 
 
@@ -175,7 +182,7 @@ def test_asyncio(serve: Serve, connect: Connect, llm: LLM) -> None:
 def test_a_stream_that_is_closed_early_frees_the_device(serve: Serve, connect: Connect) -> None:
     serve()
     client = connect("robot")
-    stream = client.stream("dev-1", ASK, max_completion_tokens=2000, timeout_s=600, flush_ms=0)
+    stream = client.stream("dev-1", ASK, **LONG)
     next(iter(stream))
     stream.close()
     assert until(lambda: client.devices()["dev-1"].busy == 0)
@@ -213,7 +220,7 @@ def test_a_stream_that_the_garbage_collector_ends_blocks_nobody(
 ) -> None:
     serve()
     client = connect("robot")
-    stream = client.stream("dev-1", ASK, max_completion_tokens=2000, timeout_s=600, flush_ms=0)
+    stream = client.stream("dev-1", ASK, **LONG)
     next(stream)
     circle: list[Any] = [stream]
     circle.append(circle)
@@ -254,7 +261,7 @@ def test_a_cancelled_request_whose_end_was_lost_is_told_again(
         return publish(*kept)
 
     monkeypatch.setattr(service._link, "publish", loses_the_first_final)
-    stream = client.stream("dev-1", ASK, timeout_s=600, flush_ms=0, max_completion_tokens=2000)
+    stream = client.stream("dev-1", ASK, **LONG)
     next(stream)
     client.cancel(stream.id)
     assert lost.wait(WAIT_S)
@@ -365,7 +372,7 @@ def test_a_broker_that_is_not_there_is_an_error_with_a_reason() -> None:
 def test_a_client_that_is_closed_tells_who_waits(serve: Serve, mosquitto: LocalBroker) -> None:
     service = serve()
     client = Client(mosquitto.url, client_id="closing").connect()
-    stream = client.stream("dev-1", ASK, max_completion_tokens=2000, timeout_s=600, flush_ms=0)
+    stream = client.stream("dev-1", ASK, **LONG)
     next(stream)
     ends: queue.Queue[Exception] = queue.Queue()
 
