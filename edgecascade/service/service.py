@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
+import os
 import platform
 import random
 import threading
@@ -71,7 +72,7 @@ class Service:
         self._inbox = Inbox()
         self._wake = threading.Event()
         self._stopping = False
-        name = config.model or llm.bundle.path.resolve().name
+        name = config.model or Path(os.path.abspath(llm.bundle.path)).name
         identity = report.Identity(
             device=config.device_id,
             model=name,
