@@ -80,7 +80,7 @@ FOUND = re.compile(
     r"|=+ .*(Invalid|Race reported|[Hh]azard|Uninitialized|Program hit|\+0x)"
 )
 LIMITS = {  # of the parts, in their order: seconds at most
-    "bundle": 1800.0, "build": 600.0, "gpu": 60.0, "suite": 400.0, "ceiling": 120.0,
+    "build": 600.0, "gpu": 60.0, "bundle": 1800.0, "suite": 400.0, "ceiling": 120.0,
     "decode": 180.0, "cpu": 180.0, "prefill": 120.0, "generate": 120.0, "long": 240.0,
     "ops": 400.0, "memcheck": 300.0, "racecheck": 300.0,
 }  # fmt: skip

@@ -92,7 +92,10 @@ def build_engine(
     try:
         accepted = accept(bundle)
     except BaseException:
-        put_back()
+        try:
+            put_back()
+        except OSError as failed:
+            log.error("the engine that was not proven is still in %s: %s", path, failed)
         raise
     return path, replace(made, accepted=accepted)
 
@@ -103,7 +106,7 @@ def _engine_before(bundle: Bundle, key: EngineKey) -> Callable[[], object]:
     """
     try:
         old, cache = read_engine(bundle, key), read_timing_cache(bundle, key)
-    except BundleError:  # none, or a damaged one
+    except (BundleError, OSError):  # none, or a damaged one
         return lambda: remove_engine(bundle, key)
     return lambda: write_engine(bundle, key, old.plan, old.facts, cache)
 

@@ -244,7 +244,7 @@ def test_a_prompt_beyond_the_context_is_refused_with_both_numbers(load: Load) ->
         ([512], {}, "token 512 at position 0 is outside the vocabulary of 512"),
         ([5, -1], {}, "token -1 at position 1"),
         ([5, 2**40], {}, f"token {2**40}"),
-        ([5, 10**30], {}, "token .* at position 1 is outside the vocabulary of 512"),
+        ([5, 10**5000], {}, "token beyond 64 bits at position 1 is outside the vocabulary of 512"),
         ([1.5], {}, "list of ids"),
         ([True], {}, "list of ids"),
         ([None], {}, "list of ids"),

@@ -190,7 +190,13 @@ def check_tokens(tokens: Any, vocab: int) -> Array:
     """
     ids = np.asarray(tokens)
     if ids.dtype == object and ids.ndim == 1 and all(isinstance(token, int) for token in ids):
-        ids = np.clip(ids, -1, 2**31 - 1).astype(np.int64)
+        for position, token in enumerate(ids):
+            if abs(token) >= 2**63:
+                raise InvalidRequest(
+                    f"a token beyond 64 bits at position {position} is outside the vocabulary of "
+                    f"{vocab}"
+                )
+        ids = ids.astype(np.int64)
     if ids.ndim != 1 or ids.size == 0 or ids.dtype.kind not in "iu":
         raise InvalidRequest(
             f"tokens must be a non-empty list of ids, got shape {ids.shape} of {ids.dtype}"

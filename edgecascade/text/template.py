@@ -169,7 +169,7 @@ def _checked_calls(calls: Any, where: str) -> list[dict[str, Any]]:
         if not isinstance(arguments, Mapping):
             raise InvalidRequest(f"{where}.tool_calls[{index}].arguments must be a JSON object")
         try:
-            json.dumps(arguments, allow_nan=False)
+            json.dumps(dict(arguments), allow_nan=False)
         except (TypeError, ValueError, RecursionError) as error:
             raise InvalidRequest(
                 f"{where}.tool_calls[{index}].arguments must be plain JSON values: {error}"
