@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -12,16 +12,13 @@ from typing import Any
 import installed
 import pytest
 from golden import Build
+from serving import WAIT_S, Connect, Serve
 
 from edgecascade import LLM
 from edgecascade.client import Client
 from edgecascade.service.broker import LocalBroker
 from edgecascade.service.config import ServiceConfig
 from edgecascade.service.service import Service
-
-WAIT_S = 30.0
-Serve = Callable[..., Service]
-Connect = Callable[..., Client]
 
 
 @pytest.fixture

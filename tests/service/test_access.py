@@ -18,11 +18,11 @@ from typing import Any
 
 import installed
 import pytest
-from conftest import WAIT_S
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+from serving import WAIT_S
 
 from edgecascade.client import Client
 from edgecascade.errors import NetworkError

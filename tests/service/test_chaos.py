@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from conftest import WAIT_S, Connect, Serve
 from proxy import Proxy
+from serving import WAIT_S, Connect, Serve
 
 from edgecascade import LLM
 from edgecascade.client import Client

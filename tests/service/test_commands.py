@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import WAIT_S, Connect
 from proxy import Proxy
+from serving import WAIT_S, Connect
 from test_service import until
 
 from edgecascade.cli import main

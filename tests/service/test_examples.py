@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import WAIT_S, Serve
+from serving import WAIT_S, Serve
 
 from edgecascade.service.broker import LocalBroker
 from edgecascade.service.config import ServiceConfig

@@ -8,9 +8,9 @@ import time
 from typing import Any
 
 import pytest
-from conftest import WAIT_S, Connect, Serve
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from serving import WAIT_S, Connect, Serve
 from test_service import GREEDY, Raw
 
 from edgecascade import LLM

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import WAIT_S, Serve
+from serving import WAIT_S, Serve
 from test_service import ASK, GREEDY, TOPICS, Raw, until
 
 from edgecascade import LLM

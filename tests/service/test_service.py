@@ -19,11 +19,11 @@ from typing import Any
 import installed
 import paho.mqtt.client as paho
 import pytest
-from conftest import WAIT_S, Connect, Serve
 from paho.mqtt.enums import CallbackAPIVersion
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from proxy import Proxy
+from serving import WAIT_S, Connect, Serve
 
 from edgecascade import LLM
 from edgecascade.client import Client
