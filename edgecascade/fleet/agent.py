@@ -142,6 +142,8 @@ class Agent:
     def install(self, folder: str) -> None:
         """Take the orders of a published folder for this device's groups, if it has any."""
         self.answers = {}
+        for done in [name for name in self._host.sticks if self.state.verdict(name) is not None]:
+            del self._host.sticks[done]
         for group in self._settings.groups:
             path = f"orders/{group}.json"
             try:
@@ -212,8 +214,8 @@ class Agent:
     def _taken(self, result: Result) -> None:
         match result:
             case Offer(order, document, refusal, source):
-                if source:
-                    self._host.sticks = {order.order: source}
+                if source and order.action == "install" and not refusal:
+                    self._host.sticks[order.order] = source
                 self._refusal = None
                 self._executor.offer(order, document, refusal)
                 self._answer(source, order.order, self._no_verdict(order))

@@ -60,7 +60,7 @@ class Voice(Protocol):
 
 
 class DeviceHost:
-    """See executor.Host. `sticks` names the folder that an order came from."""
+    """See executor.Host. `sticks` names the folder that an order to install came from."""
 
     def __init__(
         self,

@@ -218,6 +218,29 @@ def test_a_running_agent_outlives_a_stick_that_cannot_be_read(
         thread.join()
 
 
+def test_only_an_order_that_will_be_installed_from_a_stick_has_its_blobs(
+    home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(DeviceHost, "spawn", lambda host, work, post: None)
+    made = Agent(settings(tmp_path / "device", home, groups=(GROUP, "all")))
+    try:
+        made._executor.boot()
+        first = order(home, "first")
+        document = home.repository().release(NAME, "1")[0].to_bytes()
+        made._taken(Offer(first, document, "", "/stick"))
+        other = replace(first, order="other", group="all", seq=1)
+        made._taken(Offer(replace(other, action="pause"), source="/stick"))
+        made._taken(Offer(replace(other, seq=2), document, "too little memory", "/stick"))
+        made._taken(Offer(replace(other, order="heard", seq=3), document, "nothing for it"))
+        assert made.state.update is not None
+        assert made.state.update.order == first
+        assert made._host.sources(first)[0].name.startswith("/stick/blobs")
+        assert made._host.sources(other) == []
+    finally:
+        made._host.close()
+        made._lock.close()
+
+
 def test_a_stick_without_an_order_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
