@@ -195,9 +195,8 @@ class DeviceHost:
             seen |= answered
             if "reason" in answered:
                 return False, seen
-            crashes = self.child.state.crashes
             good, watched = probation.soak(
-                release.health, lambda: self._trouble(slot, crashes), stopped.wait
+                release.health, lambda: self._trouble(state), stopped.wait
             )
             return good, {**seen, **watched}
 
@@ -213,9 +212,11 @@ class DeviceHost:
             return {"reason": "wrong-bundle", "message": message}
         return said
 
-    def _trouble(self, slot: Slot, crashes: int) -> str:
+    def _trouble(self, loaded: ChildState) -> str:
+        """Why the run that was loaded is over; nothing while it goes on."""
         state = self.child.state
-        return state.last_words if state.crashes > crashes else ""
+        # Not by the crashes: their count begins anew after a steady run.
+        return "" if state.loaded_at == loaded.loaded_at else state.last_words or "it ended"
 
     def drain(self) -> None:
         """See executor.Host."""

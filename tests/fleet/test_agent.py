@@ -29,8 +29,9 @@ from edgecascade.errors import DownloadFailed, InvalidRequest, NetworkError, Upd
 from edgecascade.files import sha256_file
 from edgecascade.fleet import agent as agents
 from edgecascade.fleet import delta as deltas
-from edgecascade.fleet import orders
+from edgecascade.fleet import orders, probation
 from edgecascade.fleet.agent import Agent, own, trusted_root
+from edgecascade.fleet.child import Child, ChildState, Command
 from edgecascade.fleet.faults.web import Site, drip
 from edgecascade.fleet.fetch import Downloader
 from edgecascade.fleet.fs import RealFiles
@@ -640,6 +641,53 @@ def test_a_device_that_is_kept_from_news_says_so(home: Home, tmp_path: Path) -> 
     finally:
         made._host.close()
         made._lock.close()
+
+
+class Scripted(Child):
+    """A service in a state that a test chose."""
+
+    def __init__(self, state: ChildState) -> None:
+        self._chosen = state
+
+    @property
+    def state(self) -> ChildState:
+        return self._chosen
+
+    def want(self, command: Command | None) -> None: ...
+
+    def wait(self, test: Callable[[ChildState], bool], timeout_s: float) -> bool:
+        return test(self._chosen)
+
+
+def test_a_service_that_starts_again_while_it_is_watched_is_seen_however_often_it_did_before(
+    home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release, sha256 = home.repository().release(NAME, "1")
+    device = settings(tmp_path, home, mqtt="mqtt://127.0.0.1:1")
+    host = DeviceHost(device, Voice(), lambda slot: release, lambda place: FolderSource(tmp_path),
+                      lambda: None)  # fmt: skip
+    slot = Slot(NAME, "1", 1, sha256, release.manifest.sha256)
+    last = "ended with status 1"
+    loaded = ChildState(host._command(slot), pid=7, started_at=1.0, loaded_at=2.0, ready_at=3.0, crashes=1)
+    paused = replace(loaded, command=None, pid=None, loaded_at=None, last_words=last)
+    again = replace(paused, command=loaded.command, pid=8, started_at=100.0, loaded_at=101.0)
+    seen: list[str] = []
+
+    def soak(health: Health, trouble: Callable[[], str], wait: Any) -> tuple[bool, dict[str, Any]]:
+        for state in (loaded, paused, again):
+            host.child = Scripted(state)
+            seen.append(trouble())
+        return True, {}
+
+    monkeypatch.setattr(probation, "soak", soak)
+    real, host.child = host.child, Scripted(loaded)
+    try:
+        host._mine.halts = host._halts
+        assert host.soak(slot, release)[0]
+        assert seen == ["", last, last]
+    finally:
+        host.child = real
+        host.close()
 
 
 def test_an_agent_outlives_a_disk_that_fails_for_a_while(
