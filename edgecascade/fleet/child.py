@@ -141,7 +141,7 @@ class Child:
                 log.exception("the service is not kept running")
                 words = f"cannot be kept running: {error!r}"
             if words:
-                self._crashed(words)
+                self._crashed(command, words)
 
     def _serve(self, command: Command) -> str:
         """One run of the program: how it ended, or nothing if something else is wanted."""
@@ -207,26 +207,36 @@ class Child:
             process.wait()
 
     def _gone(self) -> None:
-        now = time.monotonic()
-        crashes = 0 if now - self._state.started_at > STEADY_S else self._state.crashes
-        self._set(command=None, pid=None, loaded_at=None, ready_at=None, ended_at=now,
-                  crashes=crashes)  # fmt: skip
+        def gone(state: ChildState) -> ChildState:
+            now = time.monotonic()
+            crashes = 0 if now - state.started_at > STEADY_S else state.crashes
+            return replace(state, command=None, pid=None, loaded_at=None, ready_at=None,
+                           ended_at=now, crashes=crashes)  # fmt: skip
 
-    def _crashed(self, words: str) -> None:
-        """Count it, and pause before the next start."""
-        crashes = self._state.crashes + 1
+        self._change(gone)
+
+    def _crashed(self, command: Command, words: str) -> None:
+        """Count it, and pause before the next start, unless something else is wanted by now."""
         log.error("the service %s", words)
-        self._set(crashes=crashes, last_words=words)
-        pause_s = backoff_s(crashes, FIRST_PAUSE_S, LONGEST_PAUSE_S)
-        wanted = self._wanted
+
+        def crashed(state: ChildState) -> ChildState:
+            if self._wanted != command:
+                return state
+            return replace(state, crashes=state.crashes + 1, last_words=words)
+
+        pause_s = backoff_s(self._change(crashed).crashes, FIRST_PAUSE_S, LONGEST_PAUSE_S)
         with self._changed:
-            self._changed.wait_for(lambda: self._closing or self._wanted != wanted, pause_s)
+            self._changed.wait_for(lambda: self._closing or self._wanted != command, pause_s)
 
     def _set(self, **changes: object) -> None:
+        self._change(lambda state: replace(state, **changes))  # type: ignore[arg-type]
+
+    def _change(self, change: Callable[[ChildState], ChildState]) -> ChildState:
         with self._changed:
-            self._state = replace(self._state, **changes)  # type: ignore[arg-type]
+            changed = self._state = change(self._state)
             self._changed.notify_all()
         self._on_change()
+        return changed
 
     def _drop_old_words(self) -> None:
         self._ear.setblocking(False)

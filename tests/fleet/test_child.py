@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -122,6 +123,43 @@ def test_a_crash_is_counted_explained_and_tried_again(
     assert "no such bundle" in one.state.last_words
     one.want(program(tmp_path, "well"))
     assert one.wait(ready, WAIT_S)
+    assert one.state.crashes == 0
+
+
+def test_a_crash_is_not_counted_for_what_was_wanted_meanwhile(make: Make, tmp_path: Path) -> None:
+    others = [program(tmp_path, "well")]
+
+    def on_change() -> None:
+        if one.state.ended_at and others:
+            one.want(others.pop())
+
+    one = make(on_change=on_change)
+    one.want(program(tmp_path, "crash"))
+    assert one.wait(ready, WAIT_S)
+    assert (one.state.crashes, one.state.last_words) == (0, "")
+
+
+class Interrupted(threading.Condition):
+    """A lock that something comes before."""
+
+    work: Callable[[], None] | None = None
+
+    def __enter__(self) -> bool:
+        work, self.work = self.work, None
+        if work is not None:
+            work()
+        return super().__enter__()
+
+
+def test_who_wants_another_while_one_ends_has_its_crashes_counted_anew(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(threading, "Condition", Interrupted)
+        one = make(before=lambda command, stopped: stopped.wait())
+    one._state = ChildState(crashes=1, started_at=time.monotonic())
+    one._changed.work = lambda: one.want(program(tmp_path, "well"))  # type: ignore[attr-defined]
+    one._gone()
     assert one.state.crashes == 0
 
 
