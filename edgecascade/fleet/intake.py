@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from edgecascade.errors import EdgeCascadeError, FleetError, NetworkError, UpdateRefused
+from edgecascade.errors import EdgeCascadeError, FleetError, NetworkError, UpdateFailed, UpdateRefused
 from edgecascade.fleet import orders
 from edgecascade.fleet.orders import MAX_ENVELOPE_BYTES, Order
 from edgecascade.fleet.refresh import Trust
@@ -222,8 +222,11 @@ class Intake:
         self.post(Offer(order, document, self.judge(release), envelope.source))
 
     def _hold(self, envelope: Envelope, order: Order, trouble: EdgeCascadeError) -> None:
-        """Try again later: for ever while nobody answers, a few times when the answer is wrong."""
-        answered = not isinstance(trouble, NetworkError)
+        """Try again later: a few times where the answer is wrong, for ever without one.
+
+        A disk that fails here is no answer.
+        """
+        answered = not isinstance(trouble, NetworkError | UpdateFailed)
         tries = envelope.tries + answered
         if tries > order.policy.retries:
             self.post(Offer(order, None, f"{_reason(trouble)}: {trouble}", envelope.source))

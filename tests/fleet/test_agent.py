@@ -25,11 +25,17 @@ from golden import Build
 
 from edgecascade.cli import agent as commands
 from edgecascade.cli import main
-from edgecascade.errors import DownloadFailed, InvalidRequest, NetworkError, UpdateRefused
+from edgecascade.errors import (
+    DownloadFailed,
+    InvalidRequest,
+    NetworkError,
+    UpdateFailed,
+    UpdateRefused,
+)
 from edgecascade.files import sha256_file
 from edgecascade.fleet import agent as agents
 from edgecascade.fleet import delta as deltas
-from edgecascade.fleet import orders, probation
+from edgecascade.fleet import orders, probation, refresh
 from edgecascade.fleet.agent import Agent, own, trusted_root
 from edgecascade.fleet.child import Child, ChildState, Command
 from edgecascade.fleet.faults.web import Site, drip
@@ -468,6 +474,43 @@ def test_an_order_waits_for_a_disk_that_fails(
         assert isinstance(taken.get(timeout=60), Offer)
     finally:
         box.intake.close()
+
+
+@pytest.mark.parametrize("name", ["raise_floor", "read_floor"])
+def test_a_disk_that_fails_for_a_while_is_no_answer_of_the_repository(
+    home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    box = Box(home, tmp_path / "device", folder_fetch(home.served))
+    envelope = home.repository().sign_order(order(home, "full"))
+    box.intake._refresh(box.intake.trusts)
+
+    def fail(*given: object, **more: object) -> None:
+        raise OSError(errno.EIO, "no such sector")
+
+    with monkeypatch.context() as failing:
+        failing.setattr(refresh, name, fail)
+        for _ in range(3):
+            held = box.take(envelope)
+            assert isinstance(held, Held)
+            assert held.reason == "disk"
+    assert isinstance(box.take(envelope), Offer)
+
+
+def test_a_floor_that_cannot_be_read_costs_no_metadata_that_are_sound(
+    home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    box = Box(home, tmp_path / "device", folder_fetch(home.served))
+    (trust,) = box.intake.trusts
+    trust.refresh(time.time())
+    kept = set(os.listdir(tmp_path / "device" / "tuf"))
+
+    def fail(files: object) -> None:
+        raise OSError(errno.EIO, "no such sector")
+
+    monkeypatch.setattr(refresh, "read_floor", fail)
+    with pytest.raises(UpdateFailed, match="no such sector"):
+        trust.refresh(time.time())
+    assert set(os.listdir(tmp_path / "device" / "tuf")) == kept
 
 
 class Voice:
