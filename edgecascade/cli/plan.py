@@ -6,12 +6,13 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from edgecascade.cli.options import natural, positive, within
 from edgecascade.errors import InvalidRequest
 
 if TYPE_CHECKING:
+    from edgecascade.fleet.orders import Window
     from edgecascade.fleet.record import Record
     from edgecascade.fleet.release import Release
 
@@ -113,55 +114,64 @@ def new_record(args: argparse.Namespace, release: Release, sha256: str) -> Recor
     return Record(order, plan, Progress(1))
 
 
-def check_same(args: argparse.Namespace, known: Record, wanted: Record) -> None:
+def check_same(args: argparse.Namespace, known: Record, wanted: Record, broker: str) -> None:
     """A rollout that goes on does so as it began: its plan does not change.
 
     Raises:
         InvalidRequest: when an option is given that asks for something else.
     """
     other = [
-        f"--{name.replace('_', '-')} {has}, not {wants}"
-        for name, shown in SHOWN.items()
-        if getattr(args, name) is not None and (has := shown(known)) != (wants := shown(wanted))
+        f"--{name.replace('_', '-')} {shown(has)}, not {shown(wants)}"
+        for name, (value, shown) in SHOWN.items()
+        if getattr(args, name) is not None and (has := value(known)) != (wants := value(wanted))
     ]
     if other:
         order = known.order.order
         raise InvalidRequest(
             f"{order} goes on with {'; '.join(other)}; leave that out, or end the rollout first: "
-            f"edgecascade fleet abort {order} --mqtt {args.mqtt}"
+            f"edgecascade fleet abort {order} --mqtt {broker}"
         )
 
 
+def _number(value: float) -> str:
+    return f"{value:.12g}"
+
+
 def _rate(kbit_s: float | None) -> str:
-    return "without end" if kbit_s is None else f"{kbit_s:g}kbit"
+    return "without end" if kbit_s is None else f"{_number(kbit_s)}kbit"
 
 
-def _window(record: Record) -> str:
-    found = record.order.window
+def _window(found: Window | None) -> str:
+    from edgecascade.fleet.home import DAYS
+
     if found is None:
         return "always"
-    days = ",".join(("mon", "tue", "wed", "thu", "fri", "sat", "sun")[day] for day in found.days)
+    days = ",".join(DAYS[day] for day in found.days)
     return f"{days}:" * bool(days) + f"{found.start}+{found.minutes}@{found.tz}"
 
 
-# What a record has, as the option writes it.
-SHOWN: dict[str, Callable[[Record], str]] = {
-    "order": lambda record: record.order.order,
-    "stages": lambda record: ",".join(
-        f"{part:g}" if part else "first" for part in record.plan.stages
+# What a record has, and how the option writes that.
+SHOWN: dict[str, tuple[Callable[[Record], Any], Callable[[Any], str]]] = {
+    "order": (lambda record: record.order.order, str),
+    "stages": (
+        lambda record: record.plan.stages,
+        lambda parts: ",".join(_number(part) if part else "first" for part in parts),
     ),
-    "first": lambda record: record.plan.first or "the one that comes first",
-    "mirror": lambda record: " ".join(record.order.mirrors) or "none",
-    "egress": lambda record: _rate(record.plan.egress_kbit_s),
-    "limit": lambda record: _rate(record.order.limits.kbit_s),
-    "parallel": lambda record: f"{record.order.limits.parallel}",
-    "window": _window,
-    "soak": lambda record: f"{record.plan.thresholds.soak_s:g}",
-    "lost_after": lambda record: f"{record.plan.thresholds.lost_s:g}",
-    "pass_percent": lambda record: f"{100 * record.plan.thresholds.success:g}",
-    "fail_percent": lambda record: f"{100 * record.plan.thresholds.failed:g}",
-    "tolerate_lost": lambda record: f"{record.plan.thresholds.lost - 1}",
-    "retries": lambda record: f"{record.order.policy.retries}",
-    "allow_downgrade": lambda record: f"{record.order.policy.allow_downgrade}".lower(),
-    "valid_days": lambda record: f"{record.plan.valid_s / DAY_S:g}",
+    "first": (lambda record: record.plan.first, lambda first: first or "the one that comes first"),
+    "mirror": (lambda record: record.order.mirrors, lambda mirrors: " ".join(mirrors) or "none"),
+    "egress": (lambda record: record.plan.egress_kbit_s, _rate),
+    "limit": (lambda record: record.order.limits.kbit_s, _rate),
+    "parallel": (lambda record: record.order.limits.parallel, str),
+    "window": (lambda record: record.order.window, _window),
+    "soak": (lambda record: record.plan.thresholds.soak_s, _number),
+    "lost_after": (lambda record: record.plan.thresholds.lost_s, _number),
+    "pass_percent": (lambda record: 100 * record.plan.thresholds.success, _number),
+    "fail_percent": (lambda record: 100 * record.plan.thresholds.failed, _number),
+    "tolerate_lost": (lambda record: record.plan.thresholds.lost - 1, str),
+    "retries": (lambda record: record.order.policy.retries, str),
+    "allow_downgrade": (
+        lambda record: record.order.policy.allow_downgrade,
+        lambda allowed: str(allowed).lower(),
+    ),
+    "valid_days": (lambda record: record.plan.valid_s / DAY_S, _number),
 }

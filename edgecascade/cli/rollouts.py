@@ -90,17 +90,17 @@ def operator_address(args: argparse.Namespace) -> BrokerAddress:
 
 def _rollout(args: argparse.Namespace, home: Home) -> int:
     release, sha256 = home.repository().release(args.name, args.version)
-    running = _unfinished(home, args.group)
+    running, broker = _unfinished(home, args.group), operator_address(args).shown
     if running is None:
         record = plan.new_record(args, release, sha256)
     elif running.order.release_sha256 == sha256:
         record = running
-        plan.check_same(args, record, plan.new_record(args, release, sha256))
+        plan.check_same(args, record, plan.new_record(args, release, sha256), broker)
         print(f"going on with {record.order.order}", file=sys.stderr)
     else:
         raise InvalidRequest(
             f"{running.order.order} is {running.progress.state} in group {args.group!r}; "
-            f"end it first: edgecascade fleet abort {running.order.order} --mqtt {args.mqtt}"
+            f"end it first: edgecascade fleet abort {running.order.order} --mqtt {broker}"
         )
     home.check_enrolled(args.group, record.plan.first)
     if record.progress.state == "paused":

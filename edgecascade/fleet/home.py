@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from edgecascade.fleet.repository import Repository
 
 ROOT = "root.json"
+DAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")  # of a window; their index is the order's
 UNITS = {"": 1e-3, "k": 1.0, "M": 1e3, "G": 1e6}  # of bit/s, in kbit/s
 
 
@@ -157,13 +158,12 @@ def window(text: str) -> Window:
     Raises:
         InvalidRequest: for anything else.
     """
-    days = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
     match = re.fullmatch(r"(?:([a-z,]+):)?(\d\d:\d\d)\+(\d{1,4})@(\S+)", text)
-    if match is None or any(day not in days for day in (match[1] or "mon").split(",")):
+    if match is None or any(day not in DAYS for day in (match[1] or "mon").split(",")):
         raise InvalidRequest(
             f"window is {text!r}; write 01:30+180@Europe/Berlin or sat,sun:01:30+180@UTC"
         )
-    chosen = tuple(sorted(days.index(day) for day in match[1].split(","))) if match[1] else ()
+    chosen = tuple(sorted(DAYS.index(day) for day in match[1].split(","))) if match[1] else ()
     try:
         ZoneInfo(match[4])
         return Window(match[4], match[2], int(match[3]), chosen)

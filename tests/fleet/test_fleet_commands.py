@@ -247,8 +247,37 @@ def test_every_option_of_a_plan_can_be_compared(prepared: Path) -> None:
     args = parser.parse_args(["tiny", "--group", "g", "--allow-downgrade", *given])
     release, sha256 = Home(prepared).repository().release("tiny")
     made = plan.new_record(args, release, sha256)
-    shown = {name: show(made) for name, show in plan.SHOWN.items()}
+    shown = {name: show(value(made)) for name, (value, show) in plan.SHOWN.items()}
     assert shown == {**words, "allow_downgrade": "true"}
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--soak", "2591999"), "--soak 2592000, not 2591999"),
+        (("--pass-percent", "95.000001"), "--pass-percent 95, not 95.000001"),
+        (("1.0",), "end it first"),
+    ],
+)
+def test_a_rollout_that_is_refused_tells_no_password(
+    prepared: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    words: tuple[str, ...],
+    said: str,
+) -> None:
+    home = Home(shutil.copytree(prepared, tmp_path / "fleet"))
+    parser = argparse.ArgumentParser()
+    plan.add_options(parser)
+    began = parser.parse_args(["tiny", "--group", "g", "--soak", "2592000"])
+    with home.records.locked():
+        home.records.write(plan.new_record(began, *home.repository().release("tiny")))
+    where = ("--fleet", str(home.folder), "--mqtt", "mqtt://maria:hunter2@127.0.0.1:1")
+    assert main(["fleet", "rollout", "tiny", *words, "--group", "g", *where]) == 1
+    told = capsys.readouterr().err
+    assert said in told
+    assert "--mqtt mqtt://127.0.0.1:1" in told
+    assert "hunter2" not in told
 
 
 @pytest.mark.parametrize(
