@@ -8,7 +8,6 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +17,7 @@ from edgecascade.errors import InvalidRequest
 if TYPE_CHECKING:
     from edgecascade.fleet.settings import AgentSettings
     from edgecascade.fleet.state import DeviceState
+    from edgecascade.fleet.stick import Outcomes
 
 POLL_S = 0.5
 
@@ -115,46 +115,58 @@ def _install(args: argparse.Namespace, settings: AgentSettings) -> int:
 
     from edgecascade.fleet import stick
     from edgecascade.fleet.agent import Agent, own
-    from edgecascade.fleet.state import DeviceState
 
     folder = Path(args.folder).resolve()
     if not any((folder / "orders" / f"{group}.json").exists() for group in settings.groups):
         raise InvalidRequest(stick.no_order(str(folder), settings.groups))
-    end = time.monotonic() + args.timeout
+    end, told = time.monotonic() + args.timeout, set[str]()
     try:
         own(settings.folder).close()
     except InvalidRequest:  # an agent runs: it shall do it
         stick.ask(settings.folder, folder)
-        answers: dict[str, str | None] = {}
-        state = DeviceState()
-        while time.monotonic() < end and not stick.is_over(answers, state):
+        outcomes: Outcomes = {}
+        while time.monotonic() < end and not _is_over(outcomes, told):
             time.sleep(POLL_S)
-            answers = stick.answered(settings.folder)
-            state = _state(settings.folder)  # later than the answers, which say what it will hold
-        return _show(answers, state, as_json=args.json)
+            outcomes = stick.answered(settings.folder)
+        # The state is read later than the outcomes: it holds the verdicts that they tell of.
+        return _show(outcomes, _state(settings.folder), as_json=args.json)
     agent = Agent(replace(settings, mqtt="", service=None, repository=()))
     agent.install(str(folder))
-    agent.run(lambda: stick.is_over(agent.answers, agent.state) or time.monotonic() > end)
-    return _show(agent.answers, agent.state, as_json=args.json)
+    agent.run(lambda: _is_over(agent.outcomes, told) or time.monotonic() > end)
+    return _show(agent.outcomes, agent.state, as_json=args.json)
 
 
-def _show(answers: Mapping[str, str | None], state: DeviceState, *, as_json: bool) -> int:
+def _is_over(outcomes: Outcomes, told: set[str]) -> bool:
+    """Whether nothing more will come; what an order waits for is told once."""
+    from edgecascade.fleet import stick
+
+    waits = [each.why for each in outcomes.values() if each.why and not each.over]
+    for why in dict.fromkeys(waits):
+        if why not in told:
+            print(why, file=sys.stderr)
+            told.add(why)
+    return stick.is_over(outcomes)
+
+
+def _show(outcomes: Outcomes, state: DeviceState, *, as_json: bool) -> int:
     from dataclasses import asdict
 
-    found = [verdict for name in answers if (verdict := state.verdict(name)) is not None]
-    names = [verdict.order for verdict in found]
-    refused = {name: why or f"order {name!r}: no verdict in time"
-               for name, why in answers.items() if why or name not in names}  # fmt: skip
+    from edgecascade.fleet import stick
+
+    ended = [name for name, each in outcomes.items() if each.over and not each.why]
+    found = [verdict for name in ended if (verdict := state.verdict(name)) is not None]
+    refused = {name: each.why or f"order {name!r}: no verdict in time"
+               for name, each in outcomes.items() if name not in ended}  # fmt: skip
     if as_json:
         print_json({"verdicts": [asdict(v) for v in found], "refused": refused})
     else:
         for verdict in found:
             said = " ".join(f"{key}: {value}" for key, value in verdict.evidence.items())
             print(f"{verdict.order}: {verdict.state} {verdict.bundle_to}  {said}".rstrip())
-        for why in refused.values() if answers else ("the agent does not answer",):
+        for why in refused.values() if outcomes else ("the agent does not answer",):
             print(why, file=sys.stderr)
-    taken = [verdict.state for verdict in found if not answers[verdict.order]]
-    return 0 if taken and set(taken) == {"SUCCEEDED"} else 1
+    good = {verdict.state for verdict in found} == {"SUCCEEDED"} and len(found) == len(ended)
+    return 0 if good and stick.is_over(outcomes) else 1
 
 
 def _state(root: Path) -> Any:

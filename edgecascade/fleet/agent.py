@@ -45,7 +45,7 @@ from edgecascade.fleet.intake import (
 )
 from edgecascade.fleet.jobs import Job, first_to_forget
 from edgecascade.fleet.line import Line
-from edgecascade.fleet.orders import MAX_ENVELOPE_BYTES, Order
+from edgecascade.fleet.orders import MAX_ENVELOPE_BYTES
 from edgecascade.fleet.refresh import (
     MAX_ROOT_BYTES,
     TRUST_ROOT,
@@ -60,6 +60,7 @@ from edgecascade.fleet.settings import AgentSettings, foreign_config
 from edgecascade.fleet.sources import Patience, Source, SourceFault, read_file, source_of
 from edgecascade.fleet.standing import Refused, Standing
 from edgecascade.fleet.state import MAX_VERDICTS, DeviceState, Slot
+from edgecascade.fleet.stick import Outcome
 from edgecascade.service import units
 from edgecascade.service.service import next_boot
 
@@ -90,7 +91,8 @@ class Agent:
         self._jobs: dict[str, Job] = {}
         self._status_at = self._wake_at = self._tick_at = 0.0
         self._refusal: Refusal | None = None
-        self.answers: dict[str, str | None] = {}  # to the orders of the latest stick
+        self.outcomes: dict[str, Outcome] = {}  # of the latest stick's orders
+        self._offered: dict[str, Offer] = {}  # those of them that may be obeyed
         self._stopping = False
         self._line: Line | None = None
         self._root_json = trusted_root(self._root, settings.trust)
@@ -141,7 +143,7 @@ class Agent:
 
     def install(self, folder: str) -> None:
         """Take the orders of a published folder for this device's groups, if it has any."""
-        self.answers = {}
+        self.outcomes, self._offered = {}, {}
         for done in [name for name in self._host.sticks if self.state.verdict(name) is not None]:
             del self._host.sticks[done]
         for group in self._settings.groups:
@@ -151,14 +153,14 @@ class Agent:
             except FileNotFoundError:
                 continue
             except (OSError, ValueError) as error:
-                self.answers[path] = f"{folder}/{path} cannot be read: {error}"
+                self.outcomes[path] = Outcome(True, f"{folder}/{path} cannot be read: {error}")
                 continue
             said = said_order(data)
-            self.answers["" if said is None else said.order] = None
+            self.outcomes["" if said is None else said.order] = Outcome()
             self._intake.put(data, folder)
-        if not self.answers:
-            self.answers[folder] = stick.no_order(folder, self._settings.groups)
-        stick.answer(self._root, self.answers)
+        if not self.outcomes:
+            self.outcomes[folder] = Outcome(True, stick.no_order(folder, self._settings.groups))
+        stick.answer(self._root, self.outcomes)
 
     @property
     def state(self) -> DeviceState:
@@ -186,6 +188,7 @@ class Agent:
             self._wake_at, self._tick_at = 0.0, time.monotonic() + TICK_S
             self._executor.tick()
         self._requested()
+        self._follow()
         if time.monotonic() >= self._status_at:
             self._status_at = time.monotonic() + STATUS_S
             if self._line is not None:
@@ -207,6 +210,9 @@ class Agent:
             folder = stick.take(self._root)
         except OSError as error:
             log.error("a request to install cannot be read: %s", error)
+            why = f"the agent cannot read the request: {error}; give the command as its user"
+            self.outcomes, self._offered = {stick.REQUEST: Outcome(True, why)}, {}
+            stick.answer(self._root, self.outcomes)
             return
         if folder is not None:
             self.install(folder)
@@ -218,40 +224,37 @@ class Agent:
                     self._host.sticks[order.order] = source
                 self._refusal = None
                 self._executor.offer(order, document, refusal)
-                self._answer(source, order.order, self._no_verdict(order))
+                if source and order.order in self.outcomes:
+                    self._offered[order.order] = result
             case Skipped(order, source):
                 text = f"order {order.order!r} is not for {self._settings.device_id}"
-                self._answer(source, order.order, text)
+                self._answer(source, order.order, Outcome(True, text))
             case Held(order, reason, message, source):
-                self._answer(source, order.order, f"order {order.order!r} waits: {message}")
+                waits = f"order {order.order!r} waits: {message}"
+                self._answer(source, order.order, Outcome(False, waits))
                 if not self._known(order.order):
                     evidence = {"reason": reason, "message": message}
                     held = ev.Report(order.order, order.seq, "QUEUED", evidence=evidence)
                     self._report(replace(held, group=order.group, release=order.release_sha256))
             case Refusal(name, seq, reason, message, source, group):
                 self._refusal = result
-                self._answer(source, name, f"order {name!r} is refused: {message}")
+                self._answer(source, name, Outcome(True, f"order {name!r} is refused: {message}"))
                 if name and reason not in NOT_YET and not self._known(name):
                     evidence = {"reason": reason, "message": message}
                     # It names no release: anybody may have written this order.
                     self._report(ev.Report(name, seq, "REJECTED", group=group, evidence=evidence))
 
-    def _no_verdict(self, order: Order) -> str:
-        """Why an order that was offered ends without a verdict of its own; nothing if it does."""
-        if order.action != "install":
-            return f"order {order.order!r} says {order.action}, and installs nothing"
-        if self._executor.pending(order.order) or self.state.verdict(order.order) is not None:
-            return ""
-        heard = self.state.seqs.get(order.key, -1)
-        if heard > order.seq:
-            return f"order {order.order!r} has the number {order.seq}, {heard} was heard before it"
-        return f"order {order.order!r} is not taken, since the disk failed; give it again"
+    def _follow(self) -> None:
+        """Say what the orders of the latest stick have come to meanwhile."""
+        for name, offer in self._offered.items():
+            now = stick.outcome(offer.order, self.state, pending=self._executor.pending(name))
+            self._answer(offer.source, name, now)
 
-    def _answer(self, source: str, order: str, text: str) -> None:
-        """Say what an order has come to, if it is of the latest stick."""
-        if source and order in self.answers:
-            self.answers[order] = text
-            stick.answer(self._root, self.answers)
+    def _answer(self, source: str, order: str, outcome: Outcome) -> None:
+        """Say what an order has come to, if it is of the latest stick and that is news."""
+        if source and self.outcomes.get(order, outcome) != outcome:
+            self.outcomes[order] = outcome
+            stick.answer(self._root, self.outcomes)
 
     def _known(self, order: str) -> bool:
         """Whether the device has a state of its own for an order of this name."""

@@ -35,7 +35,7 @@ from edgecascade.errors import (
 from edgecascade.files import sha256_file
 from edgecascade.fleet import agent as agents
 from edgecascade.fleet import delta as deltas
-from edgecascade.fleet import orders, probation, refresh
+from edgecascade.fleet import intake, orders, probation, refresh, stick
 from edgecascade.fleet.agent import Agent, own, trusted_root
 from edgecascade.fleet.child import Child, ChildState, Command
 from edgecascade.fleet.faults.web import Site, drip
@@ -50,7 +50,8 @@ from edgecascade.fleet.release import DeltaRef, GoldenPrompt, Health, Release
 from edgecascade.fleet.repository import Offer as ReleaseOffer
 from edgecascade.fleet.settings import HELP, AgentSettings, foreign_config, from_options
 from edgecascade.fleet.sources import Body, FolderSource, HttpSource, Patience, Source
-from edgecascade.fleet.state import DeviceState, Slot
+from edgecascade.fleet.state import DeviceState, Phase, Slot, Update, Verdict
+from edgecascade.fleet.stick import Outcome
 from edgecascade.fleet.store import MARGIN_BYTES, Store
 from edgecascade.service.config import ServiceConfig, from_mapping
 from edgecascade.service.mqtt import Link
@@ -197,6 +198,143 @@ def test_an_order_that_installs_nothing_ends_the_command_at_once(
     assert main([*command, "--group", GROUP, "--trust", trust, "--timeout", "60"]) == 1
     said = capsys.readouterr()
     assert reason in said.out + said.err
+
+
+STATE = DeviceState(
+    active=Slot(NAME, "1", 1, "a" * 64, "b" * 64),
+    verdicts=(Verdict("old", GROUP, 1, "SUCCEEDED"), Verdict("bad", GROUP, 2, "FAILED")),
+)
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "status", "said"),
+    [
+        ({"old": Outcome(True)}, 0, ""),
+        ({"old": Outcome(True), "others": Outcome(True, "is not for it")}, 0, "is not for it"),
+        ({"old": Outcome(True), "y": Outcome()}, 1, "order 'y': no verdict in time"),
+        ({"old": Outcome()}, 1, "order 'old': no verdict in time"),
+        ({"old": Outcome(False, "waits: no mirror")}, 1, "waits: no mirror"),
+        ({"old": Outcome(True), "bad": Outcome(True)}, 1, ""),
+        ({"others": Outcome(True, "is not for it")}, 1, "is not for it"),
+        ({}, 1, "the agent does not answer"),
+    ],
+)
+def test_install_succeeds_when_all_that_was_taken_has_succeeded(
+    home: Home,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    outcomes: dict[str, Outcome],
+    status: int,
+    said: str,
+) -> None:
+    monkeypatch.setattr(commands, "POLL_S", 0.0)
+    monkeypatch.setattr(agents, "LOCK_S", 0.0)
+    monkeypatch.setattr(stick, "ask", lambda root, folder: stick.answer(root, outcomes))
+    home.repository().sign_order(order(home, "any"))
+    with own(tmp_path):
+        (tmp_path / "state.json").write_bytes(STATE.to_bytes())
+        assert install(home, tmp_path, "--timeout", "0.2") == status
+    assert said in capsys.readouterr().err
+
+
+def test_what_an_order_that_was_offered_has_come_to(home: Home) -> None:
+    mine = order(home, "mine", seq=5)
+    new = Slot(NAME, "2", 2, "c" * 64, "d" * 64)
+    running = replace(STATE, update=Update(mine, new, Phase.WAITING), seqs={mine.key: 5})
+    assert running.update is not None
+    paused = replace(running, update=replace(running.update, paused=True))
+    ended = running.with_verdict(Verdict("mine", GROUP, 5, "SUCCEEDED"))
+    assert stick.outcome(mine, running, pending=True) == Outcome()
+    assert stick.outcome(mine, replace(ended, update=None), pending=False) == Outcome(True)
+    for state, why in (
+        (paused, "is paused until the operator resumes it"),
+        (replace(running, update=None), "has the number 5, 5 was heard before it"),
+        (replace(running, update=None, seqs={mine.key: 9}), "number 5, 9 was heard before it"),
+        (STATE, "is not taken: another came in its place, or the disk failed"),
+    ):
+        found = stick.outcome(mine, state, pending=False)
+        assert found.over
+        assert why in found.why
+
+
+@pytest.fixture
+def idle(home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Agent]:
+    """An agent that has begun, and does no work."""
+    monkeypatch.setattr(DeviceHost, "spawn", lambda host, work, post: None)
+    made = Agent(settings(tmp_path / "device", home, groups=(GROUP, "all")))
+    made._executor.boot()
+    yield made
+    made._host.close()
+    made._lock.close()
+
+
+def test_an_order_of_a_stick_that_the_broker_pauses_is_over(home: Home, idle: Agent) -> None:
+    mine = order(home, "mine")
+    document = home.repository().release(NAME, "1")[0].to_bytes()
+    idle.outcomes = {"mine": Outcome()}
+    idle._taken(Offer(mine, document, "", "/stick"))
+    idle._periodic()
+    assert idle.outcomes == {"mine": Outcome()}
+    idle._taken(Offer(replace(mine, action="pause", seq=mine.seq + 1)))
+    idle._periodic()
+    assert "is paused" in idle.outcomes["mine"].why
+    assert stick.is_over(stick.answered(idle._root))
+
+
+def test_an_order_of_a_stick_that_another_replaces_before_its_turn_is_over(
+    home: Home, idle: Agent
+) -> None:
+    mine = order(home, "mine")
+    new = Slot(NAME, "2", 2, "c" * 64, "d" * 64)
+    switching = Update(replace(mine, order="now", group="all"), new, Phase.PROBATION)
+    idle._executor.state = replace(STATE, update=switching)
+    document = home.repository().release(NAME, "1")[0].to_bytes()
+    idle.outcomes = {"mine": Outcome()}
+    idle._taken(Offer(mine, document, "", "/stick"))
+    idle._periodic()
+    assert idle.outcomes == {"mine": Outcome()}
+    idle._taken(Offer(replace(mine, order="later", seq=mine.seq + 1), document))
+    idle._periodic()
+    assert "another came in its place" in idle.outcomes["mine"].why
+
+
+def test_an_order_of_a_stick_that_waits_is_told_and_tried_again(
+    home: Home, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(intake, "REST_S", 0.0)
+    working, troubles = Trust.release, [NetworkError("the stick does not answer")]
+
+    def release(trust: Trust, *more: str) -> tuple[Release, bytes]:
+        if troubles:
+            raise troubles.pop()
+        return working(trust, *more)
+
+    monkeypatch.setattr(Trust, "release", release)
+    home.repository().sign_order(order(home, "waits"))
+    assert install(home, tmp_path / "device", "--timeout", "60") == 0
+    said = capsys.readouterr()
+    assert "order 'waits' waits: the stick does not answer" in said.err
+    assert f"waits: SUCCEEDED {NAME} 1" in said.out
+
+
+def test_a_request_that_cannot_be_read_is_answered_once(
+    idle: Agent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    working = Path.read_bytes
+
+    def read_bytes(path: Path) -> bytes:
+        if path.name == stick.REQUEST and path.exists():
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return working(path)
+
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    stick.ask(idle._root, tmp_path)
+    idle._requested()
+    assert not (idle._root / stick.REQUEST).exists()
+    (outcome,) = stick.answered(idle._root).values()
+    assert outcome.over
+    assert "Permission denied" in outcome.why
 
 
 def test_a_running_agent_outlives_a_stick_that_cannot_be_read(
