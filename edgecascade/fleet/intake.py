@@ -18,7 +18,13 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from edgecascade.errors import EdgeCascadeError, FleetError, NetworkError, UpdateFailed, UpdateRefused
+from edgecascade.errors import (
+    EdgeCascadeError,
+    FleetError,
+    NetworkError,
+    UpdateFailed,
+    UpdateRefused,
+)
 from edgecascade.fleet import orders
 from edgecascade.fleet.orders import MAX_ENVELOPE_BYTES, Order
 from edgecascade.fleet.refresh import Trust

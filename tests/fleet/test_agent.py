@@ -849,7 +849,9 @@ def test_a_service_that_starts_again_while_it_is_watched_is_seen_however_often_i
                       lambda: None)  # fmt: skip
     slot = Slot(NAME, "1", 1, sha256, release.manifest.sha256)
     last = "ended with status 1"
-    loaded = ChildState(host._command(slot), pid=7, started_at=1.0, loaded_at=2.0, ready_at=3.0, crashes=1)
+    loaded = ChildState(
+        host._command(slot), pid=7, started_at=1.0, loaded_at=2.0, ready_at=3.0, crashes=1
+    )
     paused = replace(loaded, command=None, pid=None, loaded_at=None, last_words=last)
     again = replace(paused, command=loaded.command, pid=8, started_at=100.0, loaded_at=101.0)
     seen: list[str] = []

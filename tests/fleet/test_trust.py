@@ -204,6 +204,8 @@ def test_silence_is_noticed_when_the_timestamp_expires(siege: Siege) -> None:
     assert not device.is_stale(fresh_until - 1)
     assert device.is_stale(fresh_until)
     device.lose("belief")
+    assert not device.is_stale(siege.now), "while it runs it knows by itself"
+    device.boot()
     assert device.is_stale(siege.now)
 
 

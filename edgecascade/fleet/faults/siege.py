@@ -90,18 +90,20 @@ class Device:
     def boot(self) -> None:
         """Begin a new life of the process."""
         self.trust = Trust(self.root, self.root_json, self.mirror, monotonic=lambda: self.uptime)
-
-    def refresh(self) -> Refreshed:
-        """Ask the mirror for news."""
-        return self.trust.refresh(self.clock)
-
-    def is_stale(self, system: float) -> bool:
-        """Whether it notices, at this time, that news may be kept from it."""
-        intake = Intake(
+        self.intake = Intake(
             [self.trust], lambda folder: self.trust, DEVICE, [GROUP], lambda release: "",
             lambda result: None,
         )  # fmt: skip
-        return intake.is_stale(system)
+
+    def refresh(self) -> Refreshed:
+        """Ask the mirror for news, and remember as the intake does until when they are news."""
+        known = self.trust.refresh(self.clock)
+        self.intake.fresh_until = known.fresh_until
+        return known
+
+    def is_stale(self, system: float) -> bool:
+        """Whether it notices, at this time, that news may be kept from it."""
+        return self.intake.is_stale(system)
 
     def take(self, envelope: bytes) -> Order:
         """Take an order up.
