@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from edgecascade.completion import Completion
-from edgecascade.errors import BundleMismatch, ContextExceeded, InvalidRequest
+from edgecascade.errors import BundleMismatch, InvalidRequest
 from edgecascade.llm import LLM
 from edgecascade.sampling import SamplingParams
 from edgecascade.scoring import (
@@ -134,17 +134,11 @@ def _prompts(llm: LLM, suite: Suite) -> list[Prompt]:
             else:
                 messages, tools = list(sample.messages), sample.tools
                 prompt = llm.prompter.from_messages(messages, tools, thinking=sample.thinking)
-            _check_fits(llm, len(prompt.tokens) + max(len(_target(llm, sample, prompt)) - 1, 0))
+            size, target = len(prompt.tokens), _target(llm, sample, prompt)
+            llm.check_fits(size)
+            llm.check_fits(size + max(len(target) - 1, 0), "the prompt with its target")
         prompts.append(prompt)
     return prompts
-
-
-def _check_fits(llm: LLM, tokens: int) -> None:
-    if tokens > llm.max_context:
-        raise ContextExceeded(
-            f"prompt and target have {tokens} tokens, the context holds {llm.max_context}; "
-            "shorten them, or load with a larger max_context if the model allows"
-        )
 
 
 def _check_alike(

@@ -275,7 +275,7 @@ class LLM:
     def logits(self, token_ids: Tokens) -> Array:
         """float32 [T, vocab]: row t is what the model says after token t, all tokens given."""
         ids = self._ids(token_ids, "token_ids")
-        self._check_fits(len(ids))
+        self.check_fits(len(ids))
         rows: Array = self._engine.call(lambda backend: backend.logits(ids), tokens=len(ids))
         return rows
 
@@ -374,7 +374,7 @@ class LLM:
             InvalidRequest: for ids that are none; ContextExceeded if there are too many.
         """
         ids = self._ids(tokens)
-        self._check_fits(len(ids))
+        self.check_fits(len(ids))
         self._engine.read_ahead(lambda: ids)
 
     def kept(self, tokens: Array) -> Snapshot | None:
@@ -418,7 +418,7 @@ class LLM:
         return Ticket(self._engine, running, on_event, owner=self, goes_on=goes_on)
 
     def _running(self, prompt: Prompt, params: SamplingParams) -> Running:
-        self._check_fits(len(prompt.tokens))
+        self.check_fits(len(prompt.tokens))
         vocab = self._backend.vocab
         check_tokens(prompt.tokens, vocab)
         for token in params.stop_ids:
@@ -499,10 +499,15 @@ class LLM:
         except ValueError as error:  # NumPy's, for lists of unequal length
             raise InvalidRequest(f"{name} is no list of token ids: {error}") from error
 
-    def _check_fits(self, tokens: int) -> None:
+    def check_fits(self, tokens: int, what: str = "the prompt") -> None:
+        """Refuse more tokens than the context holds.
+
+        Raises:
+            ContextExceeded: with both numbers.
+        """
         if tokens > self.max_context:
             raise ContextExceeded(
-                f"the prompt has {tokens} tokens, the context holds {self.max_context}; "
+                f"{what} has {tokens} tokens, the context holds {self.max_context}; "
                 "shorten it, or load with a larger max_context if the model allows"
             )
 

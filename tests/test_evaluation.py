@@ -216,12 +216,13 @@ def test_bundles_that_read_otherwise_are_not_compared(
 def test_what_cannot_be_asked_is_an_error_with_its_line(llm: LLM, own: list[Values]) -> None:
     asked = llm.stats().prefilled_tokens
     long = own[1] | {"prompt": "go " * 5000}
-    with pytest.raises(ContextExceeded, match=r"^own\.jsonl:3: prompt and target have"):
+    with pytest.raises(ContextExceeded, match=r"^own\.jsonl:3: the prompt has"):
         evaluate(llm, suite_of([own[0], long]))
     target = own[1] | {"target": "go " * 5000}
-    with pytest.raises(ContextExceeded, match=r"^own\.jsonl:3: prompt and target have"):
+    with pytest.raises(ContextExceeded, match=r"^own\.jsonl:3: the prompt with its target has"):
         evaluate(llm, suite_of([own[0], target]))
     assert llm.stats().prefilled_tokens == asked, "it is told before any sample is asked"
+    assert llm.stats().running == 0
 
 
 def test_a_bundle_without_a_tokenizer_is_refused(build: Build, own: list[Values]) -> None:
