@@ -126,7 +126,8 @@ class Bundle:
     @property
     def tokenizer_json(self) -> bytes | None:
         """The tokenizer, None where there is none."""
-        return self._text(layout.TOKENIZER)
+        there = layout.TOKENIZER in self.manifest.files
+        return bytes(self._mapped(layout.TOKENIZER)) if there else None
 
     def close(self) -> None:
         """Let go of the mappings; the last array that was handed out releases the memory."""
@@ -164,9 +165,7 @@ class Bundle:
         if name not in self.manifest.files:
             return None
         data = self._mapped(name)
-        if len(data) > MAX_JSON_BYTES:
-            path = self.path / name
-            raise BundleError(f"{path} has {len(data)} bytes; at most {MAX_JSON_BYTES} are read")
+        _check_small(self.path / name, len(data))
         return bytes(data)
 
     def _object(self, name: str) -> dict[str, Any]:
@@ -198,7 +197,8 @@ def _read_manifest(folder: Path) -> tuple[Manifest, str]:
             f"{folder} has no {layout.MANIFEST}, so it is no bundle; "
             f"a checkpoint becomes one with: edgecascade build {folder} --out BUNDLE"
         )
-    data = _read_bounded(path)
+    _check_small(path, path.stat().st_size)
+    data = path.read_bytes()
     return parse_manifest(data, str(path)), hashlib.sha256(data).hexdigest()
 
 
@@ -328,11 +328,9 @@ def _check_model(folder: Path, content: Manifest) -> None:
             )
 
 
-def _read_bounded(path: Path) -> bytes:
-    size = path.stat().st_size
+def _check_small(path: Path, size: int) -> None:
     if size > MAX_JSON_BYTES:
         raise BundleError(f"{path} has {size} bytes; at most {MAX_JSON_BYTES} are read")
-    return path.read_bytes()
 
 
 def _map_file(path: Path, promised: StoredFile) -> mmap.mmap | bytes:

@@ -7,6 +7,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from edgecascade import manifest as layout
 from edgecascade.bundle import Bundle
 from edgecascade.manifest import StoredTensor
 from edgecascade.models import family
@@ -102,7 +103,7 @@ def describe(bundle: Bundle) -> dict[str, Any]:
         "state_bytes_per_session": cost.session,
         "state_bytes_per_token": cost.token,
         "modules": [asdict(_fit(module, cost)) for module in MODULES],
-        "tokenizer": bundle.tokenizer_json is not None,
+        "tokenizer": layout.TOKENIZER in bundle.manifest.files,
         "chat_template": bundle.chat_template is not None,
     }
 
