@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 # A write within the kernel's clock tick of an earlier one leaves ctime as it was (4 ms at 250 Hz,
 # 10 ms at 100 Hz).
 CLOCK_TICK_S = 0.02
+MAX_STAMPS = 2000  # 200 bytes each; a bundle has up to some hundred files
 
 
 def cache_folder() -> Path:
@@ -108,6 +109,20 @@ def _write_stamp(file: Path | int, stamp: dict[str, Any]) -> None:
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     part.write_bytes(canonical_json(stamp))
     os.replace(part, path)
+    _drop_oldest(path.parent)
+
+
+def _drop_oldest(folder: Path) -> None:
+    """A file that is deleted does not say so here: its stamp goes when there are too many."""
+    stamps = list(os.scandir(folder))
+    if len(stamps) <= MAX_STAMPS:
+        return
+    written = []
+    for stamp in stamps:
+        with suppress(FileNotFoundError):  # another process drops some, too
+            written.append((stamp.stat(follow_symlinks=False).st_mtime_ns, stamp.path))
+    for _, path in sorted(written)[: len(stamps) - MAX_STAMPS // 2]:
+        Path(path).unlink(missing_ok=True)
 
 
 def _facts(file: Path | int) -> Facts:

@@ -16,6 +16,7 @@ import pytest
 
 from build_engine.pipeline import build as build_bundle
 from edgecascade import bundle as module
+from edgecascade import verified
 from edgecascade.bundle import Bundle
 from edgecascade.errors import BundleError, BundleMismatch
 from edgecascade.files import canonical_json, sha256_files
@@ -210,6 +211,24 @@ def test_damaged_stamp_costs_a_hash(own: Path, hashed: Counted) -> None:
     hashed.clear()
     Bundle.open(own).close()
     assert len(hashed) == len(list(own.iterdir())) - 1  # the manifest
+
+
+def test_stamps_of_files_that_are_gone_do_not_pile_up(
+    own: Path, hashed: Counted, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = tmp_path / "cache" / "edgecascade" / "verified"
+    folder.mkdir(parents=True)
+    files = len(list(own.iterdir())) - 1
+    monkeypatch.setattr(verified, "MAX_STAMPS", 4 * files)
+    for number in range(4 * files):
+        (folder / f"0-{number}.json").write_text("{}")
+        os.utime(folder / f"0-{number}.json", (number, number))
+    Bundle.open(own).close()
+    assert len(list(folder.iterdir())) <= 4 * files
+    hashed.clear()
+    Bundle.open(own).close()
+    assert hashed == []  # the newest stamps are those that stay
 
 
 def test_engines_folder_is_not_the_manifests_business(own: Path) -> None:
