@@ -21,14 +21,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgecascade.errors import CheckpointError, UnsupportedModel
-from edgecascade.files import unique_keys
+from edgecascade.files import open_regular, unique_keys
 
 log = logging.getLogger(__name__)
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
-MAX_JSON_BYTES = 64 << 20
+MAX_SMALL_BYTES = 64 << 20  # of JSON and of a chat template
+MAX_JSON_DEPTH = 100  # the manifest's writer and its readers recurse
 DOWNLOAD_AGAIN = "download the checkpoint again"
 
 PREFIXES = ("backbone.", "model.")
@@ -87,7 +88,7 @@ class Checkpoint:
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise CheckpointError(f"checkpoint {self.folder} is no folder")
-        self.config = _plain(read_json(self.folder / "config.json"), self.folder / "config.json")
+        self.config = read_json(self.folder / "config.json")
         refuse_quantized_config(self.folder, self.config)
         self.tensors = _by_name(_headers(self.folder))
 
@@ -113,33 +114,43 @@ class Checkpoint:
     def optional_json(self, name: str) -> dict[str, Any]:
         """A JSON file of the checkpoint, {} when it is absent."""
         path = self.folder / name
-        return _plain(read_json(path), path) if path.exists() else {}
+        return read_json(path) if os.path.lexists(path) else {}
 
 
 @contextmanager
 def _open(path: Path) -> Iterator[IO[bytes]]:
+    """A hub's cache is a folder of links, so they are followed; what they lead to must be a file:
+    a pipe is waited for for ever, and a device may have no end.
+    """
     try:
-        with open(path, "rb", buffering=0) as data:
+        with open_regular(Path(os.path.realpath(path))) as data:
             yield data
     except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+        raise CheckpointError(f"cannot read {path}: {error.strerror}; {DOWNLOAD_AGAIN}") from error
+
+
+def read_small(path: Path) -> bytes:
+    """All of a file.
+
+    Raises:
+        CheckpointError: when it is missing, no regular file or too large.
+    """
+    with _open(path) as data:
+        size = os.fstat(data.fileno()).st_size
+        if size > MAX_SMALL_BYTES:
+            raise CheckpointError(f"{path} has {size} bytes; at most {MAX_SMALL_BYTES} are read")
+        return data.read()
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; the bare words Infinity and NaN, which some writers emit, are
-    accepted.
+    """A JSON object from a file; the bare word Infinity, which some writers emit, is accepted.
 
     Raises:
         CheckpointError: when it is missing, too large or no JSON object.
     """
+    data = read_small(path)
     try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise CheckpointError(
-                f"{path} has {path.stat().st_size} bytes; at most {MAX_JSON_BYTES} are read"
-            )
-        value = json.loads(path.read_bytes())
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}; {DOWNLOAD_AGAIN}") from error
+        value = _plain(json.loads(data))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}; {DOWNLOAD_AGAIN}") from error
     if not isinstance(value, dict):
@@ -152,7 +163,7 @@ def refuse_quantized_config(folder: Path, config: Mapping[str, Any]) -> None:
     method = config.get("quantization_config")
     if isinstance(method, dict):
         method = method.get("quant_method", "unknown")
-    if method is None and (folder / "hf_quant_config.json").exists():
+    if method is None and os.path.lexists(folder / "hf_quant_config.json"):
         method = "modelopt"
     if method is not None:
         raise UnsupportedModel(
@@ -161,17 +172,19 @@ def refuse_quantized_config(folder: Path, config: Mapping[str, Any]) -> None:
         )
 
 
-def _plain(value: Any, path: Path) -> Any:
+def _plain(value: Any, depth: int = 0) -> Any:
     """Spell infinities as transformers does, {"__float__": "Infinity"}, so that the result is JSON
     everywhere.
     """
+    if depth > MAX_JSON_DEPTH:
+        raise ValueError(f"it is nested more than {MAX_JSON_DEPTH} deep")
     if isinstance(value, dict):
-        return {key: _plain(item, path) for key, item in value.items()}
+        return {key: _plain(item, depth + 1) for key, item in value.items()}
     if isinstance(value, list):
-        return [_plain(item, path) for item in value]
+        return [_plain(item, depth + 1) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         if math.isnan(value):
-            raise CheckpointError(f"{path} holds NaN; {DOWNLOAD_AGAIN}")
+            raise ValueError("it holds NaN")
         return {"__float__": "Infinity" if value > 0 else "-Infinity"}
     return value
 
@@ -179,15 +192,15 @@ def _plain(value: Any, path: Path) -> Any:
 def _headers(folder: Path) -> list[SourceTensor]:
     """All tensors of the folder, those of an index checked against it."""
     index, single = folder / INDEX, folder / SINGLE
-    if not index.exists():
-        if not single.exists():
+    if not os.path.lexists(index):
+        if not os.path.lexists(single):
             raise CheckpointError(f"{folder} has neither {SINGLE} nor {INDEX}; {DOWNLOAD_AGAIN}")
         return read_header(single)
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} has no weight_map; {DOWNLOAD_AGAIN}")
     shards = sorted({_shard_name(index, name, shard) for name, shard in weight_map.items()})
-    if single.exists() and SINGLE not in shards:
+    if os.path.lexists(single) and SINGLE not in shards:
         raise CheckpointError(
             f"{folder} has {SINGLE}, and {INDEX} of other files: two sets of weights; remove the "
             "one that is not meant"
@@ -228,18 +241,17 @@ def read_header(path: Path) -> list[SourceTensor]:
     Raises:
         CheckpointError: unless the tensors cover the file exactly, without gap or overlap.
     """
+    with _open(path) as source:
+        file_bytes = os.fstat(source.fileno()).st_size
+        size = int.from_bytes(source.read(8), "little")
+        if not 2 <= size <= min(MAX_HEADER_BYTES, file_bytes - 8):
+            raise CheckpointError(
+                f"{path}: header length {size} is impossible in a file of {file_bytes} bytes; "
+                f"{DOWNLOAD_AGAIN}"
+            )
+        text = source.read(size)
     try:
-        file_bytes = path.stat().st_size
-        with open(path, "rb") as source:
-            size = int.from_bytes(source.read(8), "little")
-            if not 2 <= size <= min(MAX_HEADER_BYTES, file_bytes - 8):
-                raise CheckpointError(
-                    f"{path}: header length {size} is impossible in a file of {file_bytes} bytes; "
-                    f"{DOWNLOAD_AGAIN}"
-                )
-            header = json.loads(source.read(size).decode(), object_pairs_hook=unique_keys)
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+        header = json.loads(text.decode(), object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{path}: header is not valid JSON: {error}; {DOWNLOAD_AGAIN}"

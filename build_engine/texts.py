@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import logging
+import os
 import reprlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from build_engine.checkpoint import DOWNLOAD_AGAIN, Checkpoint, read_json
+from build_engine.checkpoint import DOWNLOAD_AGAIN, Checkpoint, read_json, read_small
 from edgecascade import manifest as layout
 from edgecascade.errors import CheckpointError, InvalidRequest
 from edgecascade.sampling import SamplingParams
@@ -28,9 +29,9 @@ def texts(checkpoint: Checkpoint) -> dict[str, bytes]:
     """tokenizer.json and the chat template, as far as the checkpoint has them."""
     made: dict[str, bytes] = {}
     tokenizer = checkpoint.folder / "tokenizer.json"
-    if tokenizer.exists():
+    if os.path.lexists(tokenizer):
         read_json(tokenizer)
-        made[layout.TOKENIZER] = _readable(tokenizer, tokenizer.read_bytes())
+        made[layout.TOKENIZER] = _readable(tokenizer, read_small(tokenizer))
     else:
         log.warning(
             "%s has no tokenizer.json: the bundle will take and give token ids only",
@@ -90,13 +91,11 @@ def _readable(path: Path, data: bytes) -> bytes:
 
 def _chat_template(checkpoint: Checkpoint) -> str | None:
     path = checkpoint.folder / layout.CHAT_TEMPLATE
-    if path.exists():
+    if os.path.lexists(path):
         try:
-            return path.read_text(encoding="utf-8")
+            return read_small(path).decode()
         except UnicodeDecodeError as error:
             raise CheckpointError(f"{path} is not UTF-8: {error}") from error
-        except OSError as error:
-            raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
     template = checkpoint.optional_json(TOKENIZER_CONFIG).get("chat_template")
     if isinstance(template, list):
         named = (entry for entry in template if isinstance(entry, dict))

@@ -209,6 +209,29 @@ def test_a_folder_in_the_place_of_the_template_is_refused(checkpoint: Path, tmp_
     assert left_over(tmp_path) == []
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"],
+)
+def test_a_text_that_a_download_did_not_finish_is_refused(
+    checkpoint: Path, tmp_path: Path, name: str
+) -> None:
+    """A hub's cache is links; one that leads nowhere is a file that is missing, not one less."""
+    (checkpoint / name).symlink_to("../blobs/gone")
+    with pytest.raises(CheckpointError, match=rf"cannot read .*{name}: No such file.* again"):
+        build(checkpoint, tmp_path / "bundle", verify=False)
+    assert left_over(tmp_path) == []
+
+
+def test_a_template_without_an_end_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    with open(checkpoint / "chat_template.jinja", "wb") as template:
+        template.truncate(20 << 30)
+    with pytest.raises(
+        CheckpointError, match=r"chat_template.jinja has 21474836480 bytes; at most"
+    ):
+        build(checkpoint, tmp_path / "bundle", verify=False)
+
+
 def test_existing_target_is_kept_unless_overwritten(checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "bundle"
     build(checkpoint, out, precision="speed", verify=False)

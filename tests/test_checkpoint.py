@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ import checkpoints
 import numpy as np
 import pytest
 
-from build_engine.checkpoint import read_header
+from build_engine.checkpoint import INDEX, read_header
 from build_engine.read import Model, read, widen
 from edgecascade.errors import CheckpointError, EdgeCascadeError, UnsupportedModel
 from edgecascade.tensors import Transform
@@ -155,6 +156,14 @@ def overwrite(name: str, data: bytes) -> Damage:
     return lambda folder: (folder / name).write_bytes(data)
 
 
+def in_place_of(name: str, make: Callable[[Path], object]) -> Damage:
+    def damage(folder: Path) -> None:
+        (folder / name).unlink()
+        make(folder / name)
+
+    return damage
+
+
 def cut(folder: Path) -> None:
     (folder / SHARD).write_bytes((folder / SHARD).read_bytes()[:-100])
 
@@ -293,6 +302,26 @@ DAMAGE: dict[str, tuple[Damage, type[EdgeCascadeError], str]] = {
         "holds list; expected a JSON object",
     ),
     "config with NaN": (overwrite("config.json", b'{"x": NaN}'), CheckpointError, "holds NaN"),
+    "config a pipe": (
+        in_place_of("config.json", os.mkfifo),
+        CheckpointError,
+        r"cannot read .*config.json: no such regular file",
+    ),
+    "config a device without an end": (
+        in_place_of("config.json", lambda path: path.symlink_to("/dev/zero")),
+        CheckpointError,
+        r"cannot read .*config.json: no such regular file",
+    ),
+    "index a link to nowhere": (
+        in_place_of(INDEX, lambda path: path.symlink_to("../blobs/gone")),
+        CheckpointError,
+        "cannot read .*index.json: No such file",
+    ),
+    "config deep": (
+        overwrite("config.json", b'{"id2label": ' + b"[" * 400 + b"]" * 400 + b"}"),
+        CheckpointError,
+        "config.json is not valid JSON: it is nested more than 100 deep",
+    ),
     "config too deep": (
         overwrite("config.json", b"[" * 10**5),
         CheckpointError,
@@ -323,6 +352,23 @@ def test_damaged_checkpoint_is_refused_by_name(tmp_path: Path, case: str) -> Non
     damage(folder)
     with pytest.raises(error, match=message):
         read(folder)
+
+
+def test_a_pipe_in_the_place_of_the_weights_is_refused(tmp_path: Path) -> None:
+    folder = checkpoints.write(tmp_path / "c")
+    in_place_of("model.safetensors", os.mkfifo)(folder)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: no such regular file"):
+        read(folder)
+
+
+def test_links_into_a_hubs_cache_are_followed(tmp_path: Path) -> None:
+    folder = checkpoints.write(tmp_path / "c")
+    (tmp_path / "blobs").mkdir()
+    for path in list(folder.iterdir()):
+        path.rename(tmp_path / "blobs" / path.name)
+        path.symlink_to(f"../blobs/{path.name}")
+    alone = values(read(checkpoints.write(tmp_path / "alone")))
+    assert values(read(folder)).keys() == alone.keys()
 
 
 def test_missing_folder_and_folder_without_weights_are_refused(tmp_path: Path) -> None:
