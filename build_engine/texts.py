@@ -14,6 +14,7 @@ from build_engine.checkpoint import DOWNLOAD_AGAIN, Checkpoint, read_json, read_
 from edgecascade import manifest as layout
 from edgecascade.errors import CheckpointError, InvalidRequest
 from edgecascade.sampling import SamplingParams
+from edgecascade.text.sandbox import compiled
 
 log = logging.getLogger(__name__)
 
@@ -40,10 +41,15 @@ def texts(checkpoint: Checkpoint) -> dict[str, bytes]:
     template = _chat_template(checkpoint)
     if template is not None:
         try:
+            compiled(template, f"the chat template of {checkpoint.folder}")
             made[layout.CHAT_TEMPLATE] = template.encode()
         except UnicodeEncodeError as error:
             raise CheckpointError(
                 f"chat_template in {checkpoint.folder / TOKENIZER_CONFIG} is not Unicode: {error}"
+            ) from error
+        except ValueError as error:
+            raise CheckpointError(
+                f"{error}; correct it, or remove it: the family's own format takes its place"
             ) from error
     return made
 

@@ -450,6 +450,11 @@ def test_chat_template_of_the_tokenizer_config(
         ({"tokenizer": []}, r"tokenizer\.json holds list"),
         ({"tokenizer": {"added_tokens": None}}, "is not a tokenizer that the tokenizers library"),
         ({"tokenizer_config": {"chat_template": "\ud800"}}, "is not Unicode"),
+        (
+            {"tokenizer_config": {"chat_template": "a\n{% endfor %}"}},
+            r"the chat template of .*checkpoint, line 2: .*endfor.* correct it, or remove it",
+        ),
+        ({"tokenizer_config": {"chat_template": "{{ 2 ** 100000 }}"}}, "cannot be compiled"),
         ({"generation_config": {"bos_token_id": 2**31}}, "bos_token_id is 2147483648"),
         ({"generation_config": {"temperature": "hot"}}, "generation_config.json: temperature is"),
         ({"generation_config": {"top_p": float("inf")}}, "generation_config.json: top_p is"),

@@ -67,7 +67,7 @@ MAY_IMPORT = {
     "fleet": "backoff bundle completion device errors files llm manifest service tensors verified",
     "build_engine": "backends blocks bundle device engines errors files inspect manifest models "
     "nodes ops trace "
-    "sampling tensors verified",
+    "sampling tensors text verified",
     "doctor": "backends device errors",
     "bench": "backends bundle completion device doctor errors inspect llm sampling",
     "cli": "backends bench bundle client completion device doctor errors evaluation fleet inspect "

@@ -130,6 +130,20 @@ def test_a_template_sees_what_transformers_shows_it() -> None:
     assert render([{"role": "user", "content": "ü<"}], template) == (
         '<s>[{"role": "user", "content": "ü<"}]4'
     )
+    by_place = ChatTemplate("{{ messages[0].content | tojson(true) }}", {})
+    assert render([{"role": "user", "content": "ü"}], by_place) == '"\\u00fc"'
+
+
+def test_marks_for_training_change_nothing() -> None:
+    """As in transformers, where they open a scope of their own, too."""
+    source = (
+        "{% for m in messages %}{% set said = m.content %}{% generation %}{{ said }}"
+        "{% set said = 'x' %}{% endgeneration %}{{ said }}.{% endfor %}"
+    )
+    assert render([USER, USER], ChatTemplate(source, {})) == render(
+        [USER, USER],
+        ChatTemplate("{% for m in messages %}{{ m.content }}{{ m.content }}.{% endfor %}", {}),
+    )
 
 
 def test_a_template_that_cannot_be_compiled_is_the_bundles_fault() -> None:

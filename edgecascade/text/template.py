@@ -3,10 +3,9 @@
 
 from __future__ import annotations
 
-import datetime
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 from edgecascade.errors import BundleError, InvalidRequest
 from edgecascade.text.fallback import NEMOTRON_TEMPLATE
@@ -15,45 +14,18 @@ from edgecascade.text.tokenizer import checked_text
 ROLES = ("system", "user", "assistant", "tool")
 KEYS = {"role", "content", "name", "reasoning_content", "tool_calls", "tool_call_id"}
 
-# What a template's own expressions raise.
-FAILURES = (
-    ArithmeticError,
-    AttributeError,
-    LookupError,
-    MemoryError,
-    RecursionError,
-    TypeError,
-    ValueError,
-)
-
-
-class TemplateRefusal(Exception):
-    """The template itself called raise_exception."""
-
 
 class ChatTemplate:
     """A compiled chat template. It sees what transformers shows it and nothing else."""
 
     def __init__(self, source: str | None, tokens: Mapping[str, str | None]) -> None:
         # Imported here: token ids in, token ids out needs no templates.
-        from jinja2 import TemplateError, TemplateSyntaxError
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
+        from edgecascade.text.sandbox import compiled
 
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        environment.filters["tojson"] = _to_json
-        environment.globals["raise_exception"] = _refuse
-        environment.globals["strftime_now"] = _now
         try:
-            self._template = environment.from_string(source or NEMOTRON_TEMPLATE)
-        except TemplateSyntaxError as error:
-            raise BundleError(
-                f"chat_template.jinja, line {error.lineno}: {error.message}; "
-                "copy the checkpoint's template and build again"
-            ) from error
-        except (TemplateError, *FAILURES) as error:  # constants are computed here
-            raise BundleError(f"chat_template.jinja cannot be compiled: {error}") from error
+            self._template = compiled(source or NEMOTRON_TEMPLATE, "chat_template.jinja")
+        except ValueError as error:
+            raise BundleError(f"{error}; copy the checkpoint's template and build again") from error
         self._tokens = {name: text for name, text in tokens.items() if text is not None}
 
     def render(
@@ -69,7 +41,7 @@ class ChatTemplate:
         Raises:
             InvalidRequest: when the template refuses the messages.
         """
-        from jinja2 import TemplateError
+        from edgecascade.text.sandbox import FAILURES, TemplateRefusal
 
         context: dict[str, Any] = {
             "messages": messages,
@@ -84,7 +56,7 @@ class ChatTemplate:
             text = self._template.render(context)
         except TemplateRefusal as error:
             raise InvalidRequest(f"the chat template refuses these messages: {error}") from error
-        except (TemplateError, *FAILURES) as error:
+        except FAILURES as error:
             why = str(error) or type(error).__name__
             raise InvalidRequest(f"the chat template fails on these messages: {why}") from error
         # A tool or a call may hold what messages may not.
@@ -178,16 +150,3 @@ def _checked_calls(calls: Any, where: str) -> list[dict[str, Any]]:
             {"type": "function", "function": {"name": name, "arguments": dict(arguments)}}
         )
     return checked
-
-
-def _to_json(value: Any, indent: int | None = None, **options: Any) -> str:
-    # Jinja's own filter escapes < and > for HTML; a model must see them as they are.
-    return json.dumps(value, ensure_ascii=False, indent=indent, **options)
-
-
-def _refuse(message: str) -> NoReturn:
-    raise TemplateRefusal(message)
-
-
-def _now(form: str) -> str:
-    return datetime.datetime.now().strftime(form)
