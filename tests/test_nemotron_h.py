@@ -103,6 +103,8 @@ def test_an_infinite_time_step_limit_changes_nothing(limit: object) -> None:
         ({"n_group": 3}, r"n_routed_experts = 128 is not a multiple of n_group = 3"),
         ({"num_experts_per_tok": 129}, r"num_experts_per_tok = 129 of 128 experts"),
         ({"n_group": 64, "topk_group": 2}, r"num_experts_per_tok = 6 of 4 experts"),
+        ({"hybrid_override_pattern": "M" * 10**6}, r"lists 1000000 layers; at most 1000"),
+        ({"n_routed_experts": 10**9}, r"n_routed_experts = 1000000000 in each of 23 layers"),
         ({"conv_kernel": 9}, r"conv_kernel = 9; 2 to 8"),
     ],
 )

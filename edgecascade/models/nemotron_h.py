@@ -19,6 +19,11 @@ from edgecascade.models.config import ConfigReader
 from edgecascade.ops import Activation, Norm, Ops, Value
 from edgecascade.tensors import KvState, Role, SlotState, State, Tensor, Transform
 
+# Ten times what the largest members have. A size that nobody has would list tensors until memory is
+# out, before the first one is found missing.
+MAX_LAYERS = 1000
+MAX_EXPERTS = 200_000  # of all layers together
+
 KINDS = {  # both spellings of the layer list, and the pattern's letters
     "mamba": "M",
     "linear_attention": "M",
@@ -226,8 +231,14 @@ def _layers(read: ConfigReader) -> str:
             "config.json has neither hybrid_override_pattern nor layers_block_type"
         )
     if len(set(spellings.values())) > 1:
-        raise UnsupportedModel(f"config.json contradicts itself about the layers: {spellings}")
+        raise UnsupportedModel(
+            f"config.json contradicts itself about the layers: {str(spellings)[:1000]}"
+        )
     (layers,) = set(spellings.values())
+    if len(layers) > MAX_LAYERS:
+        raise UnsupportedModel(
+            f"config.json lists {len(layers)} layers; at most {MAX_LAYERS} are read"
+        )
     unknown = sorted(set(layers) - set(KINDS.values()))
     if unknown or not layers:
         raise UnsupportedModel(
@@ -273,6 +284,11 @@ def _check(c: Config) -> None:
     if "*" in c.layers:
         multiple("num_attention_heads", c.heads, "num_key_value_heads", c.kv_heads)
     if "E" in c.layers:
+        if c.experts * c.layers.count("E") > MAX_EXPERTS:
+            raise UnsupportedModel(
+                f"config.json: n_routed_experts = {c.experts} in each of {c.layers.count('E')} "
+                f"layers; at most {MAX_EXPERTS} in all are read"
+            )
         multiple("n_routed_experts", c.experts, "n_group", c.n_group)
         kept = c.experts // c.n_group * c.topk_group
         if c.topk_group > c.n_group or c.top_k > kept:
