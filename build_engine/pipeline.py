@@ -39,7 +39,8 @@ def build(
     started = time.monotonic()
     model = read(checkpoint)
     plan = quantize(model.tensors, precision)
-    small_files = texts(model.checkpoint), generation(model.checkpoint)
+    vocab = model.config.vocab
+    small_files = texts(model.checkpoint, vocab), generation(model.checkpoint, vocab)
     facts = identity(model.family, model.checkpoint.config, model.config.max_context, precision)
     with BundleWriter(out, facts, plan, overwrite=overwrite) as writer:
         errors = pack(model, plan, writer, progress)

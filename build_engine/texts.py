@@ -26,13 +26,15 @@ GENERATION_CONFIG = "generation_config.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
-def texts(checkpoint: Checkpoint) -> dict[str, bytes]:
-    """tokenizer.json and the chat template, as far as the checkpoint has them."""
+def texts(checkpoint: Checkpoint, vocab: int) -> dict[str, bytes]:
+    """tokenizer.json and the chat template, as far as the checkpoint has them; `vocab` is the
+    model's.
+    """
     made: dict[str, bytes] = {}
     tokenizer = checkpoint.folder / "tokenizer.json"
     if os.path.lexists(tokenizer):
-        read_json(tokenizer)
-        made[layout.TOKENIZER] = _readable(tokenizer, read_small(tokenizer))
+        _check_tokenizer(tokenizer, vocab)
+        made[layout.TOKENIZER] = read_small(tokenizer)
     else:
         log.warning(
             "%s has no tokenizer.json: the bundle will take and give token ids only",
@@ -54,7 +56,7 @@ def texts(checkpoint: Checkpoint) -> dict[str, bytes]:
     return made
 
 
-def generation(checkpoint: Checkpoint) -> dict[str, Any]:
+def generation(checkpoint: Checkpoint, vocab: int) -> dict[str, Any]:
     """generation.json: every token id that ends an answer, and the sampling that the authors
     recommend.
     """
@@ -65,6 +67,11 @@ def generation(checkpoint: Checkpoint) -> dict[str, Any]:
         *_ids("eos_token_id", recommended.get("eos_token_id")),
         *_turn_ends(checkpoint),
     }
+    if ends and max(ends) >= vocab:
+        raise CheckpointError(
+            f"eos_token_id holds {max(ends)}, which would end no answer: config.json vocab_size is "
+            f"{vocab}"
+        )
     made: dict[str, Any] = {"eos_token_id": sorted(ends)}
     for key in TOKEN_KEYS:
         if key in recommended or key in config:
@@ -81,18 +88,30 @@ def generation(checkpoint: Checkpoint) -> dict[str, Any]:
     return made
 
 
-def _readable(path: Path, data: bytes) -> bytes:
-    """The tokenizer's bytes, once the library that will read them has done so."""
+def _check_tokenizer(path: Path, vocab: int) -> None:
+    """The library that will read it gives the ids that it was made with, and the model has them."""
     from tokenizers import Tokenizer
 
+    added = read_json(path).get("added_tokens", [])
     try:
-        Tokenizer.from_buffer(data)
+        ids = Tokenizer.from_buffer(read_small(path)).get_vocab(with_added_tokens=True)
     except Exception as error:  # tokenizers raises nothing narrower
         raise CheckpointError(
             f"{path} is not a tokenizer that the tokenizers library reads ({error}); "
             f"{DOWNLOAD_AGAIN}"
         ) from error
-    return data
+    for token in added:  # the library numbers them anew where the vocabulary has lost a word
+        if ids.get(token["content"]) != token["id"]:
+            raise CheckpointError(
+                f"{path} has {token['content']!r} as token {token['id']}, its vocabulary makes it "
+                f"{ids.get(token['content'])}; {DOWNLOAD_AGAIN}"
+            )
+    last = max(ids, key=ids.__getitem__, default="")
+    if ids.get(last, 0) >= vocab:
+        raise CheckpointError(
+            f"{path} has {last!r} as token {ids[last]}, but config.json vocab_size is {vocab}: "
+            f"they are of different checkpoints; {DOWNLOAD_AGAIN}"
+        )
 
 
 def _chat_template(checkpoint: Checkpoint) -> str | None:

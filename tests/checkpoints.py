@@ -75,7 +75,7 @@ def tokenizer(**ids: int) -> dict[str, Any]:
     """tokenizer.json of no words but these."""
     marks = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
     added = [{"id": token, "content": word, **marks} for word, token in ids.items()]
-    return {"added_tokens": added, "model": {"type": "BPE", "vocab": {}, "merges": []}}
+    return {"added_tokens": added, "model": {"type": "BPE", "vocab": ids, "merges": []}}
 
 
 def safetensors(tensors: Mapping[str, tuple[str, NDArray[Any]]]) -> bytes:

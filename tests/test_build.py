@@ -447,6 +447,20 @@ def test_chat_template_of_the_tokenizer_config(
     [
         ({"tokenizer_config": {"chat_template": 3}}, "is int; expected a text"),
         ({"generation_config": {"eos_token_id": "two"}}, "eos_token_id is 'two'"),
+        ({"generation_config": {"eos_token_id": [2, 97]}}, "holds 97, which would end no answer"),
+        (
+            {"tokenizer": checkpoints.tokenizer(near=96, far=97)},
+            r"tokenizer\.json has 'far' as token 97, but config.json vocab_size is 97: they are of",
+        ),
+        (
+            {
+                "tokenizer": {
+                    **checkpoints.tokenizer(mark=5),
+                    "model": {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": []},
+                }
+            },
+            r"tokenizer\.json has 'mark' as token 5, its vocabulary makes it 2; download",
+        ),
         ({"tokenizer": []}, r"tokenizer\.json holds list"),
         ({"tokenizer": {"added_tokens": None}}, "is not a tokenizer that the tokenizers library"),
         ({"tokenizer_config": {"chat_template": "\ud800"}}, "is not Unicode"),
