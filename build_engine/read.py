@@ -5,8 +5,8 @@ ours.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,10 +20,6 @@ from edgecascade.models import family
 from edgecascade.tensors import BLOCK_ROWS, Tensor, Transform, round_up
 
 PIECE_BYTES = 32 << 20  # of source values held at once
-
-# transformers ties no weights in this family, whatever the config says: a stored head counts. One
-# that was tied when it was saved equals the embeddings; they replace one that was not saved.
-HEAD = "lm_head.weight"
 
 
 @dataclass(frozen=True)
@@ -60,9 +56,7 @@ class Model:
     def sources(self, tensor: Tensor) -> list[SourceTensor]:
         """Where its values come from."""
         found = self.checkpoint.tensors
-        if tensor.fused is not None and tensor.fused[0] in found:
-            return [found[tensor.fused[0]]]
-        return [found[name] for name, _ in tensor.sources]
+        return [found[name] for name, _ in _wanted(tensor, found)]
 
     def pieces(self, tensor: Tensor) -> Iterator[Piece]:
         """All rows in order, a few megabytes at a time; every piece but a matrix's last is whole
@@ -80,7 +74,7 @@ class Model:
         if tensor.transform in (Transform.CONV, Transform.NEG_EXP):
             return Piece(expert, start, self._transformed(tensor)[start:stop], "f32")
         if tensor.transform is Transform.EXPERTS:
-            fused = len(sources) == 1 and tensor.fused is not None
+            fused = len(sources[0].shape) == 3
             offset = expert * tensor.matrix[0] if fused else 0
             source = sources[0 if fused else expert]
             parts = [(self.checkpoint.read(source, offset + start, offset + stop), source.dtype)]
@@ -94,7 +88,7 @@ class Model:
         if tensor.transform is Transform.CONV:
             return f"{sources[0].name}[{column}, 0, {row}]"
         if tensor.transform is Transform.EXPERTS:
-            fused = len(sources) == 1 and tensor.fused is not None
+            fused = len(sources[0].shape) == 3
             return (
                 f"{sources[0].name}[{expert}, {row}, {column}]"
                 if fused
@@ -145,11 +139,19 @@ def read(folder: str | Path) -> Model:
     model_type = checkpoint.config.get("model_type")
     module = family(model_type)
     config = module.read_config(checkpoint.config)
-    if HEAD in checkpoint.tensors:
-        config = replace(config, tied=False)
     model = Model(checkpoint, module, str(model_type), config, module.tensors(config))
     _check(model)
     return model
+
+
+def _wanted(
+    tensor: Tensor, found: Mapping[str, SourceTensor]
+) -> Sequence[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of what a tensor is read from."""
+    replaced = tensor.sources[0][0] not in found
+    if replaced and tensor.instead is not None and tensor.instead[0] in found:
+        return [tensor.instead]
+    return tensor.sources
 
 
 def _check(model: Model) -> None:
@@ -157,8 +159,7 @@ def _check(model: Model) -> None:
     problems: list[str] = []
     used: set[str] = set()
     for tensor in model.tensors:
-        fused = tensor.fused is not None and tensor.fused[0] in found
-        needed = [tensor.fused] if fused and tensor.fused is not None else list(tensor.sources)
+        needed = _wanted(tensor, found)
         used.update(name for name, _ in needed)
         for name, shape in needed:
             source = found.get(name)

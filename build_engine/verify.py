@@ -46,7 +46,8 @@ KERNEL_LIMIT = 0.5
 
 @dataclass(frozen=True)
 class LayerError:
-    """What packing changes in what one layer adds to the residual stream.
+    """What packing changes in what one layer adds to the residual stream; a layer that adds twice
+    has two.
 
     Relative Frobenius norm over all tokens, and the worst token's.
     """
@@ -75,10 +76,13 @@ class Checks:
 
 
 class Outcome(NamedTuple):
-    """A run: the embedded tokens, the residual stream behind each layer, and the logits."""
+    """A run: the embedded tokens, the residual stream behind each addition to it, the layers that
+    added, and the logits.
+    """
 
     embedded: Array
     residuals: list[Array]
+    layers: list[int]
     logits: Array
 
 
@@ -136,17 +140,20 @@ class PackedWeight(Weight):
 class Run(Evaluator):
     """The reference with `Weight`s, the embedding and the head in pieces.
 
-    `forced`: what each layer is followed by, whatever it computed.
+    `forced`: what each addition is followed by, whatever it computed.
     """
 
     forced: Sequence[Array] = ()
+    layers: list[int]  # that made `residuals`
 
     def call(self, op: Op, layer: int, fields: Mapping[str, Any]) -> Array:
         """See Ops."""
         before = len(self.residuals)
         y = super().call(op, layer, fields)
-        ends_layer = len(self.residuals) > before
-        return self.forced[before] if ends_layer and self.forced else y
+        if len(self.residuals) == before:
+            return y
+        self.layers.append(layer)
+        return self.forced[before] if self.forced else y
 
     def _embed(self, f: Mapping[str, Any]) -> Array:
         rows = [f["table"].rows(0, int(token), int(token) + 1) for token in self.tokens]
@@ -205,14 +212,16 @@ def _layer_errors(source: Outcome, layers: Outcome) -> list[LayerError]:
     for i, (x, expected) in enumerate(pairwise(inputs)):
         found, added = layers.residuals[i] - x, expected - x
         tokens = [relative_error(a, b) for a, b in zip(found, added, strict=True)]
-        made.append(LayerError(i, relative_error(found, added), max(tokens)))
+        made.append(LayerError(source.layers[i], relative_error(found, added), max(tokens)))
     return made
 
 
 def _check_finite(what: str, run: Outcome) -> None:
-    for i, residual in enumerate(run.residuals):
+    for layer, residual in zip(run.layers, run.residuals, strict=True):
         if not np.isfinite(residual).all():
-            raise BuildError(f"layer {i} with the {what} weights gives values that are no numbers")
+            raise BuildError(
+                f"layer {layer} with the {what} weights gives values that are no numbers"
+            )
     if not np.isfinite(run.logits).all():
         raise BuildError(f"logits of the {what} weights are not finite")
 
@@ -232,7 +241,7 @@ def _run(
     int8_activations: bool = False,
 ) -> Outcome:
     ops = Run(tokens, _empty_states(model), int8_activations)
-    ops.forced = forced
+    ops.forced, ops.layers = forced, []
     # Vectors and the router are arrays to the ops, everything else is a weight.
     small = {
         name: weight.dense().reshape(weight.tensor.shape)
@@ -241,7 +250,7 @@ def _run(
     }
     with np.errstate(over="ignore", invalid="ignore"):  # the outcome is checked
         logits = model.module.forward(ops, model.config, {**weights, **small})
-    return Outcome(ops.embedded, ops.residuals, logits)
+    return Outcome(ops.embedded, ops.residuals, ops.layers, logits)
 
 
 def _empty_states(model: Model) -> dict[int, dict[str, Array]]:

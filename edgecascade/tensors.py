@@ -115,7 +115,7 @@ class Tensor:
     `shape` is logical, without padding: [n] or [n, k], with a leading [experts] for stacked
     experts. `sources` are
     checkpoint names without their "backbone." or "model." prefix, with the shape that each must
-    have.
+    have; `instead` is read where the first of them is not stored.
     """
 
     name: str
@@ -123,7 +123,7 @@ class Tensor:
     shape: tuple[int, ...]
     sources: tuple[tuple[str, tuple[int, ...]], ...]
     transform: Transform = Transform.ROWS
-    fused: tuple[str, tuple[int, ...]] | None = None
+    instead: tuple[str, tuple[int, ...]] | None = None
 
     @property
     def experts(self) -> int:

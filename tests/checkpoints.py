@@ -46,7 +46,7 @@ def arrays(dtype: str = "F32", *, fused: bool = False, seed: int = 3, **config: 
     """Every tensor that CONFIG asks for, without prefix. `config` replaces keys of it."""
     made: Arrays = {}
     for tensor in nemotron_h.tensors(nemotron_h.read_config({**CONFIG, **config})):
-        stack = fused and tensor.transform is Transform.EXPERTS and tensor.fused is not None
+        stack = fused and tensor.transform is Transform.EXPERTS and tensor.instead is not None
         parts = []
         for i, (name, shape) in enumerate(tensor.sources):
             random = np.random.default_rng([seed, len(made) + i, *shape])
@@ -54,8 +54,8 @@ def arrays(dtype: str = "F32", *, fused: bool = False, seed: int = 3, **config: 
             parts.append(values)
             if not stack:
                 made[name] = encode(values, dtype)
-        if stack and tensor.fused is not None:
-            made[tensor.fused[0]] = encode(np.stack(parts), dtype)
+        if stack and tensor.instead is not None:
+            made[tensor.instead[0]] = encode(np.stack(parts), dtype)
     return made
 
 

@@ -11,7 +11,7 @@ The maths follows transformers 5.x `models/nemotron_h` but for one point: dt is 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from edgecascade.errors import UnsupportedModel
@@ -366,8 +366,10 @@ def tensors(c: Config) -> list[Tensor]:
                 linear(to + "down", Role.MLP, c.hidden, c.ff, at + "down_proj.weight"),
             ]
     made.append(_vector("norm_f", c.hidden, "norm_f.weight"))
-    head = "embeddings.weight" if c.tied else "lm_head.weight"
-    return [*made, linear("lm_head", Role.HEAD, c.vocab, c.hidden, head)]
+    # transformers ties no weights in this family, whatever the config says: a stored head counts.
+    # One that was tied when it was saved equals the embeddings; they replace one that was not.
+    head = linear("lm_head", Role.HEAD, c.vocab, c.hidden, "lm_head.weight")
+    return [*made, replace(head, instead=made[0].sources[0] if c.tied else None)]
 
 
 def _linear(name: str, role: Role, rows: int, columns: int, source: str) -> Tensor:
@@ -382,7 +384,7 @@ def _experts(name: str, experts: int, rows: int, columns: int, prefix: str, proj
     sources = tuple((f"{prefix}{j}.{proj}.weight", (rows, columns)) for j in range(experts))
     shape = (experts, rows, columns)
     return Tensor(
-        name, Role.EXPERT, shape, sources, Transform.EXPERTS, fused=(prefix + proj, shape)
+        name, Role.EXPERT, shape, sources, Transform.EXPERTS, instead=(prefix + proj, shape)
     )
 
 
