@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from tolerances import (
 
 from edgecascade.backends import open_backend
 from edgecascade.backends._lib import cpu_isas
+from edgecascade.backends.reference import Evaluator
 from edgecascade.bundle import Bundle
 from edgecascade.errors import (
     BackendError,
@@ -27,6 +29,7 @@ from edgecascade.errors import (
     OutOfMemory,
     SnapshotError,
 )
+from edgecascade.ops import Norm
 from edgecascade.sampling import SampleRow, Sampling
 from edgecascade.trace import OUT_ROWS, PREFILL_CHUNK
 
@@ -80,6 +83,34 @@ def test_packed_logits_are_the_references_with_int8_activations(
     logits, expected = backend.logits(tokens), reference.logits(tokens)
     assert median(logits, expected) <= PACKED_LOGITS
     assert relative(logits, expected) <= INT8_ACTIVATIONS
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A weight as the reference takes it."""
+
+    values: NDArray[np.float32]  # [experts, n, k]
+    is_block: bool = False
+
+    def dense(self, expert: int = 0) -> NDArray[np.float32]:
+        return self.values[expert]
+
+
+def test_the_references_experts_need_no_shared_one() -> None:
+    """The op's table says so; the kernels' own tests hold them to it."""
+    draw = np.random.default_rng(0).standard_normal
+    x, router, up, down = (
+        draw(shape).astype(np.float32) for shape in ((5, 8), (3, 8), (3, 4, 8), (3, 8, 4))
+    )
+    fields = {"router": router, "bias": np.zeros(3), "up": Dense(up), "down": Dense(down)}
+    sizes = {"top_k": 1, "n_group": 1, "topk_group": 1, "normalize": 1, "scale": 1.0}
+    ops = Evaluator(np.zeros(5, np.int32), {})
+    found = ops.moe(0, x, norm=Norm(np.ones(8, np.float32), 0.0), **fields, **sizes)
+    for token, row in enumerate(x):
+        h = row / np.sqrt(np.mean(row * row))
+        expert = (router @ h).argmax()
+        expected = row + down[expert] @ np.square(np.maximum(up[expert] @ h, 0))
+        np.testing.assert_allclose(found[token], expected, rtol=1e-4)
 
 
 @pytest.mark.parametrize("preset", PRESETS[1:])

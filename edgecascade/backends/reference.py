@@ -198,7 +198,7 @@ class Evaluator(Ops):
         return y if f["residual"] is None else y + f["residual"]
 
     def _moe(self, f: Mapping[str, Any]) -> Array:
-        """x + sum of the chosen experts + shared expert, in ascending order of expert ids."""
+        """x + the chosen experts, in ascending order of ids, + the shared one if there is one."""
         h = rms_norm(f["x"], f["norm"])
         ids, weights = route(f, h)
         y = np.zeros_like(h)
@@ -206,8 +206,11 @@ class Evaluator(Ops):
             token, choice = np.nonzero(ids == expert)
             up = activate(self._product(h[token], f["up"], int(expert)), Activation.RELU2)
             y[token] += weights[token, choice][:, None] * self._product(up, f["down"], int(expert))
-        up = activate(self._product(h, f["shared_up"]), Activation.RELU2)
-        y += self._product(up, f["shared_down"]) + f["x"]
+        rest = f["x"]
+        if f.get("shared_up") is not None:
+            up = activate(self._product(h, f["shared_up"]), Activation.RELU2)
+            rest = self._product(up, f["shared_down"]) + rest
+        y += rest
         return y
 
     def _head(self, f: Mapping[str, Any]) -> Array:
