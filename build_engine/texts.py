@@ -83,7 +83,13 @@ def generation(checkpoint: Checkpoint, vocab: int) -> dict[str, Any]:
     except InvalidRequest as error:
         raise CheckpointError(f"{checkpoint.folder / GENERATION_CONFIG}: {error}") from error
     made.update(sampling)
-    if recommended.get("do_sample") is False:
+    drawn = recommended.get("do_sample")
+    if not isinstance(drawn, bool | None):
+        raise CheckpointError(
+            f"{checkpoint.folder / GENERATION_CONFIG}: do_sample is {drawn!r}; expected true or "
+            "false"
+        )
+    if drawn is False:
         made["temperature"] = 0.0
     return made
 

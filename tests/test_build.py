@@ -470,6 +470,7 @@ def test_chat_template_of_the_tokenizer_config(
         ),
         ({"tokenizer_config": {"chat_template": "{{ 2 ** 100000 }}"}}, "cannot be compiled"),
         ({"generation_config": {"bos_token_id": 2**31}}, "bos_token_id is 2147483648"),
+        ({"generation_config": {"do_sample": 0}}, "do_sample is 0; expected true or false"),
         ({"generation_config": {"temperature": "hot"}}, "generation_config.json: temperature is"),
         ({"generation_config": {"top_p": float("inf")}}, "generation_config.json: top_p is"),
     ],

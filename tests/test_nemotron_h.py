@@ -84,6 +84,7 @@ def test_an_infinite_time_step_limit_changes_nothing(limit: object) -> None:
         ({"moe_latent_size": 1024}, r"moe_latent_size is 1024"),
         ({"n_shared_experts": 2}, r"n_shared_experts is 2"),
         ({"time_step_limit": [0.0, 0.1]}, r"time_step_limit is \[0.0, 0.1\]"),
+        ({"time_step_limit": ["x", math.inf]}, r"time_step_limit is \['x', inf\]"),
         ({"hidden_size": "absent"}, r"lacks hidden_size"),
         ({"hidden_size": 0}, r"hidden_size is 0; expected a positive integer"),
         ({"hidden_size": 2688.0}, r"hidden_size is 2688.0"),

@@ -257,10 +257,11 @@ def _check_time_step_limit(read: ConfigReader) -> None:
     limit = read.optional("time_step_limit")
     if limit is None:
         return
-    upper = limit[1] if isinstance(limit, (list, tuple)) and len(limit) == 2 else limit
+    pair = isinstance(limit, list | tuple) and len(limit) == 2
+    lower, upper = limit if pair else (0.0, limit)
     if isinstance(upper, dict):  # transformers writes {"__float__": "Infinity"}
         upper = upper.get("__float__")
-    if upper not in (float("inf"), "Infinity", "inf"):
+    if upper not in (float("inf"), "Infinity", "inf") or type(lower) not in (int, float):
         raise UnsupportedModel(
             f"config.json time_step_limit is {limit}; only an infinite upper limit is implemented"
         )
