@@ -15,6 +15,7 @@ from edgecascade import manifest as layout
 from edgecascade.errors import CheckpointError, InvalidRequest
 from edgecascade.sampling import SamplingParams
 from edgecascade.text.sandbox import compiled
+from edgecascade.text.tokenizer import guarded
 
 log = logging.getLogger(__name__)
 
@@ -98,14 +99,16 @@ def _check_tokenizer(path: Path, vocab: int) -> None:
     """The library that will read it gives the ids that it was made with, and the model has them."""
     from tokenizers import Tokenizer
 
-    added = read_json(path).get("added_tokens", [])
+    added, data = read_json(path).get("added_tokens", []), read_small(path)
     try:
-        ids = Tokenizer.from_buffer(read_small(path)).get_vocab(with_added_tokens=True)
-    except Exception as error:  # tokenizers raises nothing narrower
+        tokenizer = guarded(lambda: Tokenizer.from_buffer(data))
+        guarded(lambda: tokenizer.encode("Go to 1."))  # reads what was only taken
+    except ValueError as error:
         raise CheckpointError(
             f"{path} is not a tokenizer that the tokenizers library reads ({error}); "
             f"{DOWNLOAD_AGAIN}"
         ) from error
+    ids = tokenizer.get_vocab(with_added_tokens=True)
     for token in added:  # the library numbers them anew where the vocabulary has lost a word
         if ids.get(token["content"]) != token["id"]:
             raise CheckpointError(

@@ -78,6 +78,19 @@ def tokenizer(**ids: int) -> dict[str, Any]:
     return {"added_tokens": added, "model": {"type": "BPE", "vocab": ids, "merges": []}}
 
 
+# Parts of a tokenizer.json on which the tokenizers library panics, which is no Exception: the first
+# one when it is read, the second when something is encoded.
+PANIC_READING = {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}}
+PANIC_ENCODING = {
+    "post_processor": {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "gone", "type_id": 0}}],
+        "pair": [],
+        "special_tokens": {},
+    }
+}
+
+
 def safetensors(tensors: Mapping[str, tuple[str, NDArray[Any]]]) -> bytes:
     """A safetensors file."""
     header: dict[str, Any] = {}

@@ -464,6 +464,13 @@ def test_chat_template_of_the_tokenizer_config(
         ({"tokenizer": []}, r"tokenizer\.json holds list"),
         ({"tokenizer": {"added_tokens": None}}, "is not a tokenizer that the tokenizers library"),
         ({"tokenizer_config": {"chat_template": "\ud800"}}, "is not Unicode"),
+        *(
+            (
+                {"tokenizer": {**checkpoints.tokenizer(a=5), **part}},
+                "is not a tokenizer that the tokenizers library reads",
+            )
+            for part in (checkpoints.PANIC_READING, checkpoints.PANIC_ENCODING)
+        ),
         (
             {"tokenizer_config": {"chat_template": "a\n{% endfor %}"}},
             r"the chat template of .*checkpoint, line 2: .*endfor.* correct it, or remove it",

@@ -3,14 +3,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
+import checkpoints
 import pytest
 from golden import TINY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from edgecascade.errors import BundleError, InvalidRequest
 from edgecascade.text.budget import ThinkingBudget
 from edgecascade.text.detokenize import Detokenizer
 from edgecascade.text.reasoning import ReasoningSplitter, opens_reasoning
@@ -233,3 +236,19 @@ def test_a_tokenizer_that_is_not_byte_level_keeps_its_spaces(tmp_path: Any) -> N
     stream = Detokenizer(tokenizer)
     pieces = [stream.push(token) for token in (0, 1, 3, 4, 5, 2)]
     assert pieces == ["go", " left", "", "", "日", "!"]
+
+
+def test_a_token_that_only_looks_like_a_byte_is_text() -> None:
+    words = {"<0x0A>": 0, "<0xZZ>": 1, "<0x+1>": 2}
+    tokenizer = Tokenizer(json.dumps(checkpoints.tokenizer(**words)).encode())
+    made = [tokenizer.token_bytes(i, first=True) for i in range(3)]
+    assert made == [b"\n", b"<0xZZ>", b"<0x+1>"]
+
+
+def test_a_panic_of_the_tokenizers_library_is_an_error() -> None:
+    whole = checkpoints.tokenizer(a=0)
+    with pytest.raises(BundleError, match="is not a tokenizer that the tokenizers library reads"):
+        Tokenizer(json.dumps({**whole, **checkpoints.PANIC_READING}).encode())
+    tokenizer = Tokenizer(json.dumps({**whole, **checkpoints.PANIC_ENCODING}).encode())
+    with pytest.raises(InvalidRequest, match="tokenizer fails on this text: no entry found for k"):
+        tokenizer.encode("a", add_special_tokens=True)

@@ -4,12 +4,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from edgecascade.errors import BundleError, InvalidRequest
+
+T = TypeVar("T")
+
+_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")  # a token of one byte, where the vocabulary falls back
 
 
 class Tokenizer:
@@ -22,8 +27,10 @@ class Tokenizer:
         name = str(source) if isinstance(source, Path) else "the bundle's tokenizer.json"
         try:
             data = source.read_bytes() if isinstance(source, Path) else source
-            self._fast = Fast.from_buffer(data)  # from_file takes no odd file names
-        except Exception as error:  # tokenizers raises nothing narrower
+            self._fast = guarded(
+                lambda: Fast.from_buffer(data)
+            )  # from_file takes no odd file names
+        except (OSError, ValueError) as error:
             raise BundleError(
                 f"{name} is not a tokenizer that the tokenizers library reads ({error}); "
                 "copy tokenizer.json from the checkpoint and build again"
@@ -38,7 +45,11 @@ class Tokenizer:
 
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
         """Token ids of a text; marks such as <|im_start|> in it become their special tokens."""
-        ids: list[int] = self._fast.encode(text, add_special_tokens=add_special_tokens).ids
+        try:
+            made = guarded(lambda: self._fast.encode(text, add_special_tokens=add_special_tokens))
+        except ValueError as error:
+            raise InvalidRequest(f"the bundle's tokenizer fails on this text: {error}") from error
+        ids: list[int] = made.ids
         return ids
 
     def decode(self, tokens: Sequence[int], *, skip_special: bool = True) -> str:
@@ -78,14 +89,29 @@ class Tokenizer:
                 return bytes(_BYTE_OF_CHAR[char] for char in text)
             except KeyError:  # an added token, written in plain characters
                 return text.encode()
-        if len(text) == 6 and text.startswith("<0x") and text.endswith(">"):  # byte fallback
-            return bytes([int(text[3:5], 16)])
+        if byte := _BYTE.fullmatch(text):
+            return bytes.fromhex(byte[1])
         # Decoders that mark word starts drop the first one's space; a neighbour keeps it.
         if first:
             return str(self._fast.decode([token], skip_special_tokens=False)).encode()
         pair = str(self._fast.decode([token, token], skip_special_tokens=False))
         alone = str(self._fast.decode([token], skip_special_tokens=False))
         return pair.removeprefix(alone).encode()
+
+
+def guarded(call: Callable[[], T]) -> T:
+    """What a call of the tokenizers library returns.
+
+    Raises:
+        ValueError: for whatever it raises: errors without a class, and panics, which are no
+        Exception, on files that it has taken.
+    """
+    try:
+        return call()
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise ValueError(str(error)) from error
 
 
 def checked_text(text: str | bytes, what: str) -> str:
