@@ -78,8 +78,7 @@ def tokenizer(**ids: int) -> dict[str, Any]:
     return {"added_tokens": added, "model": {"type": "BPE", "vocab": ids, "merges": []}}
 
 
-# Parts of a tokenizer.json on which the tokenizers library panics, which is no Exception: the first
-# one when it is read, the second when something is encoded.
+# Parts of a tokenizer.json on which the tokenizers library panics, which is no Exception.
 PANIC_READING = {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}}
 PANIC_ENCODING = {
     "post_processor": {
@@ -89,6 +88,7 @@ PANIC_ENCODING = {
         "special_tokens": {},
     }
 }
+PANIC_DECODING = {"decoder": {"type": "Strip", "content": "a", "start": 0, "stop": 99}}  # only a's
 
 
 def safetensors(tensors: Mapping[str, tuple[str, NDArray[Any]]]) -> bytes:

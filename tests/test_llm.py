@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import checkpoints
 import numpy as np
 import pytest
 from golden import Build, Golden
@@ -412,3 +413,20 @@ def test_parameters_come_whole_or_by_name(llm: LLM) -> None:
     by_name = llm.generate([5], temperature=0, max_tokens=3, ignore_eos=True)
     assert llm.generate([5], params=params).token_ids == by_name.token_ids
     assert len(llm.generate([5], params=params, max_tokens=2).token_ids) == 2
+
+
+def test_a_tokenizer_that_panics_on_a_token_ends_the_request_and_not_the_engine(
+    tmp_path: Path,
+) -> None:
+    """A panic of the tokenizers library is no Exception: the engine's thread ended in it."""
+    from build_engine.pipeline import build as build_bundle
+
+    folder = checkpoints.write(tmp_path / "checkpoint")
+    words = {("b" if i < 4 else "a") * (i + 1): i for i in range(97)}
+    spec = {**checkpoints.tokenizer(**words), **checkpoints.PANIC_DECODING}
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    build_bundle(folder, tmp_path / "bundle", verify=False)
+    with LLM.load(tmp_path / "bundle") as llm:
+        for _ in range(2):
+            with pytest.raises(BundleError, match=r"tokenizer\.json fails on token"):
+                llm.generate([1, 2, 3], max_tokens=4, ignore_eos=True, temperature=0)

@@ -252,3 +252,6 @@ def test_a_panic_of_the_tokenizers_library_is_an_error() -> None:
     tokenizer = Tokenizer(json.dumps({**whole, **checkpoints.PANIC_ENCODING}).encode())
     with pytest.raises(InvalidRequest, match="tokenizer fails on this text: no entry found for k"):
         tokenizer.encode("a", add_special_tokens=True)
+    tokenizer = Tokenizer(json.dumps({**whole, **checkpoints.PANIC_DECODING}).encode())
+    with pytest.raises(BundleError, match=r"tokenizer\.json fails on token 0: .*; copy tokenizer"):
+        tokenizer.token_bytes(0)

@@ -14,6 +14,8 @@ from edgecascade.errors import BundleError, InvalidRequest
 
 T = TypeVar("T")
 
+COPY = "copy tokenizer.json from the checkpoint and build again"
+
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")  # a token of one byte, where the vocabulary falls back
 
 
@@ -32,8 +34,7 @@ class Tokenizer:
             )  # from_file takes no odd file names
         except (OSError, ValueError) as error:
             raise BundleError(
-                f"{name} is not a tokenizer that the tokenizers library reads ({error}); "
-                "copy tokenizer.json from the checkpoint and build again"
+                f"{name} is not a tokenizer that the tokenizers library reads ({error}); {COPY}"
             ) from error
         self._fast.no_truncation()
         self._fast.no_padding()
@@ -92,11 +93,18 @@ class Tokenizer:
         if byte := _BYTE.fullmatch(text):
             return bytes.fromhex(byte[1])
         # Decoders that mark word starts drop the first one's space; a neighbour keeps it.
+        alone = self._decoded([token])
         if first:
-            return str(self._fast.decode([token], skip_special_tokens=False)).encode()
-        pair = str(self._fast.decode([token, token], skip_special_tokens=False))
-        alone = str(self._fast.decode([token], skip_special_tokens=False))
-        return pair.removeprefix(alone).encode()
+            return alone.encode()
+        return self._decoded([token, token]).removeprefix(alone).encode()
+
+    def _decoded(self, tokens: list[int]) -> str:
+        try:
+            return str(guarded(lambda: self._fast.decode(tokens, skip_special_tokens=False)))
+        except ValueError as error:
+            raise BundleError(
+                f"the bundle's tokenizer.json fails on token {tokens[0]}: {error}; {COPY}"
+            ) from error
 
 
 def guarded(call: Callable[[], T]) -> T:
