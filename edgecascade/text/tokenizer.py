@@ -29,9 +29,8 @@ class Tokenizer:
         name = str(source) if isinstance(source, Path) else "the bundle's tokenizer.json"
         try:
             data = source.read_bytes() if isinstance(source, Path) else source
-            self._fast = guarded(
-                lambda: Fast.from_buffer(data)
-            )  # from_file takes no odd file names
+            # from_file takes no odd file names
+            self._fast = guarded(lambda: Fast.from_buffer(data))
         except (OSError, ValueError) as error:
             raise BundleError(
                 f"{name} is not a tokenizer that the tokenizers library reads ({error}); {COPY}"
