@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -23,7 +22,6 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from edgecascade.backoff import backoff_s
 from edgecascade.service.leash import leashed
@@ -77,12 +75,16 @@ class Child:
         self._closing = False
         self._state = ChildState()
         self._beat = 0.0
-        self._folder = Path(tempfile.mkdtemp(prefix="edgecascade-child-"))
-        # Held open: somebody may clean the folder of temporary files while the program runs.
-        self._log = open(self._folder / "log", "a+b", buffering=0)  # noqa: SIM115
         self._ear = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
-        self._ear.bind(str(self._folder / "notify"))
         self._ear.settimeout(TURN_S)
+        # Held open, and nowhere by name: a kill leaves nothing behind, and who cleans the folder
+        # of temporary files takes nothing away.
+        with tempfile.TemporaryDirectory(prefix="edgecascade-child-") as folder:
+            self._log = open(f"{folder}/log", "a+b", buffering=0)  # noqa: SIM115
+            at = os.open(folder, os.O_PATH)
+            self._ear.bind(f"/proc/self/fd/{at}/notify")  # a path may be too long for a socket
+            self._address = os.open("notify", os.O_PATH, dir_fd=at)
+            os.close(at)
         # This thread starts the program, and the kernel ends it with this thread.
         self._thread = threading.Thread(target=self._run, name="child", daemon=True)
         self._thread.start()
@@ -122,7 +124,7 @@ class Child:
         self._thread.join()
         self._ear.close()
         self._log.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        os.close(self._address)
 
     # From here on everything runs on the child's thread.
 
@@ -164,7 +166,7 @@ class Child:
     def _start(self, command: Command) -> subprocess.Popen[bytes]:
         environment = {
             **self._environment,
-            "NOTIFY_SOCKET": str(self._folder / "notify"),
+            "NOTIFY_SOCKET": f"/proc/self/fd/{self._address}",  # of the program: it inherits it
             "WATCHDOG_USEC": str(int(WATCHDOG_S * 1e6)),
         }
         self._drop_old_words()
@@ -175,6 +177,7 @@ class Child:
             stdout=self._log,
             stderr=self._log,
             env=environment,
+            pass_fds=(self._address,),
             start_new_session=True,  # Ctrl-C is for us; it is told to drain
         )
         log.info("started %s as %d", " ".join(command), process.pid)

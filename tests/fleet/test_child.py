@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -169,11 +170,17 @@ def test_what_cannot_be_started_is_a_crash(make: Make) -> None:
     assert one.wait(lambda state: state.crashes >= 1, WAIT_S)
 
 
-def test_a_log_that_somebody_removes_ends_nothing(make: Make, tmp_path: Path) -> None:
+def test_who_cleans_the_folder_of_temporary_files_ends_nothing(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
     one = make()
     one.want(program(tmp_path, "asked"))
     assert one.wait(lambda state: state.loaded_at is not None, WAIT_S)
-    (one._folder / "log").unlink()
+    assert not list(temporary.iterdir()), "what lies there can be taken away"
+    temporary.rmdir()
     (tmp_path / "go").touch()
     assert one.wait(ready, WAIT_S)
     assert one.end(WAIT_S)
@@ -263,8 +270,10 @@ def test_what_has_to_be_prepared_is_prepared_before_each_start(make: Make, tmp_p
     assert prepared == ["well"]
 
 
-def test_it_dies_with_us(tmp_path: Path) -> None:
+def test_it_dies_with_us_and_leaves_nothing_behind(tmp_path: Path) -> None:
     """SIGKILL of the parent, which can do nothing about it."""
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
     parent = f"""
 import sys, time
 from edgecascade.fleet.child import Child
@@ -274,7 +283,11 @@ assert one.wait(lambda s: s.ready_at is not None, {WAIT_S})
 print(one.state.pid, flush=True)
 time.sleep(1000)
 """
-    with subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", parent],
+        stdout=subprocess.PIPE,
+        env={**os.environ, "TMPDIR": str(temporary)},
+    ) as process:
         assert process.stdout is not None
         pid = int(process.stdout.readline())
         watched = os.pidfd_open(pid)
@@ -284,4 +297,5 @@ time.sleep(1000)
 
     with open(watched, "rb", closefd=True) as file:
         assert select.select([file], [], [], WAIT_S)[0], "the child lives on"
+    assert not list(temporary.iterdir())
     assert not (tmp_path / "ends").exists()
