@@ -74,8 +74,12 @@ def _raise(error: OSError) -> None:
 
 
 @pytest.mark.parametrize("name", CLASSES)
-def test_every_fault_is_survived(name: str) -> None:
+def test_every_fault_is_survived_and_leaves_no_stamps(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     result = run_class(name, seed=1, short=True)
+    assert not (tmp_path / "cache").exists()
     if result.outcome.skipped:
         pytest.skip(result.outcome.skipped)
     assert result.outcome.failures == ()

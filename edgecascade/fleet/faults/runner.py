@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,8 @@ def run_class(name: str, seed: int, *, short: bool, case: str | None = None) -> 
     try:
         module = load(name)
         title, count = module.TITLE, module.SHORT if short else module.FULL
-        outcome = module.run(seed, count, case)
+        with _own_cache():
+            outcome = module.run(seed, count, case)
     except FleetError as error:
         if error.reason != "not-installed":
             raise
@@ -109,6 +111,21 @@ def to_json(results: Sequence[Result], seed: int, *, short: bool) -> dict[str, A
         "line": closing_line(results),
         "classes": {r.name: r.to_json() for r in sorted(results, key=lambda r: int(r.name[1:]))},
     }
+
+
+@contextmanager
+def _own_cache() -> Iterator[None]:
+    """Stamps of files that are soon gone stay out of the user's folder."""
+    before = os.environ.get("XDG_CACHE_HOME")
+    with tempfile.TemporaryDirectory(prefix="faults-") as folder:
+        os.environ["XDG_CACHE_HOME"] = folder
+        try:
+            yield
+        finally:
+            if before is None:
+                del os.environ["XDG_CACHE_HOME"]
+            else:
+                os.environ["XDG_CACHE_HOME"] = before
 
 
 def _run_apart(name: str, seed: int, short: bool) -> Result:
