@@ -113,12 +113,17 @@ class KeyFolders:
         part = path.with_suffix(".part")
         part.unlink(missing_ok=True)  # of a writer that was killed
         fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
-        with open(fd, "wb") as out:
-            out.write(pem)
-            out.flush()
-            os.fsync(fd)
-        os.link(part, path)  # never over another key
-        part.unlink()
+        try:
+            with open(fd, "wb") as out:
+                out.write(pem)
+                out.flush()
+                os.fsync(fd)
+            os.link(part, path)  # never over another key
+        except OSError as error:
+            error.filename = error.filename or str(path)  # a full disk does not say which
+            raise
+        finally:
+            part.unlink()
         fsync_folder(path.parent)
 
     def _load(self, path: Path) -> CryptoSigner:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import random
@@ -245,6 +246,21 @@ def test_operators_that_cannot_be_leave_nothing_behind(
     with pytest.raises(FleetError, match=said):
         Repository.init(tmp_path / "r", KeyFolders([tmp_path / "keys"]), START, operators=names)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_takes_no_key_and_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(fd: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    keys = KeyFolders([tmp_path / "keys"])
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match=r"keys/root-1\.pem"):
+            keys.generate("root")
+    assert not list((tmp_path / "keys").iterdir())
+    assert keys.generate("root").path == tmp_path / "keys" / "root-1.pem"
 
 
 def test_no_key_is_made_for_a_name_that_cannot_be(repository: Repository) -> None:
