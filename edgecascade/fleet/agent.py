@@ -247,7 +247,8 @@ class Agent:
     def _follow(self) -> None:
         """Say what the orders of the latest stick have come to meanwhile."""
         for name, offer in self._offered.items():
-            now = stick.outcome(offer.order, self.state, pending=self._executor.pending(name))
+            pending, trouble = self._executor.pending(name), self._executor.trouble
+            now = stick.outcome(offer.order, self.state, pending=pending, trouble=trouble)
             self._answer(offer.source, name, now)
 
     def _answer(self, source: str, order: str, outcome: Outcome) -> None:

@@ -122,7 +122,8 @@ class Executor:
         self._busy = False
         self._boots = self._halts = 0  # since which answers count
         self._stale = False  # the disk failed: what it holds is to be read anew
-        self._deferred: dict[str, ev.Ordered] = {}
+        self.trouble = ""  # what it said; nothing once it is read
+        self._deferred: dict[str, ev.Ordered] = {}  # by group, until their turn or the disk comes
         self._documents: dict[str, bytes] = {}
 
     def boot(self) -> None:
@@ -174,8 +175,14 @@ class Executor:
         try:
             if self._stale:
                 self._events.appendleft(self._read())
+                self._take_deferred()
             while self._events:
-                self._step(self._events.popleft())
+                event = self._events.popleft()
+                try:
+                    self._step(event)
+                except OSError:
+                    self._events.appendleft(event)
+                    raise
         except OSError as error:
             self._rest(error)
         finally:
@@ -184,8 +191,11 @@ class Executor:
     def _rest(self, error: OSError) -> None:
         """The disk failed: nothing is known of the last write, so begin again, a little later."""
         log.error("updates rest for %.0f s: %s", REST_S, error)
+        for event in self._events:
+            if isinstance(event, ev.Ordered):  # nobody says it again; all else follows from a state
+                self._defer(event)
         self._events.clear()
-        self._stale = True
+        self._stale, self.trouble = True, str(error)
         self._boots += 1
         self.host.halt()
         update = self.state.update
@@ -200,7 +210,7 @@ class Executor:
         """Read the state; where it is lost, begin from the golden bundle and the floor."""
         self.store.prepare()
         self.state, note = self._recovered()
-        self._stale = False
+        self._stale, self.trouble = False, ""
         self._keep_golden()
         return ev.Booted(note)
 
@@ -236,17 +246,28 @@ class Executor:
             self._store(state)
         for effect in effects:
             self._perform(effect)
-        if self.state.update is None and self._deferred:
-            self._events.extend(self._deferred.values())
-            self._deferred = {}
+        if self.state.update is None:
+            self._take_deferred()
+
+    def _defer(self, event: ev.Ordered) -> None:
+        """Keep an order for later, unless a newer one of its group is kept."""
+        kept = self._deferred.setdefault(event.order.key, event)
+        if kept.order.seq <= event.order.seq:
+            self._deferred[event.order.key] = event
+
+    def _take_deferred(self) -> None:
+        self._events.extend(self._deferred.values())
+        self._deferred = {}
 
     def _store(self, state: DeviceState) -> None:
-        for slot in state.slots:
-            if slot.release in self._documents:
-                self.store.put_release(slot.release, self._documents.pop(slot.release))
+        documents = {slot.release for slot in state.slots} & self._documents.keys()
+        for sha256 in documents:
+            self.store.put_release(sha256, self._documents[sha256])
         # The clock makes it grow even past the loss of the file.
         state = state.revised(max(self.state.revision + 1, int(self.host.now())))
         replace_file(self.files, STATE, state.to_bytes())
+        for sha256 in documents:  # not before: a disk that fails here has the order taken anew
+            del self._documents[sha256]
         self.state = state
         self._keep_golden()
 
@@ -268,7 +289,7 @@ class Executor:
             case ev.Start():
                 self.host.start(effect.slot)
             case ev.Defer():
-                self._deferred[effect.event.order.key] = effect.event
+                self._defer(effect.event)
             case ev.RaiseFloor():
                 raise_floor(self.files, orders=effect.seqs, releases=effect.floors)
             case ev.Collect():

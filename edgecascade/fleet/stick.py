@@ -73,13 +73,13 @@ def no_order(folder: str, groups: Iterable[str]) -> str:
     return f"{folder} has no order for the groups {', '.join(groups)} in orders/"
 
 
-def outcome(order: Order, state: DeviceState, *, pending: bool) -> Outcome:
-    """What an order that was offered has come to; `pending` as the executor says."""
+def outcome(order: Order, state: DeviceState, *, pending: bool, trouble: str = "") -> Outcome:
+    """What an order that was offered has come to; `pending` and `trouble` as the executor says."""
     name, current = order.order, state.update
     if order.action != "install":
         return Outcome(True, f"order {name!r} says {order.action}, and installs nothing")
     if pending:
-        return Outcome()
+        return Outcome(False, f"order {name!r} waits for the disk: {trouble}" if trouble else "")
     if current is not None and current.order.order == name:
         return Outcome(True, f"order {name!r} is paused until the operator resumes it")
     if state.verdict(name) is not None:
@@ -88,8 +88,8 @@ def outcome(order: Order, state: DeviceState, *, pending: bool) -> Outcome:
     if heard >= order.seq:
         before = f"order {name!r} has the number {order.seq}, {heard} was heard before it"
         return Outcome(True, before)
-    text = f"order {name!r} is not taken: another came in its place, or the disk failed"
-    return Outcome(True, f"{text}; give it again")
+    text = f"order {name!r} is not taken: another came in its place; give it again"
+    return Outcome(True, text)
 
 
 def is_over(outcomes: Outcomes) -> bool:

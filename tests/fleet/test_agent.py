@@ -247,11 +247,13 @@ def test_what_an_order_that_was_offered_has_come_to(home: Home) -> None:
     ended = running.with_verdict(Verdict("mine", GROUP, 5, "SUCCEEDED"))
     assert stick.outcome(mine, running, pending=True) == Outcome()
     assert stick.outcome(mine, replace(ended, update=None), pending=False) == Outcome(True)
+    full = stick.outcome(mine, STATE, pending=True, trouble="No space left on device")
+    assert full == Outcome(False, "order 'mine' waits for the disk: No space left on device")
     for state, why in (
         (paused, "is paused until the operator resumes it"),
         (replace(running, update=None), "has the number 5, 5 was heard before it"),
         (replace(running, update=None, seqs={mine.key: 9}), "number 5, 9 was heard before it"),
-        (STATE, "is not taken: another came in its place, or the disk failed"),
+        (STATE, "is not taken: another came in its place"),
     ):
         found = stick.outcome(mine, state, pending=False)
         assert found.over

@@ -118,6 +118,69 @@ def test_a_disk_that_fails_is_left_alone_for_a_while_and_then_read_anew(
     assert device.state.active == releases[1].slot
 
 
+def test_an_order_that_comes_as_the_disk_fails_is_taken_once_it_works(
+    releases: list[Published],
+) -> None:
+    effects: list[str] = []
+    for failing in range(1000):  # at each effect of taking it
+        files, world = SimFiles(), World(releases)
+        installed(files, world, releases[0], 1)
+        watched = Watched(files)
+        device = Slow(watched, world)
+        device.boot()
+        device.go_on()
+        effects.clear()
+
+        def broken(effect: str, failing: int = failing) -> None:
+            effects.append(effect)
+            if len(effects) > failing:
+                raise OSError(28, "No space left on device")
+
+        watched.before = broken
+        device.executor.offer(order_for(releases[1], 2), releases[1].document)
+        if len(effects) <= failing:
+            break
+        assert "No space" in device.executor.trouble
+        # Who repeats an older one takes nothing away.
+        device.executor.offer(order_for(releases[2], 1, name="old"), releases[2].document)
+        assert device.executor.pending("order-2")
+        watched.before = lambda effect: None
+        device.executor.tick()
+        device.go_on()
+        assert device.state.active == releases[1].slot, effects
+        assert not device.executor.trouble
+        check_device(device)
+    assert failing > 5
+
+
+def test_an_order_that_waits_its_turn_as_the_disk_fails_is_taken_afterwards(
+    releases: list[Published],
+) -> None:
+    files, world = SimFiles(), World(releases)
+    installed(files, world, releases[0], 1)
+    watched = Watched(files)
+    device = Slow(watched, world)
+    device.boot()
+    device.go_on()
+    device.executor.offer(order_for(releases[1], 2), releases[1].document)
+    device.go_on("probation")
+    device.executor.offer(order_for(releases[2], 4), releases[2].document)
+    device.executor.offer(order_for(releases[0], 3, name="between"), releases[0].document)
+
+    def broken(effect: str) -> None:
+        update = device.state.update
+        if update is None:  # the first is kept, and the next one begins
+            raise OSError(5, "Input/output error")
+
+    watched.before = broken
+    device.go_on()
+    watched.before = lambda effect: None
+    device.executor.tick()
+    device.go_on()
+    assert device.state.active == releases[2].slot
+    check_device(device)
+
+
 def test_a_lost_state_is_said_and_the_golden_bundle_runs(releases: list[Published]) -> None:
     files, world = SimFiles(), World(releases)
     installed(files, world, releases[0], 1)

@@ -180,6 +180,9 @@ def _on_full_disk(seed: int, folder: Path, spare_bytes: int) -> str:
         device.settle()
         require(device.world.running is not None, "no release answers")
         (folder / "ballast").unlink()
+        device.executor.tick()
+        device.settle()
+        require(last_word(device.world, scenario.order.order), "the order is lost")
         _ends_well(scenario, device)
     except (Violation, EdgeCascadeError, OSError) as error:
         return f"{type(error).__name__}: {error}"
