@@ -67,10 +67,14 @@ class Verified:
 
 @dataclass(frozen=True)
 class Staged:
-    """The bundle's folder is complete and durable; `room_for_two`: both bundles fit in memory."""
+    """The bundle's folder is complete and durable; `room_for_two`: both bundles fit in memory.
+
+    `known`: it is the active one under other options, and must show no more than that did.
+    """
 
     order: str
     room_for_two: bool = False
+    known: bool = False
 
 
 @dataclass(frozen=True)

@@ -341,11 +341,22 @@ class Executor:
                 return ev.Verified(order, self.store.verify(release))
             case ev.Stage():
                 self.store.stage(release)
-                return ev.Staged(order, self.host.room_for_two(release))
+                known = self._known(target, release)
+                return ev.Staged(order, self.host.room_for_two(release), known)
             case ev.Try():
                 return ev.Tried(order, *self.host.try_out(target, release))
             case ev.Soak():
                 return ev.Soaked(order, *self.host.soak(target, release))
+
+    def _known(self, target: Slot, release: Release) -> bool:
+        """Whether the active release is the same bundle and had to show the same."""
+        active = self.state.active
+        if active is None or active.manifest != target.manifest:
+            return False
+        try:
+            return self.store.release(active.release).health == release.health
+        except UpdateFailed:  # its document is lost
+            return False
 
     def _check(self, effect: ev.Check) -> ev.Event | OSError:
         try:

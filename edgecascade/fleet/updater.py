@@ -100,6 +100,7 @@ def _answered(state: DeviceState, current: Update, event: Event, now: float) -> 
             return _failed(state, current, what, now)
         return _enter(state, current, Phase.STAGING, now)
     if isinstance(event, Staged) and phase is Phase.STAGING:
+        current = replace(current, proven=current.proven or event.known)
         if state.active is not None and event.room_for_two and not current.proven:
             return _enter(state, current, Phase.REHEARSING, now)
         return _switch_when_open(state, current, now)
@@ -263,9 +264,7 @@ def _install(state: DeviceState, event: Ordered, now: float) -> Step:
         state, before = _cancel(state, current, "superseded")
         after, effects = _install(state, event, now)
         return after, (*before, *effects)
-    # The same bundle under other options: what it answers is known.
-    proven = state.active is not None and state.active.manifest == target.manifest
-    after = replace(state, update=Update(order, target, Phase.OFFERED, proven=proven))
+    after = replace(state, update=Update(order, target, Phase.OFFERED))
     queued = replace(_progress(after), state="QUEUED")
     return after, (queued, *_work(after, now))
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import random
 import subprocess
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -179,6 +180,39 @@ def test_an_order_that_waits_its_turn_as_the_disk_fails_is_taken_afterwards(
     device.go_on()
     assert device.state.active == releases[2].slot
     check_device(device)
+
+
+@pytest.mark.parametrize(
+    ("more", "lost", "tries"),
+    [({}, False, 0), ({"min_tok_s": 9.0}, False, 1), ({}, True, 1)],
+    ids=["same", "more", "lost"],
+)
+def test_the_active_bundle_is_tried_again_unless_the_same_was_asked_of_it(
+    releases: list[Published],
+    monkeypatch: pytest.MonkeyPatch,
+    more: dict[str, Any],
+    lost: bool,
+    tries: int,
+) -> None:
+    files, world = SimFiles(), World(releases)
+    installed(files, world, releases[0], 1)
+    release = publish(random.Random(3), 4, base=releases[0], config_only=True).release
+    asked = replace(release, health=replace(release.health, **more))
+    same = Published(asked, asked.to_bytes(), releases[0].blobs)
+    world.published.append(same)
+    device = Device(files, world).boot()
+    tried: list[Slot] = []
+
+    def try_out(slot: Slot, release: Release) -> tuple[bool, Mapping[str, Any]]:
+        tried.append(slot)
+        return not more, {"reason": "slow"} if more else {}
+
+    monkeypatch.setattr(device, "try_out", try_out)
+    if lost:
+        files.remove(f"releases/{releases[0].sha256}")
+    device.deliver(order_for(same, 2), same)
+    assert tried == [same.slot] * tries
+    assert device.state.active == (releases[0] if more else same).slot
 
 
 def test_a_lost_state_is_said_and_the_golden_bundle_runs(releases: list[Published]) -> None:

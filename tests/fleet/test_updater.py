@@ -174,7 +174,10 @@ def test_a_new_configuration_needs_no_trial() -> None:
     target = replace(slot(2), manifest=slot(1).manifest)
     state, _ = run(IDLE, ev.Ordered(order(), target), ev.Measured("o2", 1, 9))
     state, effects = run(
-        state, ev.Downloaded("o2"), ev.Verified("o2"), ev.Staged("o2", room_for_two=True)
+        state,
+        ev.Downloaded("o2"),
+        ev.Verified("o2"),
+        ev.Staged("o2", room_for_two=True, known=True),
     )
     only(effects, ev.Drain)
     _, effects = run(state, ev.Drained("o2"), ev.Checked(target.manifest, True))
