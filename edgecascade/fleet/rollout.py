@@ -377,10 +377,13 @@ def _said(progress: Progress, now: float, state: State) -> Progress:
 def going_back(fleet: Fleet) -> tuple[int, int]:
     """After a rollback: devices that have not said that they are off the new bundle.
 
-    First those that the broker shows, then those that are silent and go back when they come.
+    First those that the broker shows, then those that are silent and go back when they come. One
+    that is queued has not begun, and what it waits for comes too late.
     """
     left = [
-        seen.online for seen in fleet.values() if seen.job and (not seen.job.ended or _has_it(seen))
+        seen.online
+        for seen in fleet.values()
+        if seen.job and (seen.job.state == "IN_PROGRESS" or _has_it(seen))
     ]
     return sum(left), len(left) - sum(left)
 

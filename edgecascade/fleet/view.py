@@ -188,12 +188,10 @@ class View:
         return (int(version), float(when)) if key == seen.key else (-1, 0.0)
 
     def troubles(self) -> list[tuple[str, Job]]:
-        """Devices that failed or refused, by name."""
-        return sorted(
-            (name, seen.job)
-            for name, seen in self.fleet.items()
-            if seen.job is not None and seen.job.state in ("FAILED", "REJECTED")
-        )
+        """Devices that failed or refused, by name, then those that say what they wait for."""
+        said = [(name, seen.job) for name, seen in sorted(self.fleet.items()) if seen.job]
+        ended = [(name, job) for name, job in said if job.state in ("FAILED", "REJECTED")]
+        return ended + [each for each in said if each[1].state == "QUEUED" and each[1].evidence]
 
     def phases(self) -> Counter[str]:
         """How many devices are in which phase."""

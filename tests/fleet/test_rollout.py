@@ -395,3 +395,11 @@ def test_what_was_said_can_be_said_again(act: Any, state: Any) -> None:
         8,
         99.0,
     )
+
+
+def test_who_has_not_begun_is_not_waited_for_until_it_goes_back() -> None:
+    fleet = fleet_of(len(STATES))
+    for name, state in zip(fleet, STATES, strict=True):
+        report(fleet, [name], state)
+    assert rollout.going_back(fleet) == (2, 0), "IN_PROGRESS and SUCCEEDED"
+    assert rollout.going_back({n: replace(s, online=False) for n, s in fleet.items()}) == (0, 2)

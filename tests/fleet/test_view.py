@@ -285,3 +285,15 @@ def test_anything_may_be_said(messages: list[tuple[str, Any, Any]]) -> None:
         view.hear(from_agent(agent, kind), json.dumps(body).encode(), 1.0)
     assert set(view.fleet) == set(NAMES)
     assert not any(seen.job or seen.standing for seen in view.at(1.0).values())
+
+
+def test_who_waits_says_for_what_after_those_that_failed(view: View) -> None:
+    held = {"reason": "network-failed", "message": "the repository is out of reach"}
+    states = {"robot-1": "QUEUED", "robot-2": "FAILED", "robot-3": "QUEUED"}
+    for name, state in states.items():
+        evidence = held if name != "robot-3" else {}  # it has only just heard
+        say(view, replace(JOB, device=name, state=state, phase="", evidence=evidence))
+    assert [(name, job.state) for name, job in view.troubles()] == [
+        ("robot-2", "FAILED"),
+        ("robot-1", "QUEUED"),
+    ]
