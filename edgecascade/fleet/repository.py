@@ -242,7 +242,8 @@ class Repository:
         if len(mine) < known.threshold:
             raise FleetError(
                 f"{known.threshold} operators must sign for group {order.group!r}, keys of "
-                f"{len(mine)} are at hand ({ORDERS}-N.pem)",
+                f"{len(mine)} are at hand ({ORDERS}-N.pem); name their folder with --keys, or say "
+                "edgecascade fleet keys --add-operator NAME",
                 reason="keys-missing",
             )
         with self._locked():

@@ -290,6 +290,12 @@ def test_numbers_of_a_group_only_grow(repository: Repository) -> None:
     assert (repository.folder / "orders" / f"{GROUP}.json").read_bytes() == first
 
 
+def test_who_may_not_sign_an_order_is_told_what_to_do(repository: Repository) -> None:
+    without = Repository(repository.folder, KeyFolders([repository.folder]))
+    with pytest.raises(FleetError, match=r"keys of 0 are at hand .*--keys, or .*--add-operator"):
+        without.sign_order(order(repository))
+
+
 def test_operators_come_and_go(repository: Repository) -> None:
     repository.add_order_key("carol", START, groups=("site-8",))
     assert [key.owner for key in repository.order_keys().keys] == ["operator", "carol"]
