@@ -16,6 +16,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -297,12 +298,25 @@ def next_boot(folder: Path, device: str) -> int:
         except ValueError:
             boot = int(time.time())  # beyond any count that was lost
             log.warning("%s holds no number; the boot counter goes on from %d", path, boot)
-        replace_file(path, b"%d\n" % boot)
+        _write_count(path, boot)
     except OSError as error:
         raise InvalidRequest(
             f"state folder {str(folder)!r} cannot be written ({error.strerror}); give --state-dir"
         ) from error
     return boot
+
+
+def _write_count(path: Path, count: int) -> None:
+    data = b"%d\n" % count
+    try:
+        replace_file(path, data)
+    except OSError:
+        # A full disk takes what needs no more room.
+        with suppress(OSError), open(path, "r+b", buffering=0) as file:
+            file.write(data)
+            os.fsync(file)
+            return
+        raise
 
 
 def _limits(config: ServiceConfig, model: str) -> Limits:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import gc
 import json
 import queue
@@ -25,7 +26,7 @@ from paho.mqtt.properties import Properties
 from proxy import Proxy
 from serving import WAIT_S, Connect, Serve
 
-from edgecascade import LLM
+from edgecascade import LLM, files
 from edgecascade.client import Client
 from edgecascade.errors import (
     Cancelled,
@@ -681,6 +682,21 @@ def test_the_boot_counter_grows_and_survives_damage(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InvalidRequest, match="--state-dir"):
         next_boot(tmp_path / "file", "dev-1")
+
+
+def test_the_boot_counter_grows_on_a_full_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, data: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (tmp_path / "dev-1.boot").write_text("9\n")
+    monkeypatch.setattr(files, "write_file", full)
+    assert [next_boot(tmp_path, "dev-1") for _ in range(2)] == [10, 11]
+    with pytest.raises(InvalidRequest, match="No space left"):
+        next_boot(tmp_path, "dev-2")
+    monkeypatch.undo()
+    assert next_boot(tmp_path, "dev-1") == 12
 
 
 def test_a_broker_that_is_lost_is_told_once(
