@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import itertools
 import logging
+import os
 import threading
 import time
 import weakref
@@ -46,6 +47,7 @@ from edgecascade.snapshots import CacheStats, Entry, Path, PrefixCache
 log = logging.getLogger(__name__)
 
 CLOSED = "the LLM is closed; load the bundle again"
+FORKED = "the LLM works in the process that this one was forked from; load the bundle here, too"
 MAX_AHEAD = 16  # conversations whose next turn waits to be read ahead
 AHEAD_AFTER_S = 0.02  # of rest: who asks again at once is not held up by it
 
@@ -187,12 +189,10 @@ class Engine:
         self._ahead: deque[Callable[[], Array]] = deque(maxlen=MAX_AHEAD)
         self._reading_ahead: tuple[int, bytes] | None = None  # a job, and the key of its end
         self._at_hand: tuple[bytes, Parked] | None = None  # a kept state that need not be restored
-        lock = threading.RLock()  # a callback may cancel or submit
-        self._wake = threading.Condition(lock)  # for the engine: there is something to do
-        self._room = threading.Condition(lock)  # for who waits to submit: the queue got shorter
+        self._make_locks()
         # Not started before it is needed: until then a process may fork.
         self._thread: threading.Thread | None = None
-        self._closed = False
+        self._closed: str | None = None  # why nothing is taken any more
         self._steps = self._decoded = self._prefilled = 0
         self._worked_at = 0.0  # when there was something to do
 
@@ -265,7 +265,7 @@ class Engine:
         of the oldest where there are too many.
         """
         with self._wake:
-            if not self._closed and self._cache.max_bytes:
+            if self._closed is None and self._cache.max_bytes:
                 self._ahead.append(tokens)
                 self._begin()
 
@@ -308,11 +308,22 @@ class Engine:
     def close(self) -> None:
         """Fail every job and stop the thread; the backend stays open."""
         with self._wake:
-            self._closed = True
+            self._closed = self._closed or CLOSED
             self._wake.notify_all()
             self._room.notify_all()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
+
+    def orphan(self) -> None:
+        """In a forked child: the thread is the parent's, and who held the locks is not here."""
+        self._make_locks()
+        self._thread = None
+        self._closed = FORKED
+
+    def _make_locks(self) -> None:
+        lock = threading.RLock()  # a callback may cancel or submit
+        self._wake = threading.Condition(lock)  # for the engine: there is something to do
+        self._room = threading.Condition(lock)  # for who waits to submit: the queue got shorter
 
     def _begin(self) -> None:
         """Wake the thread, which is only started now."""
@@ -330,8 +341,8 @@ class Engine:
 
     def _enqueue(self, request: Request, *, wait: bool) -> int:
         while True:
-            if self._closed:
-                raise BackendError(CLOSED)
+            if self._closed is not None:
+                raise BackendError(self._closed)
             now = time.monotonic()
             if request.deadline_s is not None and now >= request.deadline_s:
                 raise DeadlineExceeded("the time was up before the request was queued")
@@ -350,7 +361,7 @@ class Engine:
         except Exception as error:
             log.exception("the engine stopped")
             with self._wake:
-                self._closed = True
+                self._closed = CLOSED
                 self._room.notify_all()
             failure = BackendError(f"the engine stopped: {error!r}; load the bundle again")
             self._end_all(failure)
@@ -622,6 +633,14 @@ class Engine:
 
 
 _RUNNING: weakref.WeakSet[Engine] = weakref.WeakSet()
+
+
+def _orphan_all() -> None:
+    for engine in list(_RUNNING):
+        engine.orphan()
+
+
+os.register_at_fork(after_in_child=_orphan_all)
 
 
 @atexit.register

@@ -290,6 +290,48 @@ for _ in range(4):
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_a_forked_process_is_told_to_load_a_bundle_of_its_own(build: Build) -> None:
+    program = f"""
+import os, signal
+from edgecascade import LLM, EdgeCascadeError
+
+def fork(do):
+    child = os.fork()
+    if child == 0:
+        signal.alarm(30)
+        try:
+            print(len(do().token_ids), flush=True)
+        except EdgeCascadeError as error:
+            print(error, flush=True)
+        os._exit(0)
+    print(os.waitpid(child, 0)[1], flush=True)
+
+def asked(llm):
+    return llm.generate([5], max_tokens=4, ignore_eos=True)
+
+def loaded():
+    llm.close()
+    with LLM.load({str(build("tiny", "speed"))!r}, "cpu") as other:
+        return asked(other)
+
+llm = LLM.load({str(build("tiny", "speed"))!r}, "cpu")
+fork(lambda: asked(llm))  # nothing runs yet
+llm.submit([5, 6, 7], on_event=lambda event: None, ignore_eos=True)
+fork(lambda: asked(llm))
+fork(lambda: next(llm.stream("Go.")))
+fork(lambda: llm.logits([5]))
+fork(loaded)
+print(len(asked(llm).token_ids))
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program],
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    told = "the LLM works in the process that this one was forked from; load the bundle here, too"
+    assert done.stdout.splitlines() == ["4", "0", *[told, "0"] * 3, "4", "0", "4"], done.stderr
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_answers_and_pieces_come_without_blocking_the_loop(load: Load) -> None:
     llm = load(slots=2)
     prompts = [[5 + i, 30] for i in range(6)]
