@@ -99,7 +99,12 @@ def read_state(path: str | Path, *, bundle_id: str, family: str) -> SavedState:
     """
     source = checked_path(path)
     try:
-        data = source.read_bytes()
+        with open(source, "rb") as file:
+            begin = file.read(len(MAGIC))
+            if begin != MAGIC:  # perhaps a whole model: not to be read to be told
+                raise SnapshotError(f"{source} is not a saved state: it begins with {begin!r}")
+            file.seek(0)
+            data = file.read()
     except OSError as error:
         raise InvalidRequest(f"the state {source} cannot be read: {error}") from error
     header, start = _checked_header(source, data)
@@ -136,8 +141,6 @@ def _bytes(array: Array) -> memoryview | bytes:
 
 def _checked_header(path: Path, data: bytes) -> tuple[dict[str, Any], int]:
     """The header of a file that is what its writer wrote, and where the arrays start."""
-    if data[: len(MAGIC)] != MAGIC:
-        raise SnapshotError(f"{path} is not a saved state: it begins with {data[:8]!r}")
     fixed = len(MAGIC) + 8
     body = memoryview(data)[:-DIGEST_BYTES]
     if len(data) < fixed + DIGEST_BYTES or hashlib.sha256(body).digest() != data[-DIGEST_BYTES:]:

@@ -304,6 +304,14 @@ def test_every_damage_of_a_file_is_seen(tmp_path):
             read(path)
 
 
+def test_a_file_of_another_kind_is_not_read_to_be_told_so(tmp_path):
+    path = tmp_path / "weights.bin"
+    with open(path, "wb") as file:
+        file.truncate(1 << 42)  # more than any memory
+    with pytest.raises(SnapshotError, match=r"weights\.bin is not a saved state"):
+        read(path)
+
+
 def forged(path: Path, header: object, payload: bytes = b"", size: int | None = None) -> None:
     """A file whose checksum is right and whose content is not."""
     text = header if isinstance(header, bytes) else canonical_json(header)
