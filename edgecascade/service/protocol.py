@@ -188,7 +188,7 @@ def _body(message: Incoming, limits: Limits) -> dict[str, Any]:
         body = wire.decode(message.payload)
         wire.fingerprint(body)
     except wire.BadJson as error:
-        refuse(400, "invalid_json", f"the request is {error}")
+        refuse(400, "invalid_json", f"the request cannot be read: {error}")
     if not isinstance(body, dict):
         refuse(400, "invalid_json", f"the request is a JSON {kind_of(body)}; send an object")
     return body

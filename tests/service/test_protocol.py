@@ -117,6 +117,20 @@ def test_what_names_no_request_is_answered_on_the_spare_id(payload: bytes, code:
     assert answer.reply.topic == "edgecascade/v1/c/robot/r/dev-1/_"
 
 
+@pytest.mark.parametrize(
+    ("payload", "reason"),
+    [
+        (b"\xff\xfe", "not UTF-8: invalid start byte at byte 0"),
+        (b'{"seed":NaN}', "NaN is not JSON"),
+        (b'{"id":"request-1","id":"request-2"}', "key 'id' is given twice"),
+        (b"[" * 90_000, "nested deeper than 32 levels"),
+    ],
+)
+def test_what_cannot_be_read_says_why(payload: bytes, reason: str) -> None:
+    message = refusal(ask(payload)).problem.message
+    assert message == f"the request cannot be read: {reason}"
+
+
 def test_too_large_is_413() -> None:
     answer = refusal(ask(b" " * (LIMITS.max_request_bytes + 1)))
     assert (answer.problem.status, answer.problem.code) == (413, "request_too_large")
