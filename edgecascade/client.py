@@ -132,7 +132,7 @@ class Client:
         key: str | None = None,
         protocol: str = "auto",
     ) -> None:
-        self.id = client_id or f"client-{secrets.token_hex(4)}"
+        self.id = f"client-{secrets.token_hex(4)}" if client_id is None else client_id
         if not is_name(self.id):
             raise InvalidRequest(f"client_id is {self.id!r}; give 1 to 64 of A-Z a-z 0-9 _ -")
         self._topics = Topics(prefix)

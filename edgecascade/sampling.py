@@ -224,6 +224,11 @@ def _stops(stop: Any) -> tuple[str, ...]:
             raise InvalidRequest(
                 f"stop holds {shown}; each must be a string of 1 to {MAX_STOP_CHARS} characters"
             )
+        if any("\ud800" <= char <= "\udfff" for char in text):  # half a character is never made
+            raise InvalidRequest(
+                f"stop holds {_shown(text)}, which is not valid Unicode; it came from bytes that "
+                "are not UTF-8"
+            )
     return stops
 
 

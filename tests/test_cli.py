@@ -150,6 +150,7 @@ def test_tools_are_read_from_a_file(capsys: Capture, bundle: str, tmp_path: Path
         (["generate", "BUNDLE", "--token-ids", "9999"], "token 9999 at position 0"),
         (["generate", "BUNDLE", "--token-ids", ",".join(["5"] * 4097)], "[context-exceeded]"),
         (["generate", "BUNDLE", "--prompt", "a", *["--stop", "x"] * 17], "stop has 17 strings"),
+        (["generate", "BUNDLE", "--prompt", "a", "--stop", "\udcff"], "stop holds '\\udcff'"),
         (["generate", "BUNDLE", "--prompt", "a", "--backend", "tpu"], "backend is 'tpu'"),
         (["generate", "no-such-bundle", "--prompt", "a"], "[bundle-damaged]: bundle no-such"),
         (["inspect", "no-such-bundle"], "[bundle-damaged]"),
@@ -178,6 +179,17 @@ def test_errors_are_one_line_with_a_code(
     assert words in last
     assert "Traceback" not in stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_parser_says_in_several_lines_is_one_line(
+    capsys: Capture, bundle: str, tmp_path: Path
+) -> None:
+    config = tmp_path / "serve.yaml"
+    config.write_text("device_id: robot-7\nmqtt: [\n")
+    status, stdout, stderr = run(capsys, "serve", bundle, "--config", str(config))
+    assert (status, stdout, stderr.count("\n")) == (1, "", 1)
+    assert stderr.startswith(f"error [invalid-request]: config '{config}' is not YAML: ")
+    assert f'in "{config}", line 3, column 1' in stderr
 
 
 def test_the_debug_switch_shows_where_an_error_came_from(
@@ -252,6 +264,23 @@ def test_a_closed_pipe_ends_the_command_quietly(bundle: str) -> None:
     assert talk.returncode in (0, 128 + signal.SIGPIPE)
     assert b"Traceback" not in stderr
     assert b"Exception" not in stderr
+
+
+@pytest.mark.parametrize("closed", [0, 1, 2], ids=["stdin", "stdout", "stderr"])
+def test_a_stream_that_is_closed_from_the_beginning_leads_nowhere(bundle: str, closed: int) -> None:
+    prompt = "-" if closed == 0 else "Go."
+    ask = [sys.executable, "-m", "edgecascade", "generate", bundle, "--prompt", prompt, *SAMPLING]
+    done = subprocess.run(
+        ["sh", "-c", f'exec "$@" {closed}>&-', "sh", *ask],
+        capture_output=True, text=True, cwd=TINY.parent.parent, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == (1 if closed == 0 else 0), done.stderr
+    assert (done.stdout == "") == (closed < 2)
+    if closed == 0:
+        assert done.stderr.startswith("error [invalid-request]: prompt is empty")
+    elif closed == 1:
+        assert "12 tokens made" in done.stderr
+        assert "Traceback" not in done.stderr
 
 
 def test_ctrl_c_ends_the_command_quietly(bundle: str) -> None:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from edgecascade.cli import agent, bundles, engines, evaluate, faults, fleet, measure, mqtt, talk
+from edgecascade.cli.show import print_error
 from edgecascade.errors import EdgeCascadeError
 
 DEBUG = "EDGECASCADE_DEBUG"
@@ -25,6 +26,7 @@ INTERRUPTED, PIPE_CLOSED = 128 + signal.SIGINT, 128 + signal.SIGPIPE
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; its exit status."""
+    _open_what_is_closed()
     args = build_parser().parse_args(argv)
     level = logging.INFO if args.verbose else logging.WARNING
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
@@ -40,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except EdgeCascadeError as error:
         if os.environ.get(DEBUG):
             raise
-        print(f"error [{error.code}]: {error}", file=sys.stderr)
+        print_error(error)
         return 1
     except KeyboardInterrupt:
         print(file=sys.stderr)
@@ -54,6 +56,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error [os]: {error}", file=sys.stderr)
         _drop_output()
         return 1
+
+
+def _open_what_is_closed() -> None:
+    """A stream that whoever started us has closed (2>&-) is None: it leads nowhere instead, and its
+    number goes to no other file.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  open until the process ends
 
 
 def _drop_output() -> None:

@@ -18,7 +18,7 @@ from edgecascade.cli.options import (
     positive,
     read_tools,
 )
-from edgecascade.cli.show import print_json
+from edgecascade.cli.show import Talk, print_json
 from edgecascade.errors import InvalidRequest
 from edgecascade.text.tokenizer import checked_text
 
@@ -102,12 +102,14 @@ def _ask(args: argparse.Namespace) -> int:
 
     given = sys.stdin.buffer.read() if args.text == "-" else args.text
     text = checked_text(given, "the text")
-    messages = [{"role": "system", "content": args.system}] if args.system else []
+    if not text:
+        raise InvalidRequest("the text is empty; give at least one character")
+    messages = [] if args.system is None else [{"role": "system", "content": args.system}]
     messages.append({"role": "user", "content": text})
     with Client(
         args.mqtt,
         client_id=args.client_id,
-        prefix=args.prefix or DEFAULT_PREFIX,
+        prefix=DEFAULT_PREFIX if args.prefix is None else args.prefix,
         username=args.username,
         password=os.environ.get(PASSWORD_VARIABLE),
         ca=args.ca,
@@ -121,21 +123,15 @@ def _ask(args: argparse.Namespace) -> int:
             print_json(dict(client.chat(args.device, messages, **options).body))
             return 0
         stream = client.stream(args.device, messages, **options)
+        talk = Talk()
         for piece in stream:
             if piece.restart:
-                print("\n(the device began anew)", file=sys.stderr)
-            print(piece.reasoning, end="", file=sys.stderr, flush=True)
-            print(piece.text, end="", flush=True)
+                talk.begin_anew("the device began anew")
+            talk.add(piece.reasoning, piece.text)
         answer = stream.answer
-        if answer.reasoning:
-            print(file=sys.stderr)
-        if answer.text or not answer.tool_calls:
-            print(flush=True)
-        for call in answer.tool_calls:
-            print(call)
-        print(
-            f"[{answer.device}; {_figures(answer.body)}; {answer.finish_reason}]", file=sys.stderr
-        )
+        talk.add(calls=answer.tool_calls)
+        talk.end()
+        talk.figures(f"{answer.device}; {_figures(answer.body)}; {answer.finish_reason}")
     return 0
 
 

@@ -5,43 +5,79 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from edgecascade.completion import Completion, Piece
+    from edgecascade.errors import EdgeCascadeError
+
+
+class Talk:
+    """An answer as it comes: text and calls on stdout, the rest on stderr, dimmed. On a terminal
+    they share the screen, so each begins on a line of its own.
+    """
+
+    def __init__(self) -> None:
+        self._dim, self._plain = ("\x1b[2m", "\x1b[0m") if sys.stderr.isatty() else ("", "")
+        self._reasons = self._within_line = self._called = False
+
+    def add(self, reasoning: str = "", text: str = "", calls: Sequence[object] = ()) -> None:
+        """What has come."""
+        if reasoning:
+            self._reasons = True
+            print(f"{self._dim}{reasoning}{self._plain}", end="", file=sys.stderr, flush=True)
+        if text or calls:
+            self._end_reasoning()
+        if text:
+            print(text, end="", flush=True)
+            self._within_line = not text.endswith("\n")
+        if calls:
+            self._end_line()
+            print(*calls, sep="\n", flush=True)
+            self._called = True
+
+    def begin_anew(self, why: str) -> None:
+        """What was shown is void; it cannot be taken back, but what comes is not joined to it."""
+        self._end_reasoning()
+        self._end_line()
+        print(f"({why})", file=sys.stderr, flush=True)
+
+    def end(self) -> None:
+        """Nothing more comes; an answer without text is an empty line."""
+        self._end_reasoning()
+        if self._within_line or not self._called:
+            print(flush=True)
+
+    def figures(self, text: str) -> None:
+        """What the answer took."""
+        print(f"{self._dim}[{text}]{self._plain}", file=sys.stderr)
+
+    def _end_reasoning(self) -> None:
+        if self._reasons:
+            print(file=sys.stderr, flush=True)
+        self._reasons = False
+
+    def _end_line(self) -> None:
+        if self._within_line:
+            print(flush=True)
+        self._within_line = False
 
 
 def show(pieces: Iterable[Piece]) -> Completion:
     """Stream the answer to stdout, the reasoning and the figures to stderr; the whole of it."""
-    dim, plain = ("\x1b[2m", "\x1b[0m") if sys.stderr.isatty() else ("", "")
+    talk = Talk()
     completion: Completion | None = None
-    reasoning = within_line = False
     for piece in pieces:
-        if piece.reasoning:
-            reasoning = True
-            print(f"{dim}{piece.reasoning}{plain}", end="", file=sys.stderr, flush=True)
-        if reasoning and (piece.text or piece.tool_calls or piece.finish_reason):
-            reasoning = False
-            print(file=sys.stderr, flush=True)
-        if piece.text:
-            print(piece.text, end="", flush=True)
-            within_line = not piece.text.endswith("\n")
-        if piece.tool_calls:
-            print("\n" * within_line, end="")
-            print(*piece.tool_calls, sep="\n", flush=True)
-            within_line = False
+        talk.add(piece.reasoning, piece.text, piece.tool_calls)
         completion = piece.completion
     assert completion is not None  # the last piece carries it
-    if within_line or not completion.tool_calls:
-        print(flush=True)
+    talk.end()
     usage, times = completion.usage, completion.timings
-    print(
-        f"{dim}[{usage.prompt_tokens} tokens read, {usage.cached_tokens} of them kept; first "
+    talk.figures(
+        f"{usage.prompt_tokens} tokens read, {usage.cached_tokens} of them kept; first "
         f"token after {times.first_token_s:.2f} s; {usage.completion_tokens} tokens made, "
-        f"{times.decode_tokens_per_s:.1f}/s; {completion.finish_reason}; "
-        f"seed {completion.seed}]{plain}",
-        file=sys.stderr,
+        f"{times.decode_tokens_per_s:.1f}/s; {completion.finish_reason}; seed {completion.seed}"
     )
     for error in completion.tool_errors:
         print(f"a call that cannot be read: {error}", file=sys.stderr)
@@ -51,6 +87,12 @@ def show(pieces: Iterable[Piece]) -> Completion:
 def print_json(value: Any) -> None:
     """One JSON document."""
     print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def print_error(error: EdgeCascadeError) -> None:
+    """One line, whatever a parser put into the message."""
+    message = " ".join(line.strip() for line in str(error).splitlines())
+    print(f"error [{error.code}]: {message}", file=sys.stderr)
 
 
 def print_facts(facts: dict[str, str]) -> None:

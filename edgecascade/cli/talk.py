@@ -19,7 +19,7 @@ from edgecascade.cli.options import (
     read_tools,
     sampling_params,
 )
-from edgecascade.cli.show import print_json, show
+from edgecascade.cli.show import print_error, print_json, show
 from edgecascade.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -122,6 +122,6 @@ def _turn(session: Session, said: Said, params: SamplingParams) -> tuple[int, Se
         print("\n(stopped; this turn is forgotten)", file=sys.stderr)
         return 0, ()
     except InvalidRequest as error:
-        print(f"error [{error.code}]: {error}", file=sys.stderr)
+        print_error(error)
         return 1, ()
     return 0, answer.tool_calls

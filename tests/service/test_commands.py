@@ -72,6 +72,34 @@ def test_ask_prints_the_answer(start: Start, mosquitto: LocalBroker) -> None:
     assert message.get("reasoning_content", "") in done.stderr
 
 
+def test_ask_shows_reasoning_and_answer_each_on_its_line(
+    start: Start, mosquitto: LocalBroker
+) -> None:
+    start()
+    command = [*PROGRAM, "ask", "--mqtt", mosquitto.url, "--max-tokens", "12", "--seed", "1"]
+    command += ["--thinking-budget", "3", "--device", "dev-1"]
+    ask = {"stdout": subprocess.PIPE, "text": True, "check": True, "timeout": WAIT_S}
+    whole = subprocess.run([*command, "--json", ASK], **ask)
+    message = json.loads(whole.stdout)["choices"][0]["message"]
+    screen = subprocess.run([*command, ASK], stderr=subprocess.STDOUT, **ask).stdout
+    assert screen.startswith(f"{message['reasoning_content']}\n{message['content']}\n[dev-1; ")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ([""], "the text is empty"),
+        (["--client-id", "", ASK], "client_id is ''"),
+        (["--prefix", "", ASK], "topic prefix is ''"),
+    ],
+)
+def test_what_is_given_to_ask_empty_is_not_taken_as_left_out(
+    capsys: pytest.CaptureFixture[str], options: list[str], words: str
+) -> None:
+    assert main(["ask", "--mqtt", "mqtt://127.0.0.1:1", *options]) == 1
+    assert f"error [invalid-request]: {words}" in capsys.readouterr().err
+
+
 def test_ask_says_at_once_that_it_is_not_let_in(
     mosquitto: LocalBroker, capsys: pytest.CaptureFixture[str]
 ) -> None:
