@@ -27,6 +27,7 @@ from edgecascade.errors import (
     BackendError,
     DeadlineExceeded,
     EdgeCascadeError,
+    InvalidRequest,
     Overloaded,
 )
 from edgecascade.sampling import Logits, SampleRow
@@ -47,6 +48,7 @@ from edgecascade.snapshots import CacheStats, Entry, Path, PrefixCache
 log = logging.getLogger(__name__)
 
 CLOSED = "the LLM is closed; load the bundle again"
+INSIDE = "on_event must not wait for the LLM that calls it: submit(), or ask from another thread"
 FORKED = "the LLM works in the process that this one was forked from; load the bundle here, too"
 MAX_AHEAD = 16  # conversations whose next turn waits to be read ahead
 AHEAD_AFTER_S = 0.02  # of rest: who asks again at once is not held up by it
@@ -192,6 +194,7 @@ class Engine:
         self._make_locks()
         # Not started before it is needed: until then a process may fork.
         self._thread: threading.Thread | None = None
+        self._accepting: threading.Thread | None = None  # who tells a job that it is accepted
         self._closed: str | None = None  # why nothing is taken any more
         self._steps = self._decoded = self._prefilled = 0
         self._worked_at = 0.0  # when there was something to do
@@ -214,8 +217,11 @@ class Engine:
             Overloaded: when the queue is full.
             ContextExceeded: when prompt and answer cannot fit.
             DeadlineExceeded: when the time was up before there was room.
+            InvalidRequest: when a callback wants to wait.
             BackendError: when the engine is closed.
         """
+        if wait:
+            self.check_may_wait()
         if isinstance(job, Call):
             path = Path(job.prompt, (len(job.prompt),), ())
         else:
@@ -231,14 +237,26 @@ class Engine:
             request = Request(id, pieces, job.max_tokens, priority, client, deadline)
             ahead = self._enqueue(request, wait=wait)
             self._tasks[id] = _Task(job, path, pieces[-1], reuse and not isinstance(job, Call))
+            outer, self._accepting = self._accepting, threading.current_thread()
             try:
                 job.accepted(id, ahead)
             except BaseException:
                 self._scheduler.finished(id, time.monotonic())
                 del self._tasks[id]
                 raise
+            finally:
+                self._accepting = outer
             self._begin()
         return id
+
+    def check_may_wait(self) -> None:
+        """Nothing goes on while a callback runs, so what it waits for would never come.
+
+        Raises:
+            InvalidRequest: inside of one.
+        """
+        if threading.current_thread() in (self._thread, self._accepting):
+            raise InvalidRequest(INSIDE)
 
     def cancel(self, id: int) -> None:
         """End a job at the next step; nothing happens if it is over."""
@@ -317,7 +335,7 @@ class Engine:
     def orphan(self) -> None:
         """In a forked child: the thread is the parent's, and who held the locks is not here."""
         self._make_locks()
-        self._thread = None
+        self._thread = self._accepting = None
         self._closed = FORKED
 
     def _make_locks(self) -> None:
@@ -349,7 +367,7 @@ class Engine:
             try:
                 return self._scheduler.submit(request, now)
             except Overloaded:
-                if not wait or threading.current_thread() is self._thread:
+                if not wait:
                     raise
             self._room.wait(None if request.deadline_s is None else request.deadline_s - now)
 

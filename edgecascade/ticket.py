@@ -8,7 +8,6 @@ import math
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Generator
-from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from functools import cache, partial
 from queue import SimpleQueue
@@ -138,7 +137,10 @@ class Ticket:
 
         Raises:
             TimeoutError: when it goes on after `timeout_s`.
+            InvalidRequest: when a callback wants to wait.
         """
+        if not self.done:
+            self._engine.check_may_wait()
         if not self._over.wait(timeout_s):
             raise TimeoutError(f"the request goes on after {timeout_s} s")
         if isinstance(self._outcome, Completion):
@@ -217,8 +219,10 @@ async def apieces(
     events: asyncio.Queue[Event] = asyncio.Queue()
 
     def tell(event: Event) -> None:
-        with suppress(RuntimeError):  # the loop was closed: nobody listens any more
+        try:
             loop.call_soon_threadsafe(events.put_nowait, event)
+        except RuntimeError:  # the loop was closed: nobody listens any more
+            ticket.cancel()
 
     ticket = make(tell)
     try:

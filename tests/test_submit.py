@@ -24,6 +24,7 @@ from edgecascade.errors import (
     InvalidRequest,
     Overloaded,
 )
+from edgecascade.ticket import Ticket
 
 ENDLESS: dict[str, Any] = {"ignore_eos": True, "seed": 1}
 SHORT: dict[str, Any] = {"ignore_eos": True, "seed": 1, "max_tokens": 8}
@@ -199,6 +200,36 @@ def test_a_request_survives_a_listener_that_does_not(load: Load) -> None:
     with pytest.raises(BackendError, match="not my day"):
         ticket.result(60)
     assert llm.generate([5], **SHORT).token_ids
+
+
+WAITING: dict[str, Callable[[LLM, Ticket], object]] = {
+    "generate": lambda llm, other: llm.generate([6], **SHORT),
+    "stream": lambda llm, other: next(llm.stream([6], **SHORT)),
+    "logits": lambda llm, other: llm.logits([6]),
+    "result": lambda llm, other: other.result(),
+}
+
+
+@pytest.mark.parametrize("when", [Accepted, Piece])
+@pytest.mark.parametrize("wait", WAITING.values(), ids=WAITING.keys())
+def test_a_listener_that_waits_for_its_llm_is_told_that_it_must_not(
+    load: Load, when: type[Event], wait: Callable[[LLM, Ticket], object]
+) -> None:
+    llm, heard, refused = load(), Listener(), []
+    other = llm.submit([5], **ENDLESS)
+
+    def listen(event: Event) -> None:
+        if isinstance(event, when):
+            try:
+                wait(llm, other)
+            except InvalidRequest as error:
+                refused.append(str(error))
+        heard(event)
+
+    llm.submit([7], on_event=listen, **SHORT)
+    assert len(heard.outcome().token_ids) == 8
+    assert all(text.startswith("on_event must not wait for the LLM") for text in refused)
+    assert len(refused) == (1 if when is Accepted else 8)
 
 
 def test_a_result_that_takes_too_long_is_a_timeout(load: Load) -> None:
@@ -381,6 +412,16 @@ def test_a_task_that_is_cancelled_while_it_waits_for_the_queue_leaves_nothing(lo
 
     asyncio.run(hurry())
     assert llm.generate([5], deadline_s=30, **SHORT).finish_reason == "length"
+
+
+def test_a_request_ends_with_the_loop_that_it_was_asked_from(load: Load) -> None:
+    llm = load(slots=1)
+    loop = asyncio.new_event_loop()
+    stream = llm.astream([5], **ENDLESS)
+    loop.run_until_complete(anext(stream))
+    loop.close()
+    assert llm.generate([6], **SHORT).token_ids  # there is one slot
+    assert llm.stats().decoded_tokens < llm.max_context / 2
 
 
 def test_errors_reach_who_awaits(load: Load) -> None:
