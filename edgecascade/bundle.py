@@ -25,7 +25,13 @@ from numpy.typing import NDArray
 
 from edgecascade import manifest as layout
 from edgecascade import verified
-from edgecascade.errors import BundleError, BundleMismatch, EdgeCascadeError, UnsupportedModel
+from edgecascade.errors import (
+    BundleError,
+    BundleMismatch,
+    EdgeCascadeError,
+    InvalidRequest,
+    UnsupportedModel,
+)
 from edgecascade.files import sha256_files
 from edgecascade.manifest import Manifest, StoredFile, StoredTensor, parse_json, parse_manifest
 from edgecascade.models import family
@@ -65,12 +71,15 @@ class Bundle:
         since.
 
         Raises:
+            InvalidRequest: for a `verify` that says nothing.
             BundleMismatch: for a bundle of another schema or an unknown family.
             BundleError: for anything missing, changed, added or contradictory, with its name and
             values.
         """
         if not isinstance(path, str | os.PathLike):
             raise BundleError(f"bundle is {path!r}; give the path of its folder")
+        if not isinstance(verify, bool | None):
+            raise InvalidRequest(f"verify is {verify!r}; it must be True, False or None")
         try:
             return cls._open(Path(path), verify)
         except (OSError, ValueError) as error:  # ValueError: a path that cannot be, such as "a\0b"

@@ -506,9 +506,11 @@ class LLM:
             ContextExceeded: with both numbers.
         """
         if tokens > self.max_context:
+            most = self.bundle.max_context
+            more = f", or load with a max_context of up to {most}"
             raise ContextExceeded(
                 f"{what} has {tokens} tokens, the context holds {self.max_context}; "
-                "shorten it, or load with a larger max_context if the model allows"
+                f"shorten it{more if self.max_context < most else ''}"
             )
 
 

@@ -231,8 +231,11 @@ def test_an_answer_ends_where_the_context_does(load: Load) -> None:
 def test_a_prompt_beyond_the_context_is_refused_with_both_numbers(load: Load) -> None:
     llm = load(max_context=40)
     for ask in (llm.generate, llm.stream, llm.logits):
-        with pytest.raises(ContextExceeded, match="41 tokens, the context holds 40"):
+        with pytest.raises(ContextExceeded, match="41 tokens, the context holds 40") as refused:
             ask(list(range(20, 61)))
+        assert str(refused.value).endswith("or load with a max_context of up to 4096")
+    with pytest.raises(ContextExceeded, match=r"the context holds 4096; shorten it$"):
+        load().generate([20] * 4097)
 
 
 @pytest.mark.parametrize(
@@ -381,8 +384,13 @@ def test_load_refuses_what_is_no_bundle_or_no_backend(build: Build, tmp_path: Pa
         LLM.load(tmp_path / "nothing")
     with pytest.raises(InvalidRequest, match="backend is 'tpu'"):
         LLM.load(build("tiny", "exact"), "tpu")
-    with pytest.raises(InvalidRequest, match="slots is 0"):
-        LLM.load(build("tiny", "exact"), slots=0)
+    for option, words in (
+        ({"slots": 0}, "slots is 0"),
+        ({"max_context": 4097}, "max_context is 4097; the model holds at most 4096 tokens"),
+        ({"verify": "no"}, "verify is 'no'; it must be True, False or None"),
+    ):
+        with pytest.raises(InvalidRequest, match=words):
+            LLM.load(build("tiny", "exact"), **option)
 
 
 def test_a_bundle_without_a_tokenizer_takes_and_gives_ids(load: Load) -> None:

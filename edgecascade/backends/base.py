@@ -151,6 +151,11 @@ def open_backend(name: str, bundle: Bundle, **options: Any) -> Backend:
         BackendUnavailable: when the machine lacks it; for "auto", when it lacks all.
     """
     chosen = Options(**options)
+    if chosen.max_context is not None and chosen.max_context > bundle.max_context:
+        raise InvalidRequest(
+            f"max_context is {chosen.max_context}; the model holds at most {bundle.max_context} "
+            "tokens: give less, or leave it out"
+        )
     if name != "auto":
         return _open(name, bundle, chosen)
     reasons = []
