@@ -272,6 +272,11 @@ class BrokerSetup:
 
     def __post_init__(self) -> None:
         Topics(self.prefix)
+        if not 1 <= self.port <= 65535:
+            raise InvalidRequest(f"port is {self.port}; it must be in [1, 65535]")
+        for folder in (self.folder, self.data):
+            if not (folder.startswith("/") and folder.isprintable()):
+                raise InvalidRequest(f"folder is {folder!r}; give an absolute path")
         names = [*self.operators, *self.pools, *(d for pool in self.pools.values() for d in pool)]
         for name in names:
             if not is_name(name):

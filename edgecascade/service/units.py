@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import socket
 from pathlib import PurePosixPath
 
@@ -12,6 +13,8 @@ from edgecascade.errors import InvalidRequest
 
 # Half of this passes between two signs of life, so one may be late.
 WATCHDOG_S = 30
+
+_USER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,30}")
 
 _UNIT = """\
 [Unit]
@@ -50,9 +53,9 @@ def unit(bundle: str, config: str, *, program: str, user: str = "edgecascade") -
     """A unit that starts when the service is ready to answer, and again when it hangs.
 
     Raises:
-        InvalidRequest: for a path that systemd would read otherwise.
+        InvalidRequest: for a path or a user that systemd would read otherwise.
     """
-    _check_paths(bundle, config, program)
+    _check(user, bundle, config, program)
     return _UNIT.format(
         description="EdgeCascade language model over MQTT",
         command=f"{program} serve {bundle} --config {config}",
@@ -68,9 +71,9 @@ def agent_unit(config: str, *, program: str, user: str = "edgecascade") -> str:
     """A unit for the agent, which starts the service itself and ends it when it ends.
 
     Raises:
-        InvalidRequest: for a path that systemd would read otherwise.
+        InvalidRequest: for a path or a user that systemd would read otherwise.
     """
-    _check_paths(config, program)
+    _check(user, config, program)
     return _UNIT.format(
         description="EdgeCascade agent: updates the model and keeps it served",
         command=f"{program} agent --config {config}",
@@ -83,7 +86,11 @@ def agent_unit(config: str, *, program: str, user: str = "edgecascade") -> str:
     )
 
 
-def _check_paths(*paths: str) -> None:
+def _check(user: str, *paths: str) -> None:
+    if not _USER.fullmatch(user):  # an empty one would be root
+        raise InvalidRequest(
+            f"user is {user!r}; give a name of letters, digits, _ - and . or a number"
+        )
     for path in paths:
         if not PurePosixPath(path).is_absolute() or set(path) & set(" \t\n\"'\\%$"):
             raise InvalidRequest(

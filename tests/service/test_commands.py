@@ -211,6 +211,23 @@ def test_broker_config_prints_what_the_tests_hold(capsys: pytest.CaptureFixture[
     assert "error [invalid-request]" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--port", "65536"], "port is 65536; it must be in [1, 65535]"),
+        (["--folder", ""], "folder is ''; give an absolute path"),
+        (["--folder", "mosquitto"], "folder is 'mosquitto'"),
+        (["--folder", "/x\nallow_anonymous true"], "folder is '/x"),
+    ],
+)
+def test_broker_config_refuses_what_no_broker_takes(
+    capsys: pytest.CaptureFixture[str], options: list[str], words: str
+) -> None:
+    assert main(["broker-config", *options]) == 1
+    out, err = capsys.readouterr()
+    assert (out, err.startswith(f"error [invalid-request]: {words}")) == ("", True)
+
+
 def test_unit_names_the_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

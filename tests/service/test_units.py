@@ -49,6 +49,14 @@ def test_a_path_that_systemd_would_misread_is_refused(path: str) -> None:
         units.unit(path, "/c", program="/p")
 
 
+@pytest.mark.parametrize("user", ["", "a b", "-x", "robot\nUser=root", "%i"])
+def test_a_user_that_systemd_would_misread_is_refused(user: str) -> None:
+    with pytest.raises(InvalidRequest, match="user is"):
+        units.unit("/b", "/c", program="/p", user=user)
+    with pytest.raises(InvalidRequest, match="user is"):
+        units.agent_unit("/c", program="/p", user=user)
+
+
 def test_notify_speaks_to_systemd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as ear:
         ear.bind(str(tmp_path / "notify"))
