@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from edgecascade.errors import CheckpointError, UnsupportedModel
 from edgecascade.files import open_regular, unique_keys
+from edgecascade.manifest import MANIFEST
 
 log = logging.getLogger(__name__)
 
@@ -88,6 +89,8 @@ class Checkpoint:
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise CheckpointError(f"checkpoint {self.folder} is no folder")
+        if (self.folder / MANIFEST).exists():
+            raise CheckpointError(f"{self.folder} is a bundle; give the checkpoint that it is of")
         self.config = read_json(self.folder / "config.json")
         refuse_quantized_config(self.folder, self.config)
         self.tensors = _by_name(_headers(self.folder))

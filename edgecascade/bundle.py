@@ -76,7 +76,7 @@ class Bundle:
             BundleError: for anything missing, changed, added or contradictory, with its name and
             values.
         """
-        if not isinstance(path, str | os.PathLike):
+        if not isinstance(path, str | os.PathLike) or path == "":  # that is here, to a Path
             raise BundleError(f"bundle is {path!r}; give the path of its folder")
         if not isinstance(verify, bool | None):
             raise InvalidRequest(f"verify is {verify!r}; it must be True, False or None")

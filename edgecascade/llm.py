@@ -398,6 +398,11 @@ class LLM:
             raise InvalidRequest("give either a prompt or messages")
         if raw and messages is not None:
             raise InvalidRequest("raw continues a text; messages go through the chat template")
+        if params.thinking is not None and (raw or not isinstance(prompt, str | bytes | None)):
+            raise InvalidRequest(
+                f"thinking is {params.thinking}, which the chat template is told; what goes to the "
+                "model as it is begins its reasoning itself, or does not"
+            )
         if isinstance(prompt, str | bytes):
             return self.prompter.from_text(prompt, tools, raw=raw, thinking=params.thinking)
         if messages is not None:

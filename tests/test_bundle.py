@@ -238,6 +238,8 @@ def test_engines_folder_is_not_the_manifests_business(own: Path) -> None:
 
 
 def test_wrong_folders_are_refused_with_the_way_out(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="bundle is ''; give the path of its folder"):
+        Bundle.open("")
     with pytest.raises(BundleError, match="does not exist; build one: edgecascade build"):
         Bundle.open(tmp_path / "nothing")
     (tmp_path / "file").write_text("")

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from build_engine.checkpoint import INDEX, read_header
+from build_engine.pipeline import build
 from build_engine.read import Model, read, widen
 from edgecascade.errors import CheckpointError, EdgeCascadeError, UnsupportedModel
 from edgecascade.tensors import Transform
@@ -374,6 +375,9 @@ def test_links_into_a_hubs_cache_are_followed(tmp_path: Path) -> None:
 def test_missing_folder_and_folder_without_weights_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="is no folder"):
         read(tmp_path / "nowhere")
+    build(checkpoints.write(tmp_path / "source"), tmp_path / "bundle", verify=False)
+    with pytest.raises(CheckpointError, match="is a bundle; give the checkpoint that it is of"):
+        read(tmp_path / "bundle")
     (checkpoints.write(tmp_path / "c") / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"has neither model\.safetensors nor"):
         read(tmp_path / "c")

@@ -270,6 +270,8 @@ def test_a_prompt_beyond_the_context_is_refused_with_both_numbers(load: Load) ->
         ("a", {"tools": [{}]}, r"tools\[0\] has no function"),
         ("a", {"tools": [{"name": "b", "factor": float("nan")}]}, "tools must be plain JSON"),
         (None, {"messages": [{"role": "user", "content": "b"}], "raw": True}, "raw continues a"),
+        ("a", {"thinking": False, "raw": True}, "thinking is False, which the chat template"),
+        ([5], {"thinking": True}, "thinking is True, which the chat template"),
     ],
 )
 def test_a_request_that_cannot_be_is_refused_before_anything_runs(

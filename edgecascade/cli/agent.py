@@ -188,8 +188,10 @@ def _status(args: argparse.Namespace) -> int:
     from edgecascade.service.config import read_file
 
     root = args.root or (read_file(args.config, AgentSettings).get("root") if args.config else None)
-    if root is None or not Path(root).is_dir():
-        raise InvalidRequest(f"root is {root!r}; give the device's folder: --root DIR")
+    if root is None:
+        raise InvalidRequest("give the device's folder: --root DIR, or --config with its root")
+    if not Path(root).is_dir():
+        raise InvalidRequest(f"root is {root!r}, which is no folder; give the device's: --root DIR")
     state = _state(Path(root))
     try:
         own(Path(root)).close()
