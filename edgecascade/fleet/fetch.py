@@ -138,6 +138,8 @@ class _Part:
     etag: str | None = None
     single: bool = False  # a mixture was wrong: from now on one mirror must give all of it
     without: set[_Mirror] = field(default_factory=set)  # they cannot give it
+    doubted: set[_Mirror] = field(default_factory=set)  # they gave all of it with another hash
+    again: bool = False  # those have their second try
 
     @property
     def lacking(self) -> int:
@@ -237,7 +239,7 @@ class Downloader:
         """Ask the mirrors, in order and again, until the blob is whole."""
         fruitless, pause_s = 0, self._pace.pause_s
         while not self._whole(part):
-            if not (able := self._able(part)):
+            if not (able := self._able(part) or self._second_try(part)):
                 raise self._failure(part, final=True)
             fruitless += 1
             for mirror in able:
@@ -266,6 +268,7 @@ class Downloader:
         else:
             text = f"{part.blob.sha256} has the hash {part.digest.hexdigest()}"
             self._note(part, part.origin, SourceFault("wrong-hash", text, lasting=True))
+            part.doubted.add(part.origin)
         self._restart(part)
         return False
 
@@ -274,6 +277,14 @@ class Downloader:
         now = time.monotonic()
         able = [m for m in self._mirrors if m not in part.without and m.wrong < MAX_WRONG]
         return sorted(able, key=lambda mirror: mirror.rest_until > now)
+
+    def _second_try(self, part: _Part) -> list[_Mirror]:
+        """When nobody else is left: a wire corrupts now and then what TCP's sum does not notice."""
+        if part.again:
+            return []
+        part.again, part.reached = True, 0
+        part.without -= part.doubted
+        return self._able(part)
 
     def _use(self, part: _Part, mirror: _Mirror, reserve: _Reserve) -> bool:
         """Take what a mirror gives for as long as it gives; whether that was progress."""

@@ -122,6 +122,29 @@ def test_a_mirror_that_never_has_the_right_bytes_is_asked_no_more(tmp_path: Path
     assert kept == blobs
 
 
+def test_what_the_wire_corrupts_once_is_asked_for_again(store: Store) -> None:
+    name = BLOBS[0].sha256
+
+    def once(request: Request) -> Callable[[Request, Answer], None] | None:
+        if request.path != name or request.number:
+            return None
+        return lambda _, answer: answer.write(head_of(request)[0], bytes(900_000))
+
+    with Site(FILES, once) as site:
+        store.fetch(http(site))
+        assert [request.start for request in site.log if request.path == name] == [None, None]
+    assert store.kept == FILES
+
+
+def test_what_is_wrong_twice_is_not_asked_for_a_third_time(store: Store) -> None:
+    name = BLOBS[0].sha256
+    with Site({**FILES, name: bytes(900_000)}) as site:
+        with pytest.raises(DownloadFailed) as failed:
+            store.fetch(http(site))
+        assert (failed.value.reason, failed.value.final) == ("wrong-hash", True)
+        assert len([request for request in site.log if request.path == name]) == 2
+
+
 def test_a_mixture_of_two_mirrors_is_untangled(store: Store) -> None:
     """The first gives half of something else and dies; the second has it right."""
     name = BLOBS[0].sha256
