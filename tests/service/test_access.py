@@ -66,6 +66,7 @@ class Authority:
         authority: bool = False,
     ) -> x509.Certificate:
         now = datetime.datetime.now(datetime.timezone.utc)
+        issuer = x509.AuthorityKeyIdentifier.from_issuer_public_key(self.key.public_key())
         builder = (
             x509.CertificateBuilder()
             .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)]))
@@ -75,8 +76,13 @@ class Authority:
             .not_valid_before(now - 2 * DAY)
             .not_valid_after(now + days * DAY)
             .add_extension(x509.BasicConstraints(ca=authority, path_length=None), critical=True)
+            .add_extension(issuer, critical=False)  # Python 3.13 wants it
         )
-        if not authority:
+        if authority:
+            builder = builder.add_extension(_SIGNS, critical=True)
+            own = x509.SubjectKeyIdentifier.from_public_key(key.public_key())
+            builder = builder.add_extension(own, critical=False)
+        else:
             usage = ExtendedKeyUsageOID.SERVER_AUTH if server else ExtendedKeyUsageOID.CLIENT_AUTH
             builder = builder.add_extension(x509.ExtendedKeyUsage([usage]), critical=False)
         if server:
@@ -93,6 +99,19 @@ class Authority:
         )
         (self.folder / f"{name}.key").write_bytes(private)
         (self.folder / f"{name}.crt").write_bytes(certificate.public_bytes(pem))
+
+
+_SIGNS = x509.KeyUsage(
+    digital_signature=False,
+    content_commitment=False,
+    key_encipherment=False,
+    data_encipherment=False,
+    key_agreement=False,
+    key_cert_sign=True,
+    crl_sign=True,
+    encipher_only=False,
+    decipher_only=False,
+)
 
 
 class Peer:
