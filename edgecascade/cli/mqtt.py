@@ -146,9 +146,9 @@ def _wire_parameters(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _figures(body: Mapping[str, Any]) -> str:
-    usage, times = body["usage"], body.get("timings", {})
+    usage, times = body.get("usage") or {}, body.get("timings") or {}
     return (
-        f"{usage['prompt_tokens']} tokens read, {usage['completion_tokens']} made, "
+        f"{usage.get('prompt_tokens', 0)} tokens read, {usage.get('completion_tokens', 0)} made, "
         f"{times.get('tok_s', 0.0):.1f}/s; first after {times.get('ttft_ms', 0.0):.0f} ms"
     )
 

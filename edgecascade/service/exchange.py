@@ -69,6 +69,7 @@ class Exchange:
     cancelled: bool = False
     _fixed: bool = False
     _avoid: set[str] = field(default_factory=set)
+    _asked: set[str] = field(default_factory=set)
     _boot: int | None = None
     _run: _Run = field(default_factory=_Run)
     _shown: str = ""
@@ -108,6 +109,8 @@ class Exchange:
         if self.cancelled and self.device is None:
             return None  # whoever of the pool has it will say so
         self.sends += 1
+        if self.device is not None:
+            self._asked.add(self.device)
         return Send(self.device, self.deadline - now)
 
     def take_back(self, now: float) -> None:
@@ -117,8 +120,8 @@ class Exchange:
 
     def hear(self, device: str, reply: Reply, now: float) -> Shown | None:
         """A reply to this request; what to show of it."""
-        if self.over:
-            return None
+        if self.over or not (self.pool or device in self._asked):
+            return None  # an id may be known to others: only who was asked has a word
         found = self.pool and self.device is None and not isinstance(reply, Failed)
         if found:
             self.device = device

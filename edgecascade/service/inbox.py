@@ -28,7 +28,7 @@ class Inbox:
 
     def put(self, message: Incoming, now: float) -> None:
         """Keep a message, or count it as lost: a client's retry must do."""
-        client = message.topic.rpartition("/")[2]  # see topics.py; wills share one line
+        client = _sender(message.topic)
         with self._lock:
             line = self._lines.get(client, ())
             if self._waiting >= MAX_WAITING or len(line) >= MAX_OF_ONE:
@@ -48,3 +48,9 @@ class Inbox:
                 self._lines[client] = line
             self._waiting -= 1
             return arrived
+
+
+def _sender(topic: str) -> str:
+    """The client that a topic of topics.py names; other topics are no messages of ours."""
+    *_, group, client, last = ("", "", *topic.split("/"))
+    return client if (group, last) == ("c", "status") else last

@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 
 MAX_WAITING = 1000  # messages of QoS 1 that wait for the broker
 MAX_CHUNKS = 128  # beyond this many waiting messages, tokens are held back and sent together
+MAX_CROWD = 64  # beyond it no request is read, so that there is always room for what has run
 MAX_IN_FLIGHT = 20  # unacknowledged; a broker may ask for less
 CONNECT_S = 5.0
 ANSWER_S = 10.0  # from CONNECT to CONNACK
@@ -249,6 +250,11 @@ class Link:
             return True
         self.counters.chunks_held += 1
         return False
+
+    @property
+    def crowded(self) -> bool:
+        """Whether so much waits to go out that nothing should be done that makes more."""
+        return len(self._waiting) >= MAX_CROWD
 
     def publish(self, *messages: Outgoing) -> bool:
         """Queue messages; False if not all were: one is too large, the queue is full, or it is a

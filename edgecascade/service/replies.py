@@ -292,19 +292,35 @@ def _reply(body: dict[str, Any]) -> Reply | None:
     if isinstance(body.get("error"), dict):
         return Failed(_problem(body["error"]))
     if body.get("object") == "chat.completion.queued":
-        return Queued(int(body.get("position", 0)))
+        return Queued(_count(body.get("position", 0)))
     if body.get("object") == "chat.completion":
-        parts = int(body.get("parts", 0))
+        parts = _count(body.get("parts", 0))
         _check_choice(body["choices"][0], whole=parts == 0)
+        _check_figures(body)
         return Final(body, parts, str(body.get("sha256", "")))
     if "part" in body:
-        part, parts = int(body["part"]), int(body["parts"])
-        if not 0 <= part < parts <= MAX_PARTS:
+        part, parts = _count(body["part"]), _count(body["parts"])
+        if not part < parts <= MAX_PARTS:
             return None
         return Part(part, parts, str(body["text"]))
     delta = body["choices"][0]["delta"]
     text, reasoning = delta.get("content") or "", delta.get("reasoning_content") or ""
-    return Chunk(int(body["seq"]), str(text), str(reasoning), int(body.get("run", 0)))
+    return Chunk(_count(body["seq"]), str(text), str(reasoning), _count(body.get("run", 0)))
+
+
+def _count(value: Any) -> int:
+    # int() would take texts of any length, and what becomes of them fails where it is divided.
+    if type(value) is not int or value < 0:
+        raise TypeError("a count is none")
+    return value
+
+
+def _check_figures(body: Mapping[str, Any]) -> None:
+    """As _check_choice; what is not there is not missed."""
+    for name in ("usage", "timings"):
+        for value in (body.get(name) or {}).values():
+            if not isinstance(value, int | float | dict):
+                raise TypeError(f"{name} holds what is no number")
 
 
 def _check_choice(choice: Mapping[str, Any], *, whole: bool) -> None:
@@ -323,11 +339,11 @@ def _check_choice(choice: Mapping[str, Any], *, whole: bool) -> None:
 def _problem(error: Mapping[str, Any]) -> Problem:
     retry = error.get("retry_after_ms")
     return Problem(
-        status=int(error["status"]),
+        status=_count(error["status"]),
         code=str(error["code"]),
         message=str(error.get("message", "")),
         param=None if error.get("param") is None else str(error["param"]),
-        retry_after_ms=None if retry is None else int(retry),
+        retry_after_ms=None if retry is None else _count(retry),
         retryable=error.get("retryable") is True,
     )
 
@@ -341,14 +357,14 @@ def read_status(payload: bytes) -> Status | None:
             return None
         return Status(
             status,
-            int(body["boot"]),
+            _count(body["boot"]),
             str(body.get("model", "")),
             str(body.get("bundle", "")),
-            int(body.get("queue", 0)),
-            int(body.get("slots", 0)),
-            int(body.get("busy", 0)),
+            _count(body.get("queue", 0)),
+            _count(body.get("slots", 0)),
+            _count(body.get("busy", 0)),
             accepts=body.get("accepts") is True,
-            ts=int(body.get("ts", 0)),
+            ts=_count(body.get("ts", 0)),
         )
     except NO_REPLY:
         return None

@@ -31,7 +31,7 @@ from edgecascade.service import report, units, wire
 from edgecascade.service.config import ServiceConfig, state_folder
 from edgecascade.service.core import Core, Live, Model
 from edgecascade.service.inbox import Inbox
-from edgecascade.service.mqtt import Link, LinkOptions
+from edgecascade.service.mqtt import MAX_CROWD, Link, LinkOptions
 from edgecascade.service.protocol import Incoming, Limits
 from edgecascade.service.replies import MAX_MESSAGE_BYTES, Outgoing
 from edgecascade.service.topics import Topics
@@ -42,6 +42,7 @@ STATUS_PERIOD_S = 1.0
 LAST_WORDS_S = 2.0
 HASTY_S = 0.5
 TURN_S = 0.25  # so soon stop() is seen
+CROWDED_S = 0.005  # so soon it is seen that requests may be read again
 SLICE_S = 0.01  # requests are read for so long before chunks are sent, whatever a client floods
 DEFAULT_MODEL = "default"
 MAX_FAILURES = 8  # in a row; one that succeeds begins the count anew
@@ -202,17 +203,24 @@ class Service:
         told: list[Outgoing] = []
         for _ in range(len(self._events)):
             told += _decided(partial(self._core.tell, *self._events.popleft(), now))
-        while time.monotonic() < now + SLICE_S and (arrived := self._inbox.take()) is not None:
+        while time.monotonic() < now + SLICE_S and len(told) < MAX_CROWD and self._may_read():
+            if (arrived := self._inbox.take()) is None:
+                break
             told += _decided(partial(self._core.receive, *arrived))
         return told
+
+    def _may_read(self) -> bool:
+        # A request of some bytes may ask for an answer of megabytes again, and again.
+        return not self._link.crowded
 
     def _can_stream(self) -> bool:
         return self._link.can_stream
 
     def _sleep(self, now: float) -> None:
-        if self._inbox or self._events:
+        if self._events or (self._inbox and self._may_read()):
             return
-        due = min(self._core.next_due(now), self._telemetry_at, now + TURN_S)
+        turn_s = CROWDED_S if self._inbox else TURN_S
+        due = min(self._core.next_due(now), self._telemetry_at, now + turn_s)
         self._wake.wait(max(0.0, due - time.monotonic()))
         self._wake.clear()
 

@@ -286,10 +286,21 @@ def test_whatever_is_lost_what_was_shown_is_the_final(
     assert shown == text
 
 
+def test_an_answer_of_a_device_that_was_left_counts_if_it_is_final() -> None:
+    exchange = named(None)
+    assert sent(exchange, 0.0).device == "a"
+    exchange.hear("a", BUSY, 0.1)
+    assert sent(exchange, 5.0).device == "b"
+    assert exchange.hear("a", Chunk(0, "x", ""), 5.1) is None
+    assert exchange.hear("a", final("answer"), 5.2) == Shown("answer")
+    assert exchange.answered_by == "a"
+
+
 @pytest.mark.parametrize("device", ["a", None])
-def test_an_answer_of_a_device_that_was_left_counts_if_it_is_final(device: str | None) -> None:
+def test_who_was_not_asked_has_no_answer(device: str | None) -> None:
     exchange = named(device)
+    assert exchange.hear("a", final("too soon"), 0.0) is None
     sent(exchange, 0.0)
-    assert exchange.hear("c", Chunk(0, "x", ""), 0.1) is None
-    assert exchange.hear("c", final("answer"), 0.2) == Shown("answer")
-    assert exchange.answered_by == "c"
+    for reply in (Chunk(0, "x", ""), BUSY, final("another's")):
+        assert exchange.hear("c", reply, 0.1) is None
+    assert exchange.hear("a", final("answer"), 0.2) == Shown("answer")

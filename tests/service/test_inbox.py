@@ -48,6 +48,17 @@ def test_a_client_that_floods_loses_its_own_messages() -> None:
     assert taken(inbox) == ("calm", 7)
 
 
+def test_last_wills_wait_in_their_client_s_line() -> None:
+    inbox = Inbox()
+    for number in range(MAX_OF_ONE):
+        inbox.put(Incoming("edgecascade/v1/c/flood/status", b"{}"), float(number))
+    inbox.put(Incoming("edgecascade/v1/c/calm/status", b"7"), 7.0)
+    put(inbox, "flood", 8)
+    assert inbox.lost == 1
+    inbox.take()
+    assert inbox.take() == (Incoming("edgecascade/v1/c/calm/status", b"7"), 7.0)
+
+
 def test_many_clients_are_bounded_together() -> None:
     inbox = Inbox()
     for number in range(MAX_WAITING + 10):

@@ -211,6 +211,41 @@ def test_what_a_client_would_stumble_over_is_no_reply(answer: dict[str, Any]) ->
     assert replies.Final({}, 1, digest).with_choice({0: choice}) is None
 
 
+HUGE = "9" * 400  # which int() takes, and a division does not
+
+
+@pytest.mark.parametrize("value", [HUGE, -1, 1.5, True, [1]])
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {"status": "online", "boot": 0},
+        {"status": "online", "boot": 1, "busy": 0},
+        {"status": "online", "boot": 1, "queue": 0},
+        {"status": "online", "boot": 1, "slots": 0},
+        {"error": {"code": "queue_full", "status": 429, "retry_after_ms": 0}},
+        {"object": "chat.completion.queued", "position": 0},
+        {**final_of(content="x"), "parts": 0},
+        {"choices": [{"delta": {}}], "seq": 0},
+        {"choices": [{"delta": {}}], "seq": 0, "run": 0},
+        {"part": 0, "parts": 1, "text": ""},
+    ],
+)
+def test_a_count_that_is_none_is_no_reply(answer: dict[str, Any], value: Any) -> None:
+    read = replies.read_status if "boot" in answer else replies.read_reply
+    assert read(json.dumps(answer).encode()) is not None
+    inner = answer.get("error", answer)
+    name = next(name for name in reversed(inner) if inner[name] == 0)
+    spoilt = {**inner, name: value}
+    assert read(json.dumps({"error": spoilt} if inner is not answer else spoilt).encode()) is None
+
+
+@pytest.mark.parametrize("name", ["usage", "timings"])
+def test_figures_that_are_no_numbers_are_no_reply(name: str) -> None:
+    for figures in ({"tok_s": "9"}, {"prompt_tokens": [1]}, [1]):
+        answer = {**final_of(content="x"), name: figures}
+        assert replies.read_reply(json.dumps(answer).encode()) is None
+
+
 @settings(deadline=None)
 @given(st.dictionaries(KEYS, JSON | KINDS))
 def test_a_hostile_device_cannot_raise(answer: dict[str, Any]) -> None:
