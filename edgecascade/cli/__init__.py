@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from edgecascade.cli import agent, bundles, engines, evaluate, faults, fleet, measure, mqtt, talk
-from edgecascade.cli.show import print_error
+from edgecascade.cli.show import PlainFormatter, print_error
 from edgecascade.errors import EdgeCascadeError
 
 DEBUG = "EDGECASCADE_DEBUG"
@@ -29,7 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     _open_what_is_closed()
     args = build_parser().parse_args(argv)
     level = logging.INFO if args.verbose else logging.WARNING
-    logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
+    told = logging.StreamHandler(sys.stderr)
+    told.setFormatter(PlainFormatter("%(message)s"))
+    logging.basicConfig(level=level, handlers=[told])
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             # A terminal that cannot show a character must not end a generation.

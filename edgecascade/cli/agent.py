@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgecascade.cli.show import print_json
+from edgecascade.cli.show import plain, print_json
 from edgecascade.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ def _is_over(outcomes: Outcomes, told: set[str]) -> bool:
     waits = [each.why for each in outcomes.values() if each.why and not each.over]
     for why in dict.fromkeys(waits):
         if why not in told:
-            print(why, file=sys.stderr)
+            print(plain(why), file=sys.stderr)
             told.add(why)
     return stick.is_over(outcomes)
 
@@ -162,9 +162,9 @@ def _show(outcomes: Outcomes, state: DeviceState, *, as_json: bool) -> int:
     else:
         for verdict in found:
             said = " ".join(f"{key}: {value}" for key, value in verdict.evidence.items())
-            print(f"{verdict.order}: {verdict.state} {verdict.bundle_to}  {said}".rstrip())
+            print(f"{verdict.order}: {verdict.state} {verdict.bundle_to}  {plain(said)}".rstrip())
         for why in refused.values() if outcomes else ("the agent does not answer",):
-            print(why, file=sys.stderr)
+            print(plain(why), file=sys.stderr)
     good = {verdict.state for verdict in found} == {"SUCCEEDED"} and len(found) == len(ended)
     return 0 if good and stick.is_over(outcomes) else 1
 
@@ -217,7 +217,7 @@ def _status(args: argparse.Namespace) -> int:
     print(f"{'update':9} {word}\n{'agent':9} {'runs' if running else 'does not run'}")
     for verdict in state.verdicts:
         reason = verdict.evidence.get("reason", "")
-        print(f"{verdict.order}: {verdict.state} {verdict.bundle_to} {reason}".rstrip())
+        print(f"{verdict.order}: {verdict.state} {verdict.bundle_to} {plain(str(reason))}".rstrip())
     return 0
 
 

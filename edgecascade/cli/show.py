@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -12,29 +14,53 @@ if TYPE_CHECKING:
     from edgecascade.completion import Completion, Piece
     from edgecascade.errors import EdgeCascadeError
 
+# All but tabs and line breaks: what would move the cursor, name the window or fill the clipboard.
+_CONTROLS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]|\r(?!\n)")
+
+
+def plain(text: str) -> str:
+    """Words of a model, a device or a file as a terminal may show them."""
+    return _CONTROLS.sub("\N{REPLACEMENT CHARACTER}", text)
+
+
+class PlainFormatter(logging.Formatter):
+    """A log may quote a broker or a server."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """See logging."""
+        return plain(super().format(record))
+
 
 class Talk:
     """An answer as it comes: text and calls on stdout, the rest on stderr, dimmed. On a terminal
-    they share the screen, so each begins on a line of its own.
+    they share the screen, so each begins on a line of its own, and no text is a command to it;
+    elsewhere they stay as they are.
     """
 
     def __init__(self) -> None:
         self._dim, self._plain = ("\x1b[2m", "\x1b[0m") if sys.stderr.isatty() else ("", "")
+        self._out = plain if sys.stdout.isatty() else str
+        self._err = plain if sys.stderr.isatty() else str
         self._reasons = self._within_line = self._called = False
 
     def add(self, reasoning: str = "", text: str = "", calls: Sequence[object] = ()) -> None:
         """What has come."""
         if reasoning:
             self._reasons = True
-            print(f"{self._dim}{reasoning}{self._plain}", end="", file=sys.stderr, flush=True)
+            print(
+                f"{self._dim}{self._err(reasoning)}{self._plain}",
+                end="",
+                file=sys.stderr,
+                flush=True,
+            )
         if text or calls:
             self._end_reasoning()
         if text:
-            print(text, end="", flush=True)
+            print(self._out(text), end="", flush=True)
             self._within_line = not text.endswith("\n")
         if calls:
             self._end_line()
-            print(*calls, sep="\n", flush=True)
+            print(*(self._out(str(call)) for call in calls), sep="\n", flush=True)
             self._called = True
 
     def begin_anew(self, why: str) -> None:
@@ -51,7 +77,7 @@ class Talk:
 
     def figures(self, text: str) -> None:
         """What the answer took."""
-        print(f"{self._dim}[{text}]{self._plain}", file=sys.stderr)
+        print(f"{self._dim}[{self._err(text)}]{self._plain}", file=sys.stderr)
 
     def _end_reasoning(self) -> None:
         if self._reasons:
@@ -80,26 +106,27 @@ def show(pieces: Iterable[Piece]) -> Completion:
         f"{times.decode_tokens_per_s:.1f}/s; {completion.finish_reason}; seed {completion.seed}"
     )
     for error in completion.tool_errors:
-        print(f"a call that cannot be read: {error}", file=sys.stderr)
+        print(f"a call that cannot be read: {plain(error)}", file=sys.stderr)
     return completion
 
 
 def print_json(value: Any) -> None:
-    """One JSON document."""
-    print(json.dumps(value, indent=2, ensure_ascii=False))
+    """One JSON document, with every control character as an escape."""
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    print(re.sub(r"[\x7f-\x9f]", lambda found: f"\\u{ord(found[0]):04x}", text))
 
 
 def print_error(error: EdgeCascadeError) -> None:
     """One line, whatever a parser put into the message."""
     message = " ".join(line.strip() for line in str(error).splitlines())
-    print(f"error [{error.code}]: {message}", file=sys.stderr)
+    print(f"error [{error.code}]: {plain(message)}", file=sys.stderr)
 
 
 def print_facts(facts: dict[str, str]) -> None:
     """Names and values in two columns."""
     width = max(map(len, facts))
     for name, value in facts.items():
-        print(f"{name:<{width}}  {value}")
+        print(f"{name:<{width}}  {plain(value)}")
 
 
 def print_tables(tables: Iterable[Any]) -> None:

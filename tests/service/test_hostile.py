@@ -4,6 +4,10 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +18,8 @@ from test_service import ASK, GREEDY, TOPICS, Raw, until
 from edgecascade.errors import DeadlineExceeded
 from edgecascade.service.broker import LocalBroker
 
+# Clears the screen, names the window, begins a command in 8 bits, goes back to the line's start.
+ESCAPES = "\x1b[2J\x1b]0;mine\x07\x9b31m\x7f\rhello"
 FORGED = {
     "object": "chat.completion",
     "choices": [{"index": 0, "message": {"content": "forged"}, "finish_reason": "stop"}],
@@ -70,3 +76,45 @@ def test_an_answer_that_is_asked_for_again_and_again_holds_up_nobody_else(
     assert len(service._inbox) > 0  # all that while the flood goes on
     assert service._link.counters.refused == 0
     assert service._core.figures.finished.total() == 6
+
+
+def answered(broker: LocalBroker, stranger: Raw, reply: dict[str, Any], *options: str) -> str:
+    """What a terminal gets from `ask` when a device answers with this."""
+
+    def tell(_client: Any, _data: Any, request: Any) -> None:
+        asked = json.loads(request.payload)["id"]
+        topic = TOPICS.reply("robot", "stranger", asked)
+        stranger.publish(topic, json.dumps({"id": asked, **reply}).encode())
+
+    stranger.client.on_message = tell
+    stranger.client.subscribe(TOPICS.chat("stranger", "+"), 1)
+    command = [sys.executable, "-m", "edgecascade", "ask", "--mqtt", broker.url, *options]
+    command += ["--client-id", "robot", "--device", "stranger", "--timeout", "20", "hello"]
+    ours, theirs = pty.openpty()
+    with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs) as process:
+        os.close(theirs)
+        shown = b""
+        try:
+            while block := os.read(ours, 65536):
+                shown += block
+        except OSError:  # what the end of a terminal is
+            pass
+        process.wait(WAIT_S)
+    os.close(ours)
+    return shown.decode()
+
+
+def test_a_device_s_words_are_no_commands_to_a_terminal(
+    mosquitto: LocalBroker, stranger: Raw
+) -> None:
+    call = {"function": {"name": f"go{ESCAPES}", "arguments": json.dumps({ESCAPES: ESCAPES})}}
+    message = {"content": ESCAPES, "reasoning_content": ESCAPES, "tool_calls": [call]}
+    choice = {"index": 0, "message": message, "finish_reason": ESCAPES}
+    answer = {"object": "chat.completion", "choices": [choice]}
+    error = {"status": 400, "code": "bad", "message": ESCAPES}
+    for reply in (answer, {"error": error}):
+        for options in ([], ["--json"]):
+            shown = answered(mosquitto, stranger, reply, *options)
+            shown = shown.replace("\x1b[2m", "").replace("\x1b[0m", "")  # the dimming is ours
+            assert "hello" in shown
+            assert not set(shown.replace("\r\n", "\n")) & set("\x1b\x07\x9b\x7f\r")
