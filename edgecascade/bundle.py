@@ -35,7 +35,7 @@ from edgecascade.errors import (
 from edgecascade.files import sha256_files
 from edgecascade.manifest import Manifest, StoredFile, StoredTensor, parse_json, parse_manifest
 from edgecascade.models import family
-from edgecascade.tensors import ALIGNMENT, Codec
+from edgecascade.tensors import ALIGNMENT, Codec, State
 
 log = logging.getLogger(__name__)
 
@@ -97,6 +97,13 @@ class Bundle:
         _check_model(folder, content)
         bundle._read_texts()
         return bundle
+
+    @property
+    def states(self) -> list[State]:
+        """What a sequence carries from token to token, by layer."""
+        model = family(self.family)
+        made: list[State] = model.states(model.read_config(self.config))
+        return made
 
     @property
     def weight_bytes(self) -> int:

@@ -388,7 +388,12 @@ class LLM:
         return self._engine.kept(tokens)
 
     def keep(self, tokens: Array, state: Snapshot) -> bool:
-        """Keep a state that was saved; False when there is no room for it."""
+        """Keep a state that was saved; False when there is no room for it.
+
+        Raises:
+            SnapshotError: when it is none of this model's.
+        """
+        state.check_shapes(self.bundle.states)
         return self._engine.keep(check_tokens(tokens, self._backend.vocab), state)
 
     def _prompt(

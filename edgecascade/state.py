@@ -54,6 +54,37 @@ def kv_token_bytes(states: Sequence[State], kv_type: KvType) -> int:
     return sum(2 * state.kv_heads * kv_type.row_bytes(state.head_dim) for state in layers)
 
 
+def check_shapes(
+    parts: Mapping[tuple[int, str], Array], tokens: int, states: Sequence[State]
+) -> None:
+    """Refuse parts that are not just those of a model's states: NumPy would spread a smaller one
+    over the place of a whole.
+
+    Raises:
+        SnapshotError: naming the first that differs.
+    """
+    expected: dict[tuple[int, str], tuple[int, ...]] = {}
+    for state in states:
+        if isinstance(state, KvState):
+            dtype = parts[state.layer, "kv"].dtype if (state.layer, "kv") in parts else None
+            kind = next((kind for kind in KvType if kind.dtype == dtype), KvType.F32)
+            row = kind.row_items(state.head_dim)
+            expected[state.layer, "kv"] = (2, tokens, state.kv_heads, row)
+        else:
+            missing = int(state.name == "conv")  # of a conv state's rows, the place of the next
+            expected[state.layer, state.name] = (state.shape[0] - missing, *state.shape[1:])
+    kinds = {kind.dtype for kind in KvType}
+    for key in sorted(parts.keys() | expected):
+        part = parts.get(key)
+        known = kinds if key[1] == "kv" else {np.dtype(np.float32)}
+        if part is None or part.shape != expected.get(key) or part.dtype not in known:
+            shown = "absent" if part is None else f"{part.dtype} {list(part.shape)}"
+            raise SnapshotError(
+                f"the state holds {key[1]!r} of layer {key[0]} as {shown}, the model's is "
+                f"{list(expected.get(key, ()))}; read the tokens again"
+            )
+
+
 def check_parts(parts: Mapping[tuple[int, str], Array], tokens: int, kv_type: KvType) -> None:
     """Refuse a state whose keys and values are stored otherwise than here, or not those of all its
     tokens.

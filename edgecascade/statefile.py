@@ -12,6 +12,7 @@ import json
 import math
 import os
 import secrets
+import stat
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -99,7 +100,9 @@ def read_state(path: str | Path, *, bundle_id: str, family: str) -> SavedState:
     """
     source = checked_path(path)
     try:
-        with open(source, "rb") as file:
+        with open(source, "rb", opener=_without_waiting) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise InvalidRequest(f"{source} is no regular file; give one that a session wrote")
             begin = file.read(len(MAGIC))
             if begin != MAGIC:  # perhaps a whole model: not to be read to be told
                 raise SnapshotError(f"{source} is not a saved state: it begins with {begin!r}")
@@ -121,6 +124,10 @@ def read_state(path: str | Path, *, bundle_id: str, family: str) -> SavedState:
     parts = {_part_name(source, name): array for name, array in arrays.items()}
     extra = header.get("extra", {})
     return SavedState(bundle_id, family, tokens, Snapshot(len(tokens), parts), extra)
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)  # a pipe that nobody writes to would wait for ever
 
 
 def _write(path: Path, header: bytes, arrays: list[Array]) -> None:

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from golden import Build
 
@@ -338,6 +340,42 @@ def test_a_session_with_keys_and_values_of_another_type_is_refused(
         pytest.raises(SnapshotError, match=r"as f16, they are int8 here; .* kv='f16'"),
     ):
         llm.load_session(path)
+
+
+def spoilt(parts: dict[tuple[int, str], Any]) -> dict[str, dict[tuple[int, str], Any]]:
+    """States that somebody made up."""
+    conv, ssm, kv = (next(key for key in parts if key[1] == name) for name in ("conv", "ssm", "kv"))
+    return {
+        "no conv": {key: part for key, part in parts.items() if key != conv},
+        "no keys": {key: part for key, part in parts.items() if key != kv},
+        "one number for all": {**parts, ssm: np.ones(1, np.float32)},
+        "one key for all": {**parts, kv: np.ascontiguousarray(parts[kv][..., :1])},
+        "a row too many": {**parts, conv: np.repeat(parts[conv], 2, axis=0)},
+        "whole numbers": {**parts, kv: parts[kv].astype(np.int32)},
+        "one dimension": {**parts, kv: parts[kv].reshape(-1)},
+        "halves": {**parts, ssm: parts[ssm].astype(np.float16)},
+        "another layer": {**parts, (10**6, "kv"): parts[kv]},
+        "another name": {**parts, (conv[0], "more"): parts[conv]},
+    }
+
+
+def test_a_session_whose_state_is_not_the_model_s_is_refused(llm: LLM, tmp_path: Path) -> None:
+    path = tmp_path / "warm.state"
+    session = llm.session(ROBOT)
+    session.generate("Go.", **GREEDY)
+    settle(llm)
+    session.save(path)
+    saved = read_state(path, bundle_id=llm.bundle.id, family=llm.bundle.family)
+    for name, parts in spoilt(dict(saved.snapshot.parts)).items():
+        write_state(path, replace(saved, snapshot=Snapshot(len(saved.tokens), parts)))
+        with pytest.raises(SnapshotError, match="read the tokens again"):
+            raise AssertionError(f"{name}: {llm.load_session(path)}")
+
+
+def test_a_pipe_is_no_session(llm: LLM, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InvalidRequest, match="no regular file"):
+        llm.load_session(tmp_path / "pipe")
 
 
 @pytest.mark.parametrize("extra", [{}, {"messages": 5}, {"messages": [{"role": "x"}]}])

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from edgecascade.bundle import Bundle
 from edgecascade.errors import BackendError, BackendUnavailable, BundleError, InvalidRequest
 from edgecascade.sampling import Logits, SampleRow
-from edgecascade.state import check_parts
-from edgecascade.tensors import KvType
+from edgecascade.state import check_parts, check_shapes
+from edgecascade.tensors import KvType, State
 
 Array = NDArray[Any]
 log = logging.getLogger(__name__)
@@ -54,6 +54,10 @@ class Snapshot:
     def check(self, kv_type: KvType) -> None:
         """Refuse a state whose keys and values do not fit; see check_parts."""
         check_parts(self.parts, self.tokens, kv_type)
+
+    def check_shapes(self, states: Sequence[State]) -> None:
+        """Refuse a state that is not of a model with these; see state.py."""
+        check_shapes(self.parts, self.tokens, states)
 
 
 class Parked:
