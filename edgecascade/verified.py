@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -50,9 +51,8 @@ def facts(path: Path) -> Facts:
 def is_verified(path: Path, sha256: str) -> bool:
     """Whether this very file was found to have this digest, and not written since."""
     try:
-        stamp = json.loads(_stamp_path(path).read_bytes())
-        return bool(stamp == {**_facts(path), "sha256": sha256})
-    except (OSError, ValueError, RuntimeError):  # RuntimeError: this user has no home folder
+        return _stamp_of(path) == {**_facts(path), "sha256": sha256}
+    except OSError:
         return False
 
 
@@ -95,17 +95,20 @@ def same_content(path: Path) -> Iterator[None]:
         os.close(fd)
 
 
-def _stamp_of(fd: int) -> dict[str, Any] | None:
+def _stamp_of(file: Path | int) -> dict[str, Any] | None:
     try:
-        stamp = json.loads(_stamp_path(fd).read_bytes())
+        path = _stamp_path(file)
+        if os.stat(path.parent).st_mode & stat.S_IWOTH:
+            return None  # anybody may have written it
+        stamp = json.loads(path.read_bytes())
         return stamp if isinstance(stamp, dict) else None
-    except (OSError, ValueError, RuntimeError):
+    except (OSError, ValueError, RuntimeError):  # RuntimeError: this user has no home folder
         return None
 
 
 def _write_stamp(file: Path | int, stamp: dict[str, Any]) -> None:
     path = _stamp_path(file)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     part.write_bytes(canonical_json(stamp))
     os.replace(part, path)
@@ -126,16 +129,16 @@ def _drop_oldest(folder: Path) -> None:
 
 
 def _facts(file: Path | int) -> Facts:
-    stat = os.stat(file)
+    found = os.stat(file)
     return {
-        "device": stat.st_dev,
-        "inode": stat.st_ino,
-        "bytes": stat.st_size,
-        "mtime_ns": stat.st_mtime_ns,
-        "ctime_ns": stat.st_ctime_ns,
+        "device": found.st_dev,
+        "inode": found.st_ino,
+        "bytes": found.st_size,
+        "mtime_ns": found.st_mtime_ns,
+        "ctime_ns": found.st_ctime_ns,
     }
 
 
 def _stamp_path(file: Path | int) -> Path:
-    stat = os.stat(file)
-    return cache_folder() / "verified" / f"{stat.st_dev}-{stat.st_ino}.json"
+    found = os.stat(file)
+    return cache_folder() / "verified" / f"{found.st_dev}-{found.st_ino}.json"

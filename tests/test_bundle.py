@@ -213,6 +213,25 @@ def test_damaged_stamp_costs_a_hash(own: Path, hashed: Counted) -> None:
     assert len(hashed) == len(list(own.iterdir())) - 1  # the manifest
 
 
+def test_stamps_that_anybody_could_write_are_not_believed(
+    own: Path, hashed: Counted, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    before = os.umask(0)
+    try:
+        Bundle.open(own).close()
+    finally:
+        os.umask(before)
+    folder = tmp_path / "cache" / "edgecascade" / "verified"
+    assert folder.stat().st_mode & 0o777 == 0o700
+    hashed.clear()
+    Bundle.open(own).close()
+    assert hashed == []
+    folder.chmod(0o777)
+    Bundle.open(own).close()
+    assert len(hashed) == len(list(own.iterdir())) - 1  # the manifest
+
+
 def test_stamps_of_files_that_are_gone_do_not_pile_up(
     own: Path, hashed: Counted, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

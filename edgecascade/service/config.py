@@ -7,6 +7,7 @@ Keys are strict: one that is not read stops the start, so that a misspelt limit 
 from __future__ import annotations
 
 import argparse
+import ipaddress
 import os
 import re
 from collections.abc import Mapping
@@ -44,6 +45,14 @@ class BrokerAddress:
         """For logs: without the password."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{'mqtts' if self.tls else 'mqtt'}://{host}:{self.port}"
+
+    @property
+    def private(self) -> bool:
+        """Whether nobody on the way can read along: TLS, or this machine."""
+        try:
+            return self.tls or ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"
 
     def secret(self) -> str | None:
         """The password as it is now: its file may have been renewed.

@@ -193,6 +193,9 @@ class Link:
         """Begin to connect, also again after stop(); returns at once."""
         if self._thread is not None:
             return
+        address = self._options.address
+        if address.username is not None and not address.private:
+            log.warning("the password goes to %s in the clear: use mqtts://", address.shown)
         self._stopping.clear()
         self._decided.clear()
         self.fatal, self._beat = None, time.monotonic()

@@ -38,11 +38,22 @@ StateDirectory=edgecascade
 CacheDirectory=edgecascade
 Environment=XDG_CACHE_HOME=/var/cache/edgecascade
 NoNewPrivileges=yes
+CapabilityBoundingSet=
 ProtectSystem=strict
 ProtectHome=read-only
 PrivateTmp=yes
+ProtectKernelTunables=yes
+ProtectKernelModules=yes
+ProtectKernelLogs=yes
+ProtectControlGroups=yes
+ProtectHostname=yes
 RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX
+RestrictNamespaces=yes
+RestrictSUIDSGID=yes
 LockPersonality=yes
+SystemCallArchitectures=native
+# Not PrivateDevices, ProtectClock or DeviceAllow: they hide the GPU.
+# Not MemoryDenyWriteExecute: CUDA and TensorRT compile.
 
 [Install]
 WantedBy=multi-user.target

@@ -19,6 +19,7 @@ from edgecascade.service.config import (
     read_file,
     state_folder,
 )
+from edgecascade.service.mqtt import Link, LinkOptions
 
 
 def parse(*words: str) -> ServiceConfig:
@@ -187,3 +188,26 @@ def test_the_state_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     assert state_folder(config) == Path("/var/lib/edgecascade")
     named = ServiceConfig(mqtt="mqtt://b", device_id="d", state_dir=str(tmp_path / "mine"))
     assert state_folder(named) == tmp_path / "mine"
+
+
+@pytest.mark.parametrize(
+    ("url", "private"),
+    [
+        ("mqtts://broker", True),
+        ("mqtt://127.0.0.1", True),
+        ("mqtt://[::1]:1884", True),
+        ("mqtt://localhost", True),
+        ("mqtt://broker", False),
+        ("mqtt://192.168.0.7", False),
+        ("mqtt://localhost.evil.example", False),
+    ],
+)
+def test_a_password_in_the_clear_is_warned_of(
+    caplog: pytest.LogCaptureFixture, url: str, private: bool
+) -> None:
+    link = Link(LinkOptions(broker_address(url, username="me", password="hidden"), "me", ()), print)
+    link._run = lambda bell: None  # type: ignore[method-assign]  # nobody is to be connected to
+    link.start()
+    link.stop()
+    assert ("in the clear: use mqtts://" in caplog.text) != private
+    assert "hidden" not in caplog.text

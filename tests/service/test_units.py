@@ -43,6 +43,23 @@ def test_systemd_accepts_the_unit(tmp_path: Path) -> None:
     assert "edgecascade.service" not in done.stderr, done.stderr
 
 
+def test_the_units_leave_little_to_who_breaks_in(tmp_path: Path) -> None:
+    if shutil.which("systemd-analyze") is None:
+        pytest.skip("systemd-analyze is not installed")
+    for text in (units.unit("/b", "/c", program="/p"), units.agent_unit("/c", program="/p")):
+        path = tmp_path / "edgecascade.service"
+        path.write_text(text)
+        done = subprocess.run(
+            ["systemd-analyze", "security", "--offline=yes", "--threshold=45", str(path)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if "nrecognized" in done.stderr or "nknown" in done.stderr:
+            pytest.skip(f"this systemd-analyze cannot: {done.stderr.strip()}")
+        assert done.returncode == 0, done.stdout
+
+
 @pytest.mark.parametrize("path", ["bundle", "/my bundle", "/a%b", '/a"b', "/a\nUser=root"])
 def test_a_path_that_systemd_would_misread_is_refused(path: str) -> None:
     with pytest.raises(InvalidRequest, match="absolute"):
