@@ -19,6 +19,7 @@ ACKNOWLEDGE_S = 2.0  # without a word for so long, send it again, elsewhere if t
 STALL_S = 5.0  # the same after a word
 ABSENT_S = 0.5  # nobody listens: the device may be about to come back
 GRACE_S = 1.0  # a device's own word on the deadline may take so long
+MAX_STREAM = 16 << 20  # characters; a million tokens have fewer
 MAX_ENGINE_ERRORS = 3  # an error that comes back each time is no accident
 NO_MATCHING_SUBSCRIBERS = 0x10
 
@@ -238,8 +239,9 @@ class Exchange:
         run = self._run
         if (device, chunk.run) != (run.device, run.number):
             run = self._run = _Run(device, chunk.run, whole=chunk.seq == 0)
-        if not run.whole or chunk.seq != run.next_seq:
-            run.whole = False  # a hole: nothing more is believed until the final
+        held = len(run.text) + len(run.reasoning) + len(chunk.text) + len(chunk.reasoning)
+        if not run.whole or chunk.seq != run.next_seq or held > MAX_STREAM:
+            run.whole = False  # a hole, or no end: nothing more is believed until the final
             return None
         run.next_seq += 1
         run.text += chunk.text

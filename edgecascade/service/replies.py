@@ -22,6 +22,8 @@ from edgecascade.text.tools import ToolCall
 MAX_MESSAGE_BYTES = 96 << 10  # with topic and properties below AWS IoT Core's 128 KB
 PACKET_HEAD_BYTES = 512  # topic and small properties beside a payload
 MAX_PARTS = 4096
+MAX_STATUS_BYTES = 8 << 10  # it is kept for as long as the client lives
+MAX_WORDS = 600  # characters of an error's message
 IMPOSSIBLE = -9999.0  # log probability of a masked token: JSON has no infinity
 # What reading a message of another shape raises; wire.BadJson is a ValueError.
 NO_REPLY = (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError)
@@ -191,10 +193,12 @@ def _last(reply: ReplyTo, payload: bytes) -> Outgoing:
 
 
 def _error(problem: Problem) -> dict[str, Any]:
+    # Both may quote a request, escaped, and what no broker takes would be silence.
+    message, param = problem.message, problem.param
     return {
-        "message": problem.message,
+        "message": message if len(message) <= MAX_WORDS else f"{message[:MAX_WORDS]}...",
         "type": problem.type,
-        "param": problem.param,
+        "param": None if param is None else param[:MAX_WORDS],
         "code": problem.code,
         "status": problem.status,
         "retry_after_ms": problem.retry_after_ms,
@@ -300,9 +304,10 @@ def _reply(body: dict[str, Any]) -> Reply | None:
         return Final(body, parts, str(body.get("sha256", "")))
     if "part" in body:
         part, parts = _count(body["part"]), _count(body["parts"])
-        if not part < parts <= MAX_PARTS:
-            return None
-        return Part(part, parts, str(body["text"]))
+        text = str(body["text"])
+        if not part < parts <= MAX_PARTS or len(text) > MAX_MESSAGE_BYTES // 2:
+            return None  # see final(): who holds all that may come holds 200 MB
+        return Part(part, parts, text)
     delta = body["choices"][0]["delta"]
     text, reasoning = delta.get("content") or "", delta.get("reasoning_content") or ""
     return Chunk(_count(body["seq"]), str(text), str(reasoning), _count(body.get("run", 0)))
@@ -350,6 +355,8 @@ def _problem(error: Mapping[str, Any]) -> Problem:
 
 def read_status(payload: bytes) -> Status | None:
     """A device's state; None for what is not one."""
+    if len(payload) > MAX_STATUS_BYTES:
+        return None
     try:
         body = wire.decode(payload)
         status = str(body["status"])

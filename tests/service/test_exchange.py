@@ -14,6 +14,7 @@ from edgecascade.service.exchange import (
     ABSENT_S,
     ACKNOWLEDGE_S,
     GRACE_S,
+    MAX_STREAM,
     STALL_S,
     Exchange,
     Send,
@@ -304,3 +305,13 @@ def test_who_was_not_asked_has_no_answer(device: str | None) -> None:
     for reply in (Chunk(0, "x", ""), BUSY, final("another's")):
         assert exchange.hear("c", reply, 0.1) is None
     assert exchange.hear("a", final("answer"), 0.2) == Shown("answer")
+
+
+def test_a_stream_without_an_end_is_not_held_in_memory() -> None:
+    exchange = named()
+    sent(exchange, 0.0)
+    piece = "x" * (1 << 20)
+    shown = [exchange.hear("a", Chunk(seq, piece, ""), 1.0) for seq in range(20)]
+    assert sum(len(each.text) for each in shown if each) == MAX_STREAM
+    told = exchange.hear("a", final("the answer"), 2.0)
+    assert told == Shown("the answer", restart=True)

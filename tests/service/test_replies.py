@@ -239,6 +239,15 @@ def test_a_count_that_is_none_is_no_reply(answer: dict[str, Any], value: Any) ->
     assert read(json.dumps({"error": spoilt} if inner is not answer else spoilt).encode()) is None
 
 
+def test_what_is_larger_than_a_device_sends_is_not_kept() -> None:
+    size = replies.MAX_MESSAGE_BYTES // 2
+    for length, there in ((size, True), (size + 1, False)):
+        part = {"part": 0, "parts": 1, "text": "x" * length}
+        assert (replies.read_reply(json.dumps(part).encode()) is not None) == there
+    status = {"status": "online", "boot": 1, "model": "x" * replies.MAX_STATUS_BYTES}
+    assert replies.read_status(json.dumps(status).encode()) is None
+
+
 @pytest.mark.parametrize("name", ["usage", "timings"])
 def test_figures_that_are_no_numbers_are_no_reply(name: str) -> None:
     for figures in ({"tok_s": "9"}, {"prompt_tokens": [1]}, [1]):

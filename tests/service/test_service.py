@@ -600,6 +600,24 @@ def test_bad_input_is_answered(
     assert message.topic.startswith("edgecascade/v1/c/stranger/r/dev-1/")
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"stream_options": {"\x7f" * 90_000: True}},
+        {"response_format": {"type": "\x80" * 45_000}},
+        {"messages": [{"role": "\x80" * 45_000, "content": "x"}]},
+        {"tools": [{"type": "function", "function": {"name": "\x80" * 20_000}}] * 2},
+    ],
+)
+def test_a_refusal_quotes_little(serve: Serve, raw: Raw, wrong: dict[str, Any]) -> None:
+    serve()
+    body = {"id": "request-1", "messages": ASK, **wrong}
+    raw.publish(raw.chat, json.dumps(body, ensure_ascii=False).encode())
+    message, told = raw.last_word()
+    assert told["error"]["status"] == 400
+    assert len(message.payload) < 10_000
+
+
 def test_a_retained_request_is_never_run(serve: Serve, raw: Raw) -> None:
     body = json.dumps({"id": "request-1", "messages": ASK, **GREEDY}).encode()
     raw.publish(raw.chat, body, retain=True)
