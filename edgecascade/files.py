@@ -74,9 +74,9 @@ def open_regular(path: Path) -> BinaryIO:
     return open(fd, "rb")
 
 
-def write_file(path: Path, data: bytes) -> None:
-    """Write a file and wait until its data are on the disk."""
-    with open(path, "xb") as out:
+def write_file(path: Path, data: bytes, *, mode: int = 0o666) -> None:
+    """Write a file and wait until its data are on the disk. `mode` counts from the first byte."""
+    with open(path, "xb", opener=lambda name, flags: os.open(name, flags, mode)) as out:
         out.write(data)
         out.flush()
         os.fsync(out.fileno())

@@ -245,8 +245,7 @@ class DeviceHost:
         if not path.exists() or path.read_bytes() != text:
             part = path.with_suffix(".part")
             part.unlink(missing_ok=True)
-            write_file(part, text)
-            part.chmod(0o600)
+            write_file(part, text, mode=0o600)  # the broker's address may hold a password
             os.replace(part, path)
         words = (sys.executable, "-m", "edgecascade", "serve", str(self.folder_of(slot)))
         return (*words, "--config", str(path), *self._settings.serve_options)

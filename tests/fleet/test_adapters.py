@@ -156,6 +156,24 @@ def test_another_program_s_job_is_left_alone() -> None:
     assert jobs.report(signed(JOB)) == []
 
 
+@pytest.mark.parametrize(
+    "payload",
+    [
+        b"[" * 200_000,
+        b'{"execution": {"jobId": "a", "executionNumber": 1, "versionNumber": 1, "jobDocument": '
+        b'{"operation": "edgecascade-order", "envelope": {"payload": "\\ud800"}}}}',
+        b'{"execution": {"jobId": "a", "executionNumber": 1, "versionNumber": 1, "jobDocument": '
+        b'{"operation": "edgecascade-order", "envelope": {"payload": 1e999}}}}',
+        b'{"execution": {"jobId": "../#", "executionNumber": 1, "versionNumber": 1, "jobDocument": '
+        b'{"operation": "edgecascade-order", "envelope": {}}}}',
+    ],
+)
+def test_a_hostile_carrier_is_not_understood(payload: bytes) -> None:
+    jobs = AwsJobs("robot-7")
+    assert jobs.hear(f"{TOPIC}/start-next/accepted", payload) == []
+    assert jobs.execution is None
+
+
 def test_long_evidence_fits_and_a_large_order_does_not() -> None:
     body = sent(working().report(signed(replace(FAILED, evidence={"message": "x" * 9000}))))
     assert max(map(len, body["statusDetails"].values())) <= 1024

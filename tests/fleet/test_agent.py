@@ -11,6 +11,7 @@ import os
 import queue
 import random
 import shutil
+import stat
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -840,6 +841,32 @@ class Scripted(Child):
 
     def wait(self, test: Callable[[ChildState], bool], timeout_s: float) -> bool:
         return test(self._chosen)
+
+
+def test_what_may_hold_a_password_is_never_readable_by_others(
+    home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release, sha256 = home.repository().release(NAME, "1")
+    device = settings(tmp_path, home, mqtt="mqtt://me:hidden@127.0.0.1:1")
+    host = DeviceHost(device, Voice(), lambda slot: release, lambda place: FolderSource(tmp_path),
+                      lambda: None)  # fmt: skip
+    modes, real = [], os.fsync
+
+    def written(fd: int) -> None:
+        modes.append(stat.S_IMODE(os.fstat(fd).st_mode))
+        real(fd)
+
+    monkeypatch.setattr(os, "fsync", written)
+    before = os.umask(0)
+    try:
+        command = host._command(Slot(NAME, "1", 1, sha256, release.manifest.sha256))
+    finally:
+        os.umask(before)
+        host.child.close()
+    config = Path(command[command.index("--config") + 1])
+    assert "hidden" in config.read_text()
+    assert modes == [0o600]
+    assert stat.S_IMODE(config.stat().st_mode) == 0o600
 
 
 def test_a_service_that_starts_again_while_it_is_watched_is_seen_however_often_it_did_before(

@@ -14,7 +14,6 @@ report goes along in pieces, report-0, report-1 ...; `signed_report` joins them 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,6 +21,7 @@ from typing import Any
 from edgecascade.errors import InvalidRequest
 from edgecascade.fleet import reports
 from edgecascade.fleet.jobs import Job, JobState
+from edgecascade.fleet.orders import ID
 from edgecascade.service import wire
 
 OPERATION = "edgecascade-order"
@@ -115,8 +115,9 @@ class AwsJobs:
         """What to do about a message of AWS; nothing for one that is not understood."""
         levels = topic.removeprefix(f"{self._jobs}/").split("/")
         try:
-            body = json.loads(payload)
-        except ValueError:
+            body = wire.decode(payload)
+            wire.fingerprint(body)  # what has no UTF-8 could not be passed on
+        except wire.BadJson:
             return []
         if not isinstance(body, dict):
             return []
@@ -149,7 +150,9 @@ class AwsJobs:
             return []
         number, version = execution.get("executionNumber"), execution.get("versionNumber")
         job_id, made = execution.get("jobId"), execution["jobDocument"]
-        if not (isinstance(job_id, str) and type(number) is int and type(version) is int):
+        if not isinstance(job_id, str) or not ID.fullmatch(job_id):
+            return []  # it becomes a level of a topic
+        if not (type(number) is int and type(version) is int):
             return []
         self.execution = Execution(job_id, number, version)
         envelope = made.get("envelope")
