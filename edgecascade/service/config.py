@@ -11,7 +11,7 @@ import ipaddress
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import unquote, urlsplit
@@ -32,7 +32,7 @@ class BrokerAddress:
     port: int
     tls: bool
     username: str | None = None
-    password: str | None = None
+    password: str | None = field(default=None, repr=False)
     password_file: Path | None = None  # goes before `password`
     ca_file: Path | None = None
     cert_file: Path | None = None
@@ -231,7 +231,7 @@ def from_mapping(
     Raises:
         InvalidRequest: for a key that is not read or a value of another type.
     """
-    types = {field.name: str(field.type) for field in fields(kind)}
+    types = {each.name: str(each.type) for each in fields(kind)}
     values = {}
     for name, value in given.items():
         if name not in types:
@@ -314,7 +314,7 @@ HELP = {
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Options of `serve`; each also is a key of the file."""
     parser.add_argument("--config", metavar="FILE", help="YAML file with these and more keys")
-    types = {field.name: str(field.type) for field in fields(ServiceConfig)}
+    types = {each.name: str(each.type) for each in fields(ServiceConfig)}
     for name, text in HELP.items():
         kind = int if types[name] == "int" else str
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=text)
@@ -329,10 +329,10 @@ def from_options(options: argparse.Namespace) -> ServiceConfig:
     values = read_file(options.config) if options.config else {}
     given = {name: getattr(options, name) for name in HELP}
     values |= {name: value for name, value in given.items() if value is not None}
-    for field in fields(ServiceConfig):
-        if field.default is MISSING and field.name not in values:
-            option = field.name.replace("_", "-")
-            raise InvalidRequest(f"{field.name} is missing; give --{option} or the key in --config")
+    for each in fields(ServiceConfig):
+        if each.default is MISSING and each.name not in values:
+            option = each.name.replace("_", "-")
+            raise InvalidRequest(f"{each.name} is missing; give --{option} or the key in --config")
     return ServiceConfig(**values)
 
 

@@ -167,6 +167,7 @@ def test_another_program_s_job_is_left_alone() -> None:
         b'{"execution": {"jobId": "../#", "executionNumber": 1, "versionNumber": 1, "jobDocument": '
         b'{"operation": "edgecascade-order", "envelope": {}}}}',
     ],
+    ids=["deep", "surrogate", "infinity", "topic"],
 )
 def test_a_hostile_carrier_is_not_understood(payload: bytes) -> None:
     jobs = AwsJobs("robot-7")
