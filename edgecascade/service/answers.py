@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from edgecascade.service import wire
@@ -18,7 +19,7 @@ Key = tuple[str, str]  # client, request
 
 @dataclass(frozen=True)
 class Answer:
-    """What was sent at the end of a request."""
+    """What was sent at the end of a request. Whoever asks again has a mark of his own."""
 
     fingerprint: bytes
     messages: tuple[Outgoing, ...]
@@ -31,13 +32,17 @@ class Answer:
 
     def again(self, reply: ReplyTo, max_bytes: int) -> list[Outgoing]:
         """The same for whoever asks now, in parts where it no longer fits."""
-        whole = self.messages[0]
-        if len(self.messages) == 1 and len(whole.payload) > max_bytes:
-            return list(final(reply, wire.decode(whole.payload), max_bytes))
-        return [
-            replace(message, topic=reply.topic, correlation=reply.correlation)
-            for message in self.messages
-        ]
+        *parts, last = (replace(message, topic=reply.topic) for message in self.messages)
+        last = replace(last, correlation=reply.correlation)
+        if not parts and last.size > max_bytes:
+            return list(final(reply, wire.decode(last.payload), max_bytes))
+        return [*parts, last]
+
+    @staticmethod
+    def of(fingerprint: bytes, messages: Sequence[Outgoing], until: float) -> Answer:
+        """The answer in these messages, without the mark, which may be longer than they are."""
+        bare = tuple(replace(message, correlation=None) for message in messages)
+        return Answer(fingerprint, bare, until)
 
 
 class Answers:

@@ -360,7 +360,7 @@ class Core:
         body = replies.completion_body(live.head, done, live.seq, self._extra(live, done))
         finals = replies.final(live.chat.reply, body, self.max_message_bytes)
         until = live.arrived + max(KEEP_S, live.chat.timeout_s)
-        self._answers.put(live.key, Answer(live.chat.fingerprint, finals, until), now)
+        self._answers.put(live.key, Answer.of(live.chat.fingerprint, finals, until), now)
         self._end(live, done.finish_reason)
         self._prompt_tokens.charge(live.chat.client, now, done.usage.prompt_tokens)
         self.figures.completion_tokens += done.usage.completion_tokens

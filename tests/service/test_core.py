@@ -550,3 +550,27 @@ def test_the_final_of_an_unchanged_request_is_byte_for_byte_the_same(desk: Desk)
         Incoming(TOPICS.chat("dev-1", "robot"), body.encode(), correlation=b"9"), desk.now
     )
     assert again == [replace(message, correlation=b"9") for message in first]
+
+
+def test_an_answer_that_is_asked_for_again_with_a_mark_fits_the_broker(desk: Desk) -> None:
+    desk.core.max_message_bytes = 4096
+    body = {"id": "request-1", "messages": [{"role": "user", "content": "go"}]}
+    ask = Incoming(TOPICS.chat("dev-1", "robot"), json.dumps(body).encode())
+    for text in ("x" * 3000, "x" * 10_000):
+        desk.core.receive(ask, desk.now)
+        desk.happens(completion(text=text))
+        again = desk.core.receive(replace(ask, correlation=b"9" * 1000), desk.now)
+        assert all(message.size <= 4096 for message in again)
+        assert [len(message.correlation or b"") for message in again][-2:] == [0, 1000]
+        desk.now += 1000.0
+
+
+def test_marks_are_not_kept_with_the_answers(desk: Desk) -> None:
+    for number in range(answers.MAX_ANSWERS // 100):
+        body = {"id": f"request-{number}", "messages": [{"role": "user", "content": "go"}]}
+        topic = TOPICS.chat("dev-1", "robot")
+        ask = Incoming(topic, json.dumps(body).encode(), correlation=b"9" * (24 << 10))
+        desk.core.receive(ask, desk.now)
+        desk.happens(completion())
+    kept = desk.core._answers
+    assert sum(m.size for each in kept._answers.values() for m in each.messages) == kept._bytes

@@ -3,7 +3,13 @@
 
 from __future__ import annotations
 
-from edgecascade.service.inbox import MAX_OF_ONE, MAX_WAITING, Inbox
+from edgecascade.service.inbox import (
+    MAX_BYTES,
+    MAX_BYTES_OF_ONE,
+    MAX_OF_ONE,
+    MAX_WAITING,
+    Inbox,
+)
 from edgecascade.service.protocol import Incoming
 
 
@@ -57,6 +63,23 @@ def test_last_wills_wait_in_their_client_s_line() -> None:
     assert inbox.lost == 1
     inbox.take()
     assert inbox.take() == (Incoming("edgecascade/v1/c/calm/status", b"7"), 7.0)
+
+
+def test_large_messages_are_bounded_by_their_bytes() -> None:
+    inbox, size = Inbox(), 96 << 10
+    large = b"x" * size
+    for client in range(8):
+        for _ in range(200):
+            topic = f"edgecascade/v1/d/dev-1/chat/client-{client}"
+            inbox.put(Incoming(topic, large[: size // 2], correlation=large[size // 2 :]), 0.0)
+    assert len(inbox) == MAX_BYTES // size
+    inbox.put(Incoming("edgecascade/v1/d/dev-1/chat/calm", b"{}"), 0.0)
+    assert len(inbox) == MAX_BYTES // size + 1
+    waiting = 0
+    while arrived := inbox.take():
+        waiting += arrived[0].topic.endswith("client-0")
+    assert waiting == MAX_BYTES_OF_ONE // size
+    assert not inbox._bytes
 
 
 def test_many_clients_are_bounded_together() -> None:
