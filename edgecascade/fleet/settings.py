@@ -11,7 +11,13 @@ from typing import Any
 
 from edgecascade.errors import InvalidRequest
 from edgecascade.fleet.orders import is_mirror
-from edgecascade.service.config import BrokerAddress, ServiceConfig, from_mapping, read_file
+from edgecascade.service.config import (
+    BrokerAddress,
+    ServiceConfig,
+    from_mapping,
+    masked,
+    read_file,
+)
 from edgecascade.service.topics import DEFAULT_PREFIX, is_name
 
 SUFFIX = "-agent"  # the agent's own name: it has a certificate of its own
@@ -62,7 +68,7 @@ class AgentSettings:
                 raise InvalidRequest(f"{name!r} is no name; give 1 to 64 of A-Z a-z 0-9 _ -")
         for cache in (*self.caches, *self.redirects):
             if "://" in cache and not is_mirror(cache):
-                raise InvalidRequest(f"{cache!r} is no mirror; give http(s)://host/folder/")
+                raise InvalidRequest(f"{masked(cache)!r} is no mirror; give http(s)://host/folder/")
         if self.cert is not None and self.service is None:
             raise InvalidRequest(
                 f"the service needs a certificate of its own, for {self.device_id!r}; "

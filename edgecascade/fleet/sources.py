@@ -24,6 +24,7 @@ from typing import Protocol
 from urllib.parse import quote, unquote, urljoin, urlsplit
 
 from edgecascade.errors import InvalidRequest
+from edgecascade.service.config import masked
 
 BLOCK_BYTES = 1 << 18
 MAX_REDIRECTS = 3
@@ -334,7 +335,7 @@ def source_of(
     if scheme == "file":
         return FolderSource(unquote(urlsplit(where).path))
     if scheme:
-        raise InvalidRequest(f"source is {where!r}; give http://, https:// or a folder")
+        raise InvalidRequest(f"source is {masked(where)!r}; give http://, https:// or a folder")
     return FolderSource(where)
 
 
@@ -348,9 +349,9 @@ def origin_of(url: str) -> Origin:
         parts = urlsplit(url)
         port = parts.port or {"http": 80, "https": 443}[parts.scheme]
     except (ValueError, KeyError) as error:
-        raise InvalidRequest(f"{url[:200]!r} is no http or https address") from error
+        raise InvalidRequest(f"{masked(url)[:200]!r} is no http or https address") from error
     if not parts.hostname or parts.username is not None:
-        raise InvalidRequest(f"{url[:200]!r} must name a host, and no user")
+        raise InvalidRequest(f"{masked(url)[:200]!r} must name a host, and no user")
     return Origin(parts.scheme, parts.hostname, port)
 
 

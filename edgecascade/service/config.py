@@ -91,12 +91,12 @@ def broker_address(
     except ValueError as error:
         # What it says holds parts of the address, which may be the password's.
         raise InvalidRequest(
-            f"broker {_masked(url)!r} is not an address; give mqtt://host:port or "
+            f"broker {masked(url)!r} is not an address; give mqtt://host:port or "
             "mqtts://host:port, with / ? # of a password written as %2F %3F %23"
         ) from error
     more = parts.path not in ("", "/") or parts.query or parts.fragment
     if parts.scheme not in SCHEMES or not parts.hostname or more or port == 0:
-        shown = _masked(url)
+        shown = masked(url)
         raise InvalidRequest(f"broker is {shown!r}; give mqtt://host:port or mqtts://host:port")
     if protocol not in ("auto", "5", "3.1.1"):
         raise InvalidRequest(f"protocol is {protocol!r}; it must be auto, 5 or 3.1.1")
@@ -106,7 +106,7 @@ def broker_address(
     paths = [_readable(name, path) for name, path in
              (("ca", ca_file), ("cert", cert_file), ("key", key_file))]  # fmt: skip
     if any(paths) and not tls:
-        raise InvalidRequest(f"certificates are given, but {_masked(url)!r} is not mqtts://")
+        raise InvalidRequest(f"certificates are given, but {masked(url)!r} is not mqtts://")
     if (paths[1] is None) != (paths[2] is None):
         raise InvalidRequest("a client certificate needs both cert and key")
     return BrokerAddress(
@@ -124,8 +124,8 @@ def broker_address(
     )
 
 
-def _masked(url: str) -> str:
-    """For messages: without the password, also where it is not written as it must be."""
+def masked(url: str) -> str:
+    """An address for messages: without its password, also where that is not written as it must."""
     start = url.find("//") + 2 if "//" in url else 0
     return url[:start] + re.sub(r"(?s):.*@", ":***@", url[start:])
 

@@ -219,7 +219,7 @@ class Service:
     def _sleep(self, now: float) -> None:
         if self._events or (self._inbox and self._may_read()):
             return
-        turn_s = CROWDED_S if self._inbox else TURN_S
+        turn_s = CROWDED_S if self._inbox and self._link.up else TURN_S
         due = min(self._core.next_due(now), self._telemetry_at, now + turn_s)
         self._wake.wait(max(0.0, due - time.monotonic()))
         self._wake.clear()

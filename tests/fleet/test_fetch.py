@@ -18,6 +18,7 @@ from edgecascade.errors import DownloadFailed, InvalidRequest
 from edgecascade.fleet import fetch
 from edgecascade.fleet.faults.web import Answer, Request, Site, head_of, serve
 from edgecascade.fleet.fetch import Blob, Downloader, DownloadStopped, Pace, Throttle
+from edgecascade.fleet.settings import AgentSettings
 from edgecascade.fleet.sources import (
     FolderSource,
     HttpSource,
@@ -328,6 +329,19 @@ def test_a_path_stays_below_the_folder(tmp_path: Path, path: str) -> None:
     for source in (FolderSource(tmp_path), HttpSource("http://127.0.0.1:9/")):
         with pytest.raises(SourceFault, match="no path below"):
             source.open(path, 0, None, None)
+
+
+@pytest.mark.parametrize(
+    "address", ["https://me:hidden@host/", "https://me:hid/den@host/", "ftp://me:hidden@host/"]
+)
+def test_a_refused_address_shows_no_password(address: str) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        source_of(address)
+    assert "host" in str(refused.value)
+    assert "hid" not in str(refused.value)
+    with pytest.raises(InvalidRequest, match="is no mirror") as refused:
+        AgentSettings(root="/r", mqtt="mqtt://b", device_id="d", caches=(address,))
+    assert "hid" not in str(refused.value)
 
 
 def test_addresses_are_read_strictly(tmp_path: Path) -> None:
