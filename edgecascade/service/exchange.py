@@ -121,7 +121,7 @@ class Exchange:
 
     def hear(self, device: str, reply: Reply, now: float) -> Shown | None:
         """A reply to this request; what to show of it."""
-        if self.over or not (self.pool or device in self._asked):
+        if self.over or not (device in self._asked or (self.pool and not self._fixed)):
             return None  # an id may be known to others: only who was asked has a word
         found = self.pool and self.device is None and not isinstance(reply, Failed)
         if found:

@@ -22,6 +22,7 @@ from edgecascade.text.tools import ToolCall
 MAX_MESSAGE_BYTES = 96 << 10  # with topic and properties below AWS IoT Core's 128 KB
 PACKET_HEAD_BYTES = 512  # topic and small properties beside a payload
 MAX_PARTS = 4096
+MAX_REPLY_BYTES = 1 << 20  # the largest packet that a client takes; a broker may send 256 MB
 MAX_STATUS_BYTES = 8 << 10  # it is kept for as long as the client lives
 MAX_WORDS = 600  # characters of an error's message
 IMPOSSIBLE = -9999.0  # log probability of a masked token: JSON has no infinity
@@ -285,6 +286,8 @@ Reply = Queued | Chunk | Part | Final | Failed
 
 def read_reply(payload: bytes) -> Reply | None:
     """What a device answers; None for what is not an answer of this protocol."""
+    if len(payload) > MAX_REPLY_BYTES:
+        return None
     try:
         body = wire.decode(payload)
         return _reply(body) if isinstance(body, dict) else None

@@ -300,6 +300,7 @@ def test_an_answer_of_a_device_that_was_left_counts_if_it_is_final() -> None:
 @pytest.mark.parametrize("device", ["a", None])
 def test_who_was_not_asked_has_no_answer(device: str | None) -> None:
     exchange = named(device)
+    exchange.pool = device is not None  # of a pool whoever takes it, unless one is named
     assert exchange.hear("a", final("too soon"), 0.0) is None
     sent(exchange, 0.0)
     for reply in (Chunk(0, "x", ""), BUSY, final("another's")):

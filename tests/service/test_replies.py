@@ -244,6 +244,8 @@ def test_what_is_larger_than_a_device_sends_is_not_kept() -> None:
     for length, there in ((size, True), (size + 1, False)):
         part = {"part": 0, "parts": 1, "text": "x" * length}
         assert (replies.read_reply(json.dumps(part).encode()) is not None) == there
+    chunk = {"choices": [{"delta": {"content": "x" * replies.MAX_REPLY_BYTES}}], "seq": 0}
+    assert replies.read_reply(json.dumps(chunk).encode()) is None
     status = {"status": "online", "boot": 1, "model": "x" * replies.MAX_STATUS_BYTES}
     assert replies.read_status(json.dumps(status).encode()) is None
 
