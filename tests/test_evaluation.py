@@ -354,7 +354,7 @@ def test_the_command_prints_a_table(
     capsys: Capture, build: Build, own: list[Values], tmp_path: Path
 ) -> None:
     head = {"suite": "own", "format": 1, "splits": {"a": "1", "b": "2"}, "max_tokens": 24}
-    wrong = own[0] | {"id": "wrong", "expected": {"content": "no"}}
+    wrong = own[0] | {"id": "wrong", "prompt": "Go\x1b[2J.", "expected": {"content": "no"}}
     suite = tmp_path / "own.jsonl"
     suite.write_text("\n".join(map(json.dumps, [head, *own, wrong])))
     command = ["eval", str(build("tiny", "speed")), "--suite", str(suite)]
@@ -364,6 +364,7 @@ def test_the_command_prints_a_table(
     assert "85.7 %" in shown
     assert "48.7 - 97.4" in shown
     assert shown.count("expected 'no'") == 1
+    assert "\x1b" not in shown
     against = ["--against", str(build("tiny", "exact")), "--split", "a", "--limit", "2"]
     assert main([*command, *against]) == 0
     shown = capsys.readouterr().out

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from edgecascade.cli.options import add_backend, load, positive
-from edgecascade.cli.show import print_facts, print_json, print_tables
+from edgecascade.cli.show import plain, print_facts, print_json, print_tables
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -146,7 +146,7 @@ def _print_misses(result: Evaluation, count: int) -> None:
     for each in misses[:count]:
         asked = each.sample.raw if each.sample.raw is not None else each.sample.messages[-1]
         text = asked if isinstance(asked, str) else asked["content"]
-        print(f"\n{each.sample.id} ({each.sample.skill}): {text}")
+        print(plain(f"\n{each.sample.id} ({each.sample.skill}): {text}"))
         if each.answer.completion.reasoning:
             print(f"  thought  {each.answer.completion.reasoning!r}")
-        print(f"  {each.answer.score.why}")
+        print(plain(f"  {each.answer.score.why}"))
