@@ -24,7 +24,7 @@ import secrets
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from random import choice
 from types import TracebackType
@@ -39,6 +39,7 @@ from edgecascade.service.protocol import Incoming
 from edgecascade.service.replies import (
     MAX_MESSAGE_BYTES,
     Outgoing,
+    Reply,
     Status,
     read_reply,
     read_status,
@@ -49,6 +50,7 @@ from edgecascade.text.tools import ToolCall
 CONNECT_S = 10.0
 STATUS_S = 0.3  # retained states arrive within this after the subscription
 TIMEOUT_S = 60.0
+MAX_UNREAD_BYTES = 256 << 20  # of a request; the longest answer has 200 MB
 MAX_EXPIRY_S = 2**32 - 1  # of a message of MQTT 5
 
 Messages = str | Sequence[Mapping[str, Any]]
@@ -69,6 +71,14 @@ class Answer:
     body: Mapping[str, Any]
 
 
+@dataclass
+class _Unread:
+    """Bytes that were heard, and that were looked at. Each has one thread that writes it."""
+
+    heard: int = 0
+    read: int = 0
+
+
 @dataclass(frozen=True)
 class _Pending:
     """A request that waits; `put` takes what is heard, from any thread."""
@@ -78,6 +88,7 @@ class _Pending:
     body: Mapping[str, Any]
     pool: str | None
     put: Callable[[Heard], None]
+    unread: _Unread = field(default_factory=_Unread)
 
 
 class Stream:
@@ -428,8 +439,13 @@ class Client:
             return
         pending = self._pending.get(address.request)
         reply = read_reply(message.payload)
-        if pending is not None and reply is not None:
-            pending.put(partial(pending.exchange.hear, address.device, reply))
+        if pending is None or reply is None:
+            return
+        unread, size = pending.unread, len(message.payload)
+        if unread.heard - unread.read > MAX_UNREAD_BYTES:
+            return  # whoever reads is slower than the device; the retry brings the end again
+        unread.heard += size
+        pending.put(partial(_read, pending, address.device, reply, size))
 
     def _status(self, device: str, payload: bytes) -> None:
         status = read_status(payload)
@@ -453,6 +469,11 @@ class Client:
 
     def _connected(self) -> None:
         self._tell_all(lambda pending, now: pending.exchange.connected(now))
+
+
+def _read(pending: _Pending, device: str, reply: Reply, size: int, now: float) -> Shown | None:
+    pending.unread.read += size
+    return pending.exchange.hear(device, reply, now)
 
 
 def _seconds(value: Any) -> float:

@@ -15,6 +15,7 @@ import pytest
 from serving import WAIT_S, Connect, Serve
 from test_service import ASK, GREEDY, TOPICS, Raw, until
 
+from edgecascade import client as client_module
 from edgecascade.errors import DeadlineExceeded
 from edgecascade.service.broker import LocalBroker
 
@@ -76,6 +77,34 @@ def test_an_answer_that_is_asked_for_again_and_again_holds_up_nobody_else(
     assert len(service._inbox) > 0  # all that while the flood goes on
     assert service._link.counters.refused == 0
     assert service._core.figures.finished.total() == 6
+
+
+def test_what_nobody_reads_does_not_pile_up(
+    connect: Connect, stranger: Raw, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client_module, "MAX_UNREAD_BYTES", 300_000)
+    topics = []
+
+    def tell(_client: Any, _data: Any, request: Any) -> None:
+        topic = TOPICS.reply("robot", "stranger", json.loads(request.payload)["id"])
+        for seq in range(0 if topics else 60):
+            delta = {"content": "x" * 10_000}
+            chunk = {"seq": seq, "run": len(topics), "choices": [{"index": 0, "delta": delta}]}
+            stranger.publish(topic, json.dumps(chunk).encode())
+        stranger.publish(topic, json.dumps(FORGED).encode())
+        topics.append(topic)
+
+    stranger.client.on_message = tell
+    stranger.client.subscribe(TOPICS.chat("stranger", "+"), 1)
+    client = connect("robot")
+    stream = client.stream("stranger", ASK, timeout_s=WAIT_S)
+    assert next(stream).text
+    assert until(lambda: client._link.counters.received >= 61)
+    unread = client._pending[stream.id].unread
+    assert 300_000 < unread.heard - unread.read < 320_000
+    assert sum(len(piece.text) for piece in stream) > 0
+    assert stream.answer.text == "forged"  # it was sent again, when there was room
+    assert len(topics) == 2
 
 
 def answered(broker: LocalBroker, stranger: Raw, reply: dict[str, Any], *options: str) -> str:
