@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 MAX_WAITING = 1000  # messages of QoS 1 that wait for the broker
 MAX_CHUNKS = 128  # beyond this many waiting messages, tokens are held back and sent together
-MAX_CROWD = 64  # beyond it no request is read, so that there is always room for what has run
+MAX_CROWD = 2 * MAX_CHUNKS  # so many, more than chunks alone, and no request is read
 MAX_IN_FLIGHT = 20  # unacknowledged; a broker may ask for less
 CONNECT_S = 5.0
 ANSWER_S = 10.0  # from CONNECT to CONNACK
