@@ -48,7 +48,7 @@ SCHEMA = DRIVE["parameters"]
 
 
 DEEP: dict[str, Any] = {}
-for _ in range(3000):
+for _ in range(100_000):
     DEEP = {"a": DEEP}
 
 
