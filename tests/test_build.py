@@ -476,6 +476,7 @@ def test_chat_template_of_the_tokenizer_config(
             r"the chat template of .*checkpoint, line 2: .*endfor.* correct it, or remove it",
         ),
         ({"tokenizer_config": {"chat_template": "{{ 2 ** 100000 }}"}}, "cannot be compiled"),
+        ({"tokenizer_config": {"chat_template": "{% break %}"}}, "compiled: 'break' outside loop"),
         ({"generation_config": {"bos_token_id": 2**31}}, "bos_token_id is 2147483648"),
         ({"generation_config": {"do_sample": 0}}, "do_sample is 0; expected true or false"),
         ({"generation_config": {"temperature": "hot"}}, "generation_config.json: temperature is"),

@@ -56,7 +56,8 @@ def compiled(source: str, what: str) -> Template:
         return environment.from_string(source)
     except TemplateSyntaxError as error:
         raise ValueError(f"{what}, line {error.lineno}: {error.message}") from error
-    except FAILURES as error:  # constants are computed here
+    # Constants are computed here, and Python compiles what Jinja wrote: a {% break %} of no loop.
+    except (*FAILURES, SyntaxError) as error:
         raise ValueError(f"{what} cannot be compiled: {error}") from error
 
 
