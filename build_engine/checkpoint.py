@@ -89,7 +89,8 @@ class Checkpoint:
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise CheckpointError(f"checkpoint {self.folder} is no folder")
-        if (self.folder / MANIFEST).exists():
+        has_config = os.path.lexists(self.folder / "config.json")
+        if (self.folder / MANIFEST).exists() and not has_config:
             raise CheckpointError(f"{self.folder} is a bundle; give the checkpoint that it is of")
         self.config = read_json(self.folder / "config.json")
         refuse_quantized_config(self.folder, self.config)

@@ -372,6 +372,12 @@ def test_links_into_a_hubs_cache_are_followed(tmp_path: Path) -> None:
     assert values(read(folder)).keys() == alone.keys()
 
 
+def test_a_manifest_beside_a_config_makes_no_bundle(tmp_path: Path) -> None:
+    folder = checkpoints.write(tmp_path / "c")
+    (folder / "manifest.json").write_text("{}")  # some mirrors and download tools write one
+    assert read(folder).tensors
+
+
 def test_missing_folder_and_folder_without_weights_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="is no folder"):
         read(tmp_path / "nowhere")
