@@ -324,7 +324,13 @@ class Engine:
             )
 
     def close(self) -> None:
-        """Fail every job and stop the thread; the backend stays open."""
+        """Fail every job and stop the thread; the backend stays open.
+
+        Raises:
+            InvalidRequest: inside of `accepted`, which the thread waits for.
+        """
+        if threading.current_thread() is self._accepting:
+            raise InvalidRequest(INSIDE)
         with self._wake:
             self._closed = self._closed or CLOSED
             self._wake.notify_all()

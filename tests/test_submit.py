@@ -232,6 +232,20 @@ def test_a_listener_that_waits_for_its_llm_is_told_that_it_must_not(
     assert len(refused) == (1 if when is Accepted else 8)
 
 
+def test_an_llm_is_not_closed_by_who_hears_that_a_request_is_accepted(load: Load) -> None:
+    llm, refused = load(), []
+    llm.generate([6], **SHORT)  # its thread runs
+
+    def listen(event: Event) -> None:
+        if isinstance(event, Accepted):
+            with pytest.raises(InvalidRequest, match="must not wait for the LLM") as error:
+                llm.close()
+            refused.append(error)
+
+    assert len(llm.submit([5], on_event=listen, **SHORT).result().token_ids) == 8
+    assert len(refused) == 1
+
+
 def test_a_result_that_takes_too_long_is_a_timeout(load: Load) -> None:
     llm = load()
     ticket = llm.submit([5], on_event=lambda event: time.sleep(0.01), **ENDLESS)
