@@ -322,6 +322,7 @@ def _write_count(path: Path, count: int) -> None:
         # A full disk takes what needs no more room.
         with suppress(OSError), open(path, "r+b", buffering=0) as file:
             file.write(data)
+            file.truncate()  # what held no number may have been longer
             os.fsync(file)
             return
         raise

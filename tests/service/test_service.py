@@ -713,6 +713,9 @@ def test_the_boot_counter_grows_on_a_full_disk(
     assert [next_boot(tmp_path, "dev-1") for _ in range(2)] == [10, 11]
     with pytest.raises(InvalidRequest, match="No space left"):
         next_boot(tmp_path, "dev-2")
+    (tmp_path / "dev-3.boot").write_text("no number, and longer than one\n")
+    lost = next_boot(tmp_path, "dev-3")
+    assert next_boot(tmp_path, "dev-3") == lost + 1
     monkeypatch.undo()
     assert next_boot(tmp_path, "dev-1") == 12
 
