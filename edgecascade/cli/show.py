@@ -67,6 +67,7 @@ class Talk:
         """What was shown is void; it cannot be taken back, but what comes is not joined to it."""
         self._end_reasoning()
         self._end_line()
+        self._called = False
         print(f"({why})", file=sys.stderr, flush=True)
 
     def end(self) -> None:

@@ -246,7 +246,7 @@ class Executor:
             self._store(state)
         for effect in effects:
             self._perform(effect)
-        if self.state.update is None:
+        if self.state.update is None and not self._stale:
             self._take_deferred()
 
     def _defer(self, event: ev.Ordered) -> None:
@@ -355,7 +355,7 @@ class Executor:
             return False
         try:
             return self.store.release(active.release).health == release.health
-        except UpdateFailed:  # its document is lost
+        except (UpdateFailed, OSError):  # its document is lost: a trial will tell
             return False
 
     def _check(self, effect: ev.Check) -> ev.Event | OSError:
