@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import platform
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,19 @@ from edgecascade.device.facts import facts
 from edgecascade.device.memory import memory_bytes
 from edgecascade.errors import BackendUnavailable, EdgeCascadeError
 
+# By the part number in /proc/cpuinfo, which on aarch64 has no name, or "ARMv8 Processor" for all.
+ARM = "0x41"
+ARM_CORES = {
+    "0xd03": "Cortex-A53",
+    "0xd08": "Cortex-A72",
+    "0xd0b": "Cortex-A76",
+    "0xd0c": "Neoverse N1",
+    "0xd40": "Neoverse V1",
+    "0xd42": "Cortex-A78AE",  # Orin
+    "0xd49": "Neoverse N2",
+    "0xd4f": "Neoverse V2",
+    "0xd83": "Neoverse V3AE",  # Thor
+}
 GPU_NODES = ("/dev/nvidia0", "/dev/nvhost-gpu", "/dev/nvgpu/igpu0")
 
 
@@ -49,14 +63,16 @@ def package_version() -> str:
         return "not installed"
 
 
-def processor_name() -> str:
+def processor_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     """The processor's own name, as far as Linux tells."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
+    said: dict[str, str] = {}
+    with suppress(OSError):
+        for line in cpuinfo.read_text().splitlines():
+            key, _, value = line.partition(":")
+            said.setdefault(key.strip(), value.strip())  # of the first core
+    if said.get("CPU implementer") == ARM and (core := ARM_CORES.get(said.get("CPU part", ""))):
+        return core
+    return said.get("model name") or platform.processor() or platform.machine()
 
 
 def _library() -> dict[str, Any]:

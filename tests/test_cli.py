@@ -6,6 +6,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from golden import TINY, Build
 from edgecascade.cli import main
 from edgecascade.cli.show import show
 from edgecascade.completion import Completion, Piece, Timings, Usage
+from edgecascade.doctor import processor_name
 from edgecascade.text.tools import ToolCall
 
 Capture = pytest.CaptureFixture[str]
@@ -339,6 +341,23 @@ def test_doctor_says_what_it_found(capsys: Capture) -> None:
     assert status == 0
     for words in ("GB/s", "Python", "jetson", found["library"]["isa"]):
         assert words in stdout
+
+
+@pytest.mark.parametrize(
+    ("lines", "name"),
+    [
+        ("processor\t: 0\nmodel name\t: AMD EPYC\n\nprocessor\t: 1\n", "AMD EPYC"),
+        ("BogoMIPS\t: 62.50\nCPU implementer\t: 0x41\nCPU part\t: 0xd42\n", "Cortex-A78AE"),
+        ("model name\t: ARMv8\nCPU implementer\t: 0x41\nCPU part\t: 0xd42\n", "Cortex-A78AE"),
+        ("CPU implementer\t: 0x48\nCPU part\t: 0xd42\n", None),  # somebody else's 0xd42
+        ("CPU implementer\t: 0x41\nCPU part\t: 0xfff\n", None),
+        ("", None),
+    ],
+)
+def test_the_processor_has_a_name_on_arm_too(tmp_path: Path, lines: str, name: str | None) -> None:
+    (tmp_path / "cpuinfo").write_text(lines)
+    unknown = platform.processor() or platform.machine()
+    assert processor_name(tmp_path / "cpuinfo") == (name or unknown)
 
 
 def test_doctor_names_a_library_that_is_missing() -> None:
