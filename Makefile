@@ -56,7 +56,7 @@ $(VENV)/.created:
 # Without build isolation, so that CMake and ninja stay at hand for the next change of a source.
 $(VENV)/.installed: $(VENV)/.created pyproject.toml setup.py
 	@echo "installing the package and its tools (compiles the kernel library once)"
-	@$(PIP) install -qq --upgrade 'setuptools>=77' wheel 'cmake>=3.18' ninja
+	@$(PIP) install -qq --upgrade 'setuptools>=77' wheel 'cmake>=3.24' ninja
 	@$(PIP) install -qq --no-build-isolation --editable '.[dev]'
 	@touch $@
 
