@@ -74,7 +74,7 @@ std::string name(const Shape& m, const char* what) {
 class Sequences {
  public:
   Sequences(Lib& lib, const Shape& m, int32_t slots, int32_t tokens, int32_t maxPages)
-      : lib_(lib), m_(m), tokens_(tokens), cache(m, slots, maxPages) {
+      : lib_(lib), m_(m), cache(m, slots, maxPages) {
     Rng rng(41 + m.dim);
     for (int32_t s = 0; s < slots; ++s) {
       qkv_.push_back(rng.normals(static_cast<size_t>(tokens) * m.row(), 1.2f));
@@ -111,7 +111,6 @@ class Sequences {
   static constexpr float kScale = 0.3f;
   Lib& lib_;
   Shape m_;
-  int32_t tokens_;
   std::vector<Floats> qkv_;
 
  public:
