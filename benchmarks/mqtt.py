@@ -3,8 +3,9 @@
 
 python benchmarks/mqtt.py BUNDLE [--repeats 200] [--json]
 
-The share of a core wants streams that last: a bundle of random weights, as examples/tiny's, does
-not stop by itself; a trained one answers in a few tokens, and no share is given.
+The share of a core wants streams that last, or it is that of their beginning and end: a bundle of
+random weights, as examples/tiny's, does not stop by itself; a trained one answers in a few tokens,
+and no share is given.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("bundle")
     parser.add_argument("--repeats", type=int, default=200)
-    parser.add_argument("--tokens", type=int, default=400, help="of each of the 8 streams")
+    parser.add_argument("--tokens", type=int, default=3000, help="of each of the 8 streams")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     with (
