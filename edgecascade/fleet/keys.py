@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from edgecascade.errors import FleetError
-from edgecascade.files import fsync_folder
+from edgecascade.files import fsync_folder, write_file
 from edgecascade.fleet.needs import fleet_extra
 
 if TYPE_CHECKING:
@@ -112,18 +112,14 @@ class KeyFolders:
         pem = private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, how)  # type: ignore[attr-defined]
         part = path.with_suffix(".part")
         part.unlink(missing_ok=True)  # of a writer that was killed
-        fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
         try:
-            with open(fd, "wb") as out:
-                out.write(pem)
-                out.flush()
-                os.fsync(fd)
+            write_file(part, pem, mode=0o600)
             os.link(part, path)  # never over another key
         except OSError as error:
             error.filename = error.filename or str(path)  # a full disk does not say which
             raise
         finally:
-            part.unlink()
+            part.unlink(missing_ok=True)
         fsync_folder(path.parent)
 
     def _load(self, path: Path) -> CryptoSigner:
