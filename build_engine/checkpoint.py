@@ -152,7 +152,15 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: when it is missing, too large or no JSON object.
     """
-    data = read_small(path)
+    return parse_json(read_small(path), path)
+
+
+def parse_json(data: bytes, path: Path) -> dict[str, Any]:
+    """The JSON object in what was read from a file; see read_json.
+
+    Raises:
+        CheckpointError: when it is no JSON object.
+    """
     try:
         value = _plain(json.loads(data))
     except (ValueError, RecursionError) as error:

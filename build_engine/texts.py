@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from build_engine.checkpoint import DOWNLOAD_AGAIN, Checkpoint, read_json, read_small
+from build_engine.checkpoint import DOWNLOAD_AGAIN, Checkpoint, parse_json, read_small
 from edgecascade import manifest as layout
 from edgecascade.errors import CheckpointError, InvalidRequest
 from edgecascade.sampling import SamplingParams
@@ -34,8 +34,8 @@ def texts(checkpoint: Checkpoint, vocab: int) -> dict[str, bytes]:
     made: dict[str, bytes] = {}
     tokenizer = checkpoint.folder / "tokenizer.json"
     if os.path.lexists(tokenizer):
-        _check_tokenizer(tokenizer, vocab)
         made[layout.TOKENIZER] = read_small(tokenizer)
+        _check_tokenizer(tokenizer, made[layout.TOKENIZER], vocab)
     else:
         log.warning(
             "%s has no tokenizer.json: the bundle will take and give token ids only",
@@ -95,11 +95,11 @@ def generation(checkpoint: Checkpoint, vocab: int) -> dict[str, Any]:
     return made
 
 
-def _check_tokenizer(path: Path, vocab: int) -> None:
+def _check_tokenizer(path: Path, data: bytes, vocab: int) -> None:
     """The library that will read it gives the ids that it was made with, and the model has them."""
     from tokenizers import Tokenizer
 
-    added, data = read_json(path).get("added_tokens", []), read_small(path)
+    added = parse_json(data, path).get("added_tokens", [])
     try:
         tokenizer = guarded(lambda: Tokenizer.from_buffer(data))
         guarded(lambda: tokenizer.encode("Go to 1."))  # reads what was only taken
