@@ -17,7 +17,6 @@ import json
 import math
 import os
 import re
-import socket
 import statistics
 import subprocess
 import sys
@@ -31,13 +30,14 @@ from urllib.request import Request, urlopen
 import gguf
 import numpy as np
 from numpy.typing import NDArray
+from prefix_reuse import ask, settle
 
-from build_engine.synthetic import config, shapes
+from build_engine.synthetic import cached, config, shapes
 from edgecascade import LLM
 from edgecascade.bench import circumstances
 from edgecascade.models import family
+from edgecascade.service.broker import free_port
 from edgecascade.tensors import Role, Tensor
-from edgecascade.verified import cache_folder
 
 Array = NDArray[Any]
 Ask = Callable[[list[int], bool], tuple[float, list[int]]]  # ids, reuse; seconds, the answer
@@ -45,7 +45,6 @@ Q4_0 = gguf.GGMLQuantizationType.Q4_0
 GROUP, BLOCK_BYTES = 32, 18  # a half of scale, 32 nibbles around 8
 NIBBLE_STD = 4.61
 POOL_BLOCKS = 1_000_003  # prime, so that no two rows of a matrix are equal
-WRITE_BLOCKS = 1 << 20
 SEED = 7
 RESIDUAL_GAIN = 0.2  # keeps the residual stream small over 52 layers
 CONTEXT = 4096
@@ -88,8 +87,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
-    folder = cache_folder() / "synthetic"
-    model = folder / f"{args.model}-{args.layers or 'all'}-q4_0.gguf"
+    model = cached(args.model, args.layers, "q4_0.gguf")
     if not model.exists():
         print(f"writing {model}", file=sys.stderr)
         part = model.with_suffix(".part")
@@ -149,9 +147,7 @@ def run_ours(args: argparse.Namespace) -> dict[str, float]:
 
 def talk_to_llama(model: Path, args: argparse.Namespace, seed: int) -> dict[str, float]:
     """A conversation with llama-server."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     what = ["-m", model, "-c", CONTEXT, "-np", 1, "-t", args.threads, "--port", port]
     command = [str(word) for word in (args.bin / "llama-server", *what)]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
@@ -185,27 +181,22 @@ def ask_llama(port: int, ids: list[int], reuse: bool) -> tuple[float, list[int]]
 
 def talk_to_ours(args: argparse.Namespace, seed: int) -> dict[str, float]:
     """The same conversation with `LLM`."""
-    bundle = cache_folder() / "synthetic" / f"{args.model}-{args.layers or 'all'}-speed"
+    bundle = cached(args.model, args.layers, "speed")
     with LLM.load(bundle, "cpu", threads=args.threads, max_context=CONTEXT) as llm:
 
-        def ask(ids: list[int], reuse: bool) -> tuple[float, list[int]]:
-            began = time.perf_counter()
-            pieces = llm.stream(ids, max_tokens=ANSWER, ignore_eos=True, temperature=0, reuse=reuse)
-            first = next(pieces)
-            first_s = time.perf_counter() - began
-            last = [first, *pieces][-1].completion
-            return first_s, last.token_ids if last else []
+        def tell(ids: list[int], reuse: bool) -> tuple[float, list[int]]:
+            first_s, answer = ask(llm, {"prompt": ids}, ANSWER, reuse=reuse)
+            return first_s, answer.token_ids
 
         def rest(ids: list[int]) -> None:
             llm.prepare([*ids, 0])
-            while not llm.stats().idle:
-                time.sleep(0.01)
+            settle(llm)
 
-        return conversation(ask, rest, args, seed)
+        return conversation(tell, rest, args, seed)
 
 
 def conversation(
-    ask: Ask, rest: Callable[[list[int]], None], args: argparse.Namespace, seed: int
+    tell: Ask, rest: Callable[[list[int]], None], args: argparse.Namespace, seed: int
 ) -> dict[str, float]:
     """Median seconds to the first token of follow-ups, and of the last prompt cold."""
     draw = np.random.default_rng(seed)
@@ -214,13 +205,13 @@ def conversation(
     times: dict[str, list[float]] = {"first": [], "at once": [], "after a rest": []}
     for turn in range(2 * args.turns + 1):
         ids += [*draw.integers(PLAIN, FEWEST, size=SAID).tolist(), end]
-        first_s, answer = ask(ids, True)
+        first_s, answer = tell(ids, True)
         times["first" if not turn else "at once" if turn % 2 else "after a rest"].append(first_s)
         ids += [*answer[THOUGHT:], end]
         if turn % 2:
             rest(ids)
     del times["first"]  # it maps the weights
-    times["cold turn"] = [ask(ids, False)[0] for _ in range(2)]
+    times["cold turn"] = [tell(ids, False)[0] for _ in range(2)]
     return {name: statistics.median(each) for name, each in times.items()}
 
 

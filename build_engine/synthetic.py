@@ -37,6 +37,7 @@ from edgecascade.tensors import (
     Transform,
     matrix_bytes,
 )
+from edgecascade.verified import cache_folder
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +57,11 @@ def shapes() -> list[str]:
         for entry in files("build_engine").joinpath("shapes").iterdir()
         if entry.name.endswith(".json")
     )
+
+
+def cached(name: str, layers: int | None, what: str) -> Path:
+    """Where a model of random weights lies in the user's cache; `what`: its precision or format."""
+    return cache_folder() / "synthetic" / f"{name}-{'all' if layers is None else layers}-{what}"
 
 
 def config(name: str, layers: int | None = None) -> dict[str, Any]:

@@ -81,14 +81,12 @@ def _bench(args: argparse.Namespace) -> int:
 
 def _synthetic(args: argparse.Namespace) -> str:
     """A bundle of a real model's shapes, written once into the user's cache folder."""
-    from build_engine.synthetic import config, write_synthetic
+    from build_engine.synthetic import cached, config, write_synthetic
     from edgecascade.bundle import Bundle
     from edgecascade.errors import BundleError
-    from edgecascade.verified import cache_folder
 
-    layers = "all" if args.layers is None else f"{args.layers}"
     precision = args.precision or "speed"
-    path = cache_folder() / "synthetic" / f"{args.synthetic}-{layers}-{precision}"
+    path = cached(args.synthetic, args.layers, precision)
     try:
         Bundle.open(path).close()
     except BundleError:  # not there yet, or of an older format
