@@ -254,7 +254,10 @@ class Engine:
 
         Raises:
             InvalidRequest: inside of one.
+            BackendError: in a forked child, where nothing goes on at all.
         """
+        if self._closed is FORKED:
+            raise BackendError(FORKED)
         if threading.current_thread() in (self._thread, self._accepting):
             raise InvalidRequest(INSIDE)
 

@@ -138,14 +138,19 @@ class Ticket:
         Raises:
             TimeoutError: when it goes on after `timeout_s`.
             InvalidRequest: when a callback wants to wait.
+            BackendError: in a forked child of the process that asked.
         """
         if not self.done:
-            self._engine.check_may_wait()
+            self.check_may_wait()
         if not self._over.wait(timeout_s):
             raise TimeoutError(f"the request goes on after {timeout_s} s")
         if isinstance(self._outcome, Completion):
             return self._outcome
         raise self._outcome.error if self._outcome else BackendError("the request has no outcome")
+
+    def check_may_wait(self) -> None:
+        """See Engine."""
+        self._engine.check_may_wait()
 
     def accepted(self, id: int, ahead: int) -> None:
         """See Job."""
@@ -207,6 +212,8 @@ def pieces(
                 raise event.error
             if isinstance(event, Piece):
                 yield event
+            if events.empty():
+                ticket.check_may_wait()
     finally:
         ticket.cancel()
 
