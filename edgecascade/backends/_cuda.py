@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgecascade.device.memory import memory_bytes
 from edgecascade.errors import BackendError, BackendUnavailable, OutOfMemory
 
 log = logging.getLogger(__name__)
@@ -26,6 +27,7 @@ OUT_OF_MEMORY = 2
 THREAD_LOCAL_CAPTURE = 1  # other threads may go on allocating
 NON_BLOCKING = 1
 COMPUTE_CAPABILITY = (75, 76)  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
+INTEGRATED = 18  # CU_DEVICE_ATTRIBUTE_INTEGRATED
 
 _P, _SIZE, _ADDRESS, _INT, _UINT = c.c_void_p, c.c_size_t, c.c_uint64, c.c_int, c.c_uint
 _SIGNATURES: dict[str, tuple[Any, ...]] = {
@@ -152,10 +154,13 @@ class Device:
 
     @property
     def available_bytes(self) -> int:
-        """Device memory that nobody uses; on a Jetson it is the system's."""
+        """Device memory that can be had. Where it is the system's, as on a Jetson, the driver
+        takes the page cache for used, which reading a bundle fills; the system gives it back.
+        """
         available, total = c.c_size_t(), c.c_size_t()
         _call("cuMemGetInfo_v2", c.byref(available), c.byref(total))
-        return available.value
+        shared = memory_bytes() if self._attribute(INTEGRATED) else None
+        return available.value if shared is None else shared
 
     def alloc(self, size: int) -> int:
         """The address of `size` bytes of device memory.

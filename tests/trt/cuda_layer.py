@@ -31,11 +31,13 @@ def said(work: Any) -> str:
 
 
 def main() -> dict[str, Any]:
-    ctypes.CDLL(str(FOLDER / "libcuda.so.1"), mode=ctypes.RTLD_GLOBAL).fakecuda_strict(1)
+    driver = ctypes.CDLL(str(FOLDER / "libcuda.so.1"), mode=ctypes.RTLD_GLOBAL)
+    driver.fakecuda_strict(1)
     if LAYER == "pycuda":
         standin.load_rest_for_pycuda(FOLDER)
     else:
         sys.modules["pycuda"] = None  # type: ignore[assignment]
+    from edgecascade.backends import _cuda
     from edgecascade.backends._cuda import open_device
 
     device = open_device()
@@ -80,6 +82,9 @@ def main() -> dict[str, Any]:
     before = device.available_bytes
     device.close()
     seen["freed"] = device.available_bytes > before
+    driver.fakecuda_integrate()
+    _cuda.memory_bytes = lambda: 1234
+    seen["shared"] = device.available_bytes
     return seen
 
 

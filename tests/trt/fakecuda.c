@@ -62,7 +62,7 @@ typedef struct {
 } Region;
 
 static Region regions[kMaxRegions], locks[kMaxLocked];  // of the device, and page-locked
-static int regionCount, lockCount, strict, late, depth, device, lost;
+static int regionCount, lockCount, strict, late, depth, device, lost, integrated;
 static Node *waiting, **lastWaiting = &waiting;
 static Stream* capturing;
 static _Thread_local void* current;
@@ -74,6 +74,9 @@ static struct {
 
 // From now on as after a kernel's fault: every call that needs the context says so.
 void fakecuda_lose(void) { lost = 1; }
+
+// From now on the device's memory is the system's, all of it taken by the page cache.
+void fakecuda_integrate(void) { integrated = 1; }
 
 void fakecuda_counts(int64_t* out) { memcpy(out, &counts, sizeof counts); }
 
@@ -202,6 +205,7 @@ Result cuDeviceGetName(char* out, int size, int index) {
 }
 Result cuDeviceGetAttribute(int* out, int attribute, int index) {
   *out = attribute == 75 ? 8 : attribute == 76 ? 7 : 1;  // compute capability 8.7
+  if (attribute == 18) *out = integrated;
   return kOk;
 }
 Result cuDeviceComputeCapability(int* major, int* minor, int index) {
@@ -211,7 +215,7 @@ Result cuDeviceComputeCapability(int* major, int* minor, int index) {
 Result cuDeviceTotalMem_v2(size_t* out, int index) { return *out = (size_t)kMemory, kOk; }
 Result cuMemGetInfo_v2(size_t* available, size_t* total) {
   *total = (size_t)kMemory;
-  *available = (size_t)(kMemory - counts.bytes);
+  *available = integrated ? 0 : (size_t)(kMemory - counts.bytes);
   return kOk;
 }
 

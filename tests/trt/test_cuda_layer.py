@@ -33,3 +33,4 @@ def test_the_device_layer_does_what_it_is_asked(
     assert seen["too_much"].startswith("OutOfMemory: 35184.37 GB of device memory cannot be had")
     assert "CONTEXT" in seen["thread"][0], "a thread starts without a context"
     assert seen["thread"][1:] == ["nothing", "nothing"], "and has one after use()"
+    assert seen["shared"] == 1234, "what the page cache holds of the system's memory can be had"
