@@ -86,7 +86,7 @@ struct GemvShape {
     take(startsAt, staged * pairs * 16);
     take(factorsAt, staged * pairs * 8);
     take(sumsAt, warps * rows * 33 * 4);
-    take(squaresAt, rows * chunks * 4);
+    take(squaresAt, norm.gamma ? rows * chunks * 4 : 0);
     take(gammaAt, gamma * 4);
     take(inverseAt, rows * groupsOf(norm) * 4);
     take(sourceAt, rows * 4);

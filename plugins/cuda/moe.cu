@@ -22,7 +22,7 @@ namespace {
 
 constexpr int kRouteWarps = 16, kRouteThreads = kRouteWarps * kWarp;
 constexpr int kExpertsAtOnce = 4;
-constexpr size_t kRouteShared = 99 << 10;  // what a CTA of every GPU may have
+constexpr size_t kRouteShared = 98 << 10;  // what a CTA of every GPU may plan with
 
 // logits[i][e] = router[e] h[i] for the CTA's n rows; h [n][d] in shared memory.
 __device__ __forceinline__ void routerRows(const ec_moe& args, int n, const float* h,

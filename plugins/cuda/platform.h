@@ -279,6 +279,10 @@ struct Together {
   Together() {}  // not trivial: it is there without being used
 };
 
+// A CTA's memory that CUDA keeps for itself. For sm_90 and later the compiler counts it among a
+// kernel's static bytes, so the driver may allow that much less: nothing plans with the last of it.
+constexpr int kReserved = 1 << 10;
+
 // Of the current device, asked once.
 inline const Limits& limits() {
   static const Limits found = [] {
@@ -288,6 +292,7 @@ inline const Limits& limits() {
     cudaDeviceGetAttribute(&here.multiprocessors, cudaDevAttrMultiProcessorCount, device);
     cudaDeviceGetAttribute(&here.shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
     cudaDeviceGetAttribute(&here.l2, cudaDevAttrL2CacheSize, device);
+    here.shared -= kReserved;
     return here;
   }();
   return found;
@@ -312,8 +317,9 @@ inline cudaError_t allowShared(const void* kernel) {
   cudaFuncAttributes its;
   cudaError_t error = cudaFuncGetAttributes(&its, kernel);
   if (error == cudaSuccess) {
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 limits().shared - static_cast<int>(its.sharedSizeBytes));
+    error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             limits().shared + kReserved - static_cast<int>(its.sharedSizeBytes));
   }
   if (error == cudaSuccess) allowed.insert(kernel);
   return error;
