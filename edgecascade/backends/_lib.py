@@ -346,8 +346,11 @@ def open_cuda_library(path: Path) -> Library:
     library.ec_cuda.argtypes, library.ec_cuda.restype = [], c.POINTER(Api)
     pointer = library.ec_cuda()
     if not pointer:
+        library.ec_cuda_problem.argtypes, library.ec_cuda_problem.restype = [], c.c_char_p
+        problem: bytes = library.ec_cuda_problem()
         raise BackendUnavailable(
-            f"the kernel library {path} has no kernels for this machine's GPU, or there is none"
+            f"the kernel library {path} cannot use this machine's GPU, or there is none: "
+            f"{problem.decode()}; built here, it suits driver and GPU: `make setup`"
         )
     return _checked(pointer.contents)
 

@@ -3,6 +3,7 @@
 // The CUDA table. Streams are CUDA streams; all pointers but those to the structs themselves are
 // device memory.
 #include <cstdio>
+#include <string>
 
 #include "ahead.cuh"
 #include "blocks.cuh"
@@ -132,7 +133,7 @@ ec_status streamCreate(int32_t, ec_stream* out) noexcept {
 
 void streamDestroy(ec_stream) noexcept {}
 
-bool usable() { return true; }
+bool usable(std::string*) { return true; }
 constexpr const char* kIsa = "cuda-emulated";
 
 #else
@@ -172,32 +173,52 @@ void streamDestroy(ec_stream stream) noexcept {
   cudaStreamDestroy(reinterpret_cast<cudaStream_t>(stream));
 }
 
-// A device is there, and this library carries code that it runs.
-bool usable() {
-  int devices = 0;
-  if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) return false;
+// A device is there, and this library carries code that it runs. `problem`: why not.
+bool usable(std::string* problem) {
+  int devices = 0, driver = 0, runtime = 0;
+  cudaError_t error = cudaGetDeviceCount(&devices);
+  if (error == cudaSuccess && devices == 0) error = cudaErrorNoDevice;
   cudaFuncAttributes attributes;
-  const bool fits = cudaFuncGetAttributes(&attributes, nothing) == cudaSuccess;
+  if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, nothing);
+  if (error == cudaSuccess) return true;
+  cudaDriverGetVersion(&driver);
+  cudaRuntimeGetVersion(&runtime);
   cudaGetLastError();  // what was asked must not look like a failed launch
-  return fits;
+  const auto version = [](int of) {
+    return std::to_string(of / 1000) + "." + std::to_string(of % 1000 / 10);
+  };
+  *problem = std::string(cudaGetErrorString(error)) + " (built with CUDA " + version(runtime) +
+             (driver ? ", the driver is of CUDA " + version(driver) : ", without a driver") + ")";
+  return false;
 }
 constexpr const char* kIsa = "cuda";
 
 #endif
 
-}  // namespace
-}  // namespace ec::cuda
+// The table, or why there is none.
+struct Found {
+  const ec_api* table = nullptr;
+  std::string problem;
+};
 
-extern "C" __attribute__((visibility("default"))) const ec_api* ec_cuda(void) {
-  using namespace ec::cuda;
-  static const ec_api* const table = []() -> const ec_api* {
-    if (!usable()) return nullptr;
+const Found& found() {
+  static const Found made = [] {
+    Found it;
+    if (!usable(&it.problem)) return it;
     static ec_api api = {EC_ABI_VERSION, 0,     "cuda",       kIsa,
                          ec::lastError,  query, streamCreate, streamDestroy,
                          streamThreads,  {},    run,          workspaceSize,
                          weightBytesOf,  pack,  unpack};
     for (int i = 0; i < EC_OP_COUNT; ++i) api.op[i] = kOps[i];
-    return &api;
+    it.table = &api;
+    return it;
   }();
-  return table;
+  return made;
 }
+
+}  // namespace
+}  // namespace ec::cuda
+
+#define EC_EXPORT extern "C" __attribute__((visibility("default")))
+EC_EXPORT const ec_api* ec_cuda(void) { return ec::cuda::found().table; }
+EC_EXPORT const char* ec_cuda_problem(void) { return ec::cuda::found().problem.c_str(); }

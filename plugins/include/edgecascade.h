@@ -284,6 +284,8 @@ const char* ec_cpu_isas(void);
 // The CUDA table, in a library of its own: streams are CUstreams, pointers are device addresses.
 // NULL when there is no device, or none that this build has kernels for.
 const ec_api* ec_cuda(void);
+// Why ec_cuda() is NULL, with the versions of CUDA that driver and build have.
+const char* ec_cuda_problem(void);
 
 #ifdef __cplusplus
 }

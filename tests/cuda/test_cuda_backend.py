@@ -15,7 +15,7 @@ from golden import Build
 from kernels import CUDA_EMULATED, cuda_emulated
 
 from edgecascade import LLM
-from edgecascade.backends._lib import OVERLAP, PREFETCH
+from edgecascade.backends._lib import OVERLAP, PREFETCH, open_cuda_library
 from edgecascade.backends.base import open_backend
 from edgecascade.backends.cuda import step_flags
 from edgecascade.bundle import Bundle
@@ -150,3 +150,18 @@ def test_without_a_driver_or_the_library_it_says_so(build: Build) -> None:
     with Bundle.open(build("tiny", "speed")) as bundle, pytest.raises(BackendUnavailable) as caught:
         open_backend("cuda", bundle)
     assert "NVIDIA" in str(caught.value) or "make setup" in str(caught.value)
+
+
+def test_a_library_without_a_table_says_why(tmp_path: Path) -> None:
+    says = "driver version is insufficient (built with CUDA 13.0, the driver is of CUDA 12.6)"
+    source = tmp_path / "none.c"
+    source.write_text(
+        "const void* ec_cuda(void) { return 0; }\n"
+        f'const char* ec_cuda_problem(void) {{ return "{says}"; }}\n'
+    )
+    library = tmp_path / "none.so"
+    subprocess.run(["cc", "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
+    with pytest.raises(BackendUnavailable) as caught:
+        open_cuda_library(library)
+    assert says in str(caught.value)
+    assert "make setup" in str(caught.value)
