@@ -155,7 +155,9 @@ def checked(
     process of its own, as many at a time as there are cores.
     """
     pytest = [sys.executable, "-m", "pytest", "-v", "--maxfail=20", "-p", "no:cacheprovider"]
-    environment, ends = {**os.environ, "EDGECASCADE_TEST_GPU": "1"}, monotonic() + limit_s
+    # Of the machine's other packages: plugins take seconds to load, and their warnings are errors.
+    environment = {**os.environ, "EDGECASCADE_TEST_GPU": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    ends = monotonic() + limit_s
     report.beside(f".{name}.log").unlink(missing_ok=True)
 
     def check(file: Path) -> str:
