@@ -10,8 +10,9 @@ ceiling    what a device-to-device copy moves, and what a kernel that only reads
            (stream_read.cu); shares are of the larger
 decode     1, 2, 4 and 8 sequences with contexts of 0 and 1k tokens: the graph alone, and a step of
            the backend with greedy tokens, and with drawn ones
-cpu        the same tokens fed to the CPU backend: greedy choices equal where the lead allows; and a
-           row of 2, 4 and 8 sequences has the bits that it has alone
+cpu        the same tokens fed to the CPU backend: greedy choices equal where the lead allows; a row
+           of 2, 4 and 8 sequences has the bits that it has alone; and steps whose launches begin
+           early have those of the same steps launch after launch
 prefill    128, 512 and 2048 tokens of one sequence: the backend alone in its largest chunks, the
            same in pieces as LLM cuts them, and LLM.generate up to the first token
 generate   LLM.generate with the greedy rule, sampling included
@@ -54,7 +55,7 @@ from gpu_report import Report, run_within
 
 from build_engine.synthetic import write_synthetic
 from edgecascade.backends import _cuda
-from edgecascade.backends._lib import cuda_library
+from edgecascade.backends._lib import OVERLAP, cuda_library
 from edgecascade.backends.base import Backend, Options
 from edgecascade.backends.cuda import CudaBackend
 from edgecascade.backends.native import NativeBackend
@@ -380,6 +381,29 @@ def batches(backend: Backend, plan: Plan) -> dict[str, Any]:
     return {"rows": len(alone), "context": plan.ops_context, "unequal": unequal}
 
 
+def overlap(backend: CudaBackend, plan: Plan) -> dict[str, Any]:
+    """How many steps have other bits than without launches that begin early: what such a launch
+    reads or writes too soon, no emulator shows.
+    """
+    most, step = max(plan.batches), backend._args_step
+    fed = tokens(backend, plan.steps * most).reshape(plan.steps, most).tolist()
+
+    def steps(batch: int, flags: int) -> list[bytes]:
+        for graph in backend._captured.values():
+            graph.close()
+        backend._captured.clear()
+        step.flags = flags
+        fill(backend, batch, plan.ops_context)
+        slots = list(range(batch))
+        return [np.asarray(backend.decode(slots, each[:batch])).tobytes() for each in fed]
+
+    asked, unequal = step.flags, {}
+    for batch in (1, most):
+        in_turn = steps(batch, asked & ~OVERLAP)
+        unequal[batch] = sum(map(bytes.__ne__, in_turn, steps(batch, asked)))
+    return {"steps": plan.steps, "context": plan.ops_context, "unequal": unequal}
+
+
 def generate(llm: LLM, plan: Plan, batch: int) -> dict[str, Any]:
     """Tokens a second of greedy answers that run together."""
     prompts = [[int(t) for t in np.random.default_rng(i).integers(0, llm.vocab, 16)]
@@ -407,6 +431,7 @@ def measure(name: str, bundle: Bundle, plan: Plan, report: Report) -> None:
         elif name == "cpu":
             report.take("cpu", lambda: told_compare(backend, bundle, plan, say))
             report.take("batches", lambda: told_batches(backend, plan, say))
+            report.take("overlap", lambda: told_overlap(backend, plan, say))
         elif name == "prefill":
             sizes = {count: sorted({count, min(count, plan.piece)})[::-1] for count in plan.prompts}
             pieces = [(count, piece) for count in plan.prompts for piece in sizes[count]]
@@ -552,6 +577,14 @@ def told_batches(backend: Backend, plan: Plan, say: Callable[[str], None]) -> di
     say(f"{'batches':10} {seen}")
     if any(seen["unequal"].values()):
         raise EdgeCascadeError(f"rows have other bits in company than alone: {seen}")
+    return seen
+
+
+def told_overlap(backend: CudaBackend, plan: Plan, say: Callable[[str], None]) -> dict[str, Any]:
+    seen = overlap(backend, plan)
+    say(f"{'overlap':10} {seen}")
+    if any(seen["unequal"].values()):
+        raise EdgeCascadeError(f"steps have other bits with launches that begin early: {seen}")
     return seen
 
 

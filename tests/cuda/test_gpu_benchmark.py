@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from time import monotonic
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ import gpu
 from gpu_ops import PARTS
 from gpu_report import Report, run_within
 
+from edgecascade.backends._lib import OVERLAP, PREFETCH
 from edgecascade.errors import EdgeCascadeError
 
 PLUGINS = ROOT / "plugins"
@@ -146,7 +148,7 @@ def test_every_figure_is_there(seen: dict[str, Any]) -> None:
     assert [row["tokens"] for row in seen["first_token"]] == [9]
     assert [row["batch"] for row in seen["generate"]] == [1, 2]
     ops = len(seen["ops"]) + len(seen["prompt_ops"])
-    assert len(seen["said"]) == 1 + 2 + 6 + 6 + ops + 4 + 2 + 1 + 1 + 1 + 2 + 1
+    assert len(seen["said"]) == 1 + 2 + 6 + 6 + ops + 4 + 2 + 1 + 1 + 1 + 1 + 2 + 1
     assert all(op["share"] for op in seen["ops"] if op["bytes"])
     assert seen["gpu"]["cuda_driver"] == "12.6"
     assert {"commit", "date", "device", "version"} <= seen.keys()
@@ -161,6 +163,37 @@ def test_the_greedy_tokens_are_compared_with_the_cpus(seen: dict[str, Any]) -> N
 
 def test_rows_in_company_are_compared_with_the_same_alone(seen: dict[str, Any]) -> None:
     assert seen["batches"] == {"rows": 6, "context": 3, "unequal": {"1": 0, "2": 0}}
+
+
+def test_steps_are_compared_with_the_same_launch_after_launch(seen: dict[str, Any]) -> None:
+    assert seen["overlap"] == {"steps": 1, "context": 3, "unequal": {"1": 0, "2": 0}}
+
+
+def test_a_step_with_other_bits_where_launches_begin_early_is_found() -> None:
+    class Racing:
+        """Its third step of eight sequences goes wrong where launches begin early."""
+
+        vocab, slots, steps = 100, 8, 0
+
+        def __init__(self) -> None:
+            self._args_step = SimpleNamespace(flags=OVERLAP | PREFETCH)
+            self._captured: dict[Any, Any] = {}
+
+        def reset(self, slot: int) -> None:
+            self.steps = 0
+
+        def prefill(self, slot: int, tokens: Any) -> None:
+            pass
+
+        def decode(self, slots: Sequence[int], fed: Sequence[int]) -> Any:
+            self.steps += 1
+            wrong = self._args_step.flags & OVERLAP and self.steps == 3 and len(slots) == 8
+            return np.array([slots, fed], np.float32) + bool(wrong)
+
+    backend = Racing()
+    with pytest.raises(EdgeCascadeError, match=r"begin early: .*'unequal': {1: 0, 8: 1}"):
+        gpu.told_overlap(backend, gpu.Plan(), lambda _: None)  # type: ignore[arg-type]
+    assert backend._args_step.flags == OVERLAP | PREFETCH, "what comes next is as it was"
 
 
 @pytest.mark.parametrize("mistake", ["company", "neighbour", "replay"])
