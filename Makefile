@@ -6,9 +6,11 @@ VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 KERNEL_SOURCES := $(shell find plugins -name CMakeLists.txt -o -name '*.cmake' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
+# GPUs that the kernels are built for: those last asked for, so that every later make builds for them, too.
+ARCHS := $(or $(EDGECASCADE_CUDA_ARCHS),$(shell cat $(VENV)/.archs 2>/dev/null))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-gpu check bench faults clean
+.PHONY: help setup demo test test-gpu check bench faults clean always
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -60,6 +62,10 @@ $(VENV)/.installed: $(VENV)/.created pyproject.toml setup.py
 	@$(PIP) install -qq --no-build-isolation --editable '.[dev]'
 	@touch $@
 
-$(VENV)/.kernels: $(VENV)/.installed $(KERNEL_SOURCES)
-	@$(VENV)/bin/python setup.py -q build_ext --inplace
+# Touched only when other GPUs are asked for.
+$(VENV)/.archs: always | $(VENV)/.installed
+	@test -e $@ && test "$$(cat $@)" = '$(ARCHS)' || echo '$(ARCHS)' >$@
+
+$(VENV)/.kernels: $(VENV)/.installed $(VENV)/.archs $(KERNEL_SOURCES)
+	@EDGECASCADE_CUDA_ARCHS='$(ARCHS)' $(VENV)/bin/python setup.py -q build_ext --inplace
 	@touch $@

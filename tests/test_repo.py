@@ -4,7 +4,10 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
+import shutil
+import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from graphlib import TopologicalSorter
@@ -271,6 +274,38 @@ def test_commands_of_the_readme_exist() -> None:
     ci = (ROOT / ".ci" / "run").read_text()
     assert "\nmake demo\n" in ci
     assert "\nmake test\n" in ci
+
+
+def test_make_builds_for_the_gpus_last_asked_for(tmp_path: Path) -> None:
+    """No library for a GPU is left older than its sources, or not built because the CPU's is."""
+    programs = tmp_path / ".venv" / "bin"
+    programs.mkdir(parents=True)
+    for name, does in {"python": 'echo "[$EDGECASCADE_CUDA_ARCHS]"', "edgecascade": ":"}.items():
+        (programs / name).write_text(f"#!/bin/sh\n{does}\n")
+        (programs / name).chmod(0o755)
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    (tmp_path / "plugins").mkdir()
+    kernel = tmp_path / "plugins" / "new.cu"
+    for number, path in enumerate(
+        ("pyproject.toml", "setup.py", "plugins/old.cu", ".venv/.created", ".venv/.installed")
+    ):
+        (tmp_path / path).touch()
+        os.utime(tmp_path / path, (number, number))
+
+    def made(archs: str | None) -> str:
+        wanted = {} if archs is None else {"EDGECASCADE_CUDA_ARCHS": archs}
+        outer = ("EDGECASCADE_CUDA_ARCHS", "MAKEFLAGS", "MAKELEVEL")
+        kept = {name: value for name, value in os.environ.items() if name not in outer}
+        command = ["make", "-s", "setup"]
+        return subprocess.run(
+            command, cwd=tmp_path, env=kept | wanted, check=True, capture_output=True, text=True
+        ).stdout.strip()
+
+    asked = [None, None, "90", None, "90", "87;110", None]
+    assert [made(archs) for archs in asked] == ["[]", "", "[90]", "", "", "[87;110]", ""]
+    os.utime(tmp_path / ".venv" / ".kernels", (5, 5))  # before the new source
+    kernel.touch()
+    assert made(None) == "[87;110]"
 
 
 def test_extras_are_installed_from_the_clone() -> None:
