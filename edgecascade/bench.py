@@ -17,10 +17,11 @@ import numpy as np
 
 from edgecascade.backends._lib import cpu_library
 from edgecascade.device.facts import facts
-from edgecascade.doctor import package_version, processor_name
+from edgecascade.doctor import processor_name
 from edgecascade.errors import ContextExceeded
 from edgecascade.inspect import describe
 from edgecascade.llm import LLM
+from edgecascade.version import package_version
 
 START_TOKENS = 16  # of the prompt before decoding
 SEED = 20

@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 import platform
 from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from edgecascade.backends._trt_versions import import_tensorrt
 from edgecascade.device.facts import facts
 from edgecascade.device.memory import memory_bytes
 from edgecascade.errors import BackendUnavailable, EdgeCascadeError
+from edgecascade.version import package_version
 
 # By the part number in /proc/cpuinfo, which on aarch64 has no name, or "ARMv8 Processor" for all.
 ARM = "0x41"
@@ -53,14 +53,6 @@ def examine() -> dict[str, Any]:
         "tensorrt": _tensorrt(),
         "device": facts().description(),
     }
-
-
-def package_version() -> str:
-    """The installed version of this package."""
-    try:
-        return version("edgecascade")
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def processor_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:

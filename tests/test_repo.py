@@ -34,6 +34,7 @@ MAY_IMPORT = {
     "tensors": "",
     "backoff": "",
     "files": "errors",
+    "version": "",
     "reserve": "errors tensors",
     "ops": "errors tensors",
     "nodes": "errors ops tensors",
@@ -62,19 +63,20 @@ MAY_IMPORT = {
     "llm": "backends bundle completion device engine errors sampling scheduler sequence session "
     "snapshots text ticket",
     "service": "backoff bundle completion device engine errors files llm sampling scheduler "
-    "session text",
+    "session text version",
     "client": "errors service text",
     "suite": "errors files text",
     "scoring": "completion suite",
     "evaluation": "completion errors llm sampling scoring suite text ticket",
-    "fleet": "backoff bundle completion device errors files llm manifest service tensors verified",
+    "fleet": "backoff bundle completion device errors files llm manifest service tensors verified "
+    "version",
     "build_engine": "backends blocks bundle device engines errors files inspect manifest models "
     "nodes ops trace "
-    "sampling tensors text verified",
-    "doctor": "backends device errors",
-    "bench": "backends bundle completion device doctor errors inspect llm sampling",
+    "sampling tensors text verified version",
+    "doctor": "backends device errors version",
+    "bench": "backends bundle completion device doctor errors inspect llm sampling version",
     "cli": "backends bench bundle client completion device doctor errors evaluation fleet inspect "
-    "llm sampling scoring service session suite text verified",
+    "llm sampling scoring service session suite text verified version",
     "__init__": "completion errors llm sampling session text",
     "__main__": "cli",
 }

@@ -95,7 +95,7 @@ class _Version(argparse.Action):
         super().__init__(option_strings, dest, nargs=0, help="print the version")
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        from edgecascade.doctor import package_version
+        from edgecascade.version import package_version
 
         print(f"edgecascade {package_version()}")
         parser.exit()

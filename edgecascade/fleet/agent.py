@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import importlib.metadata
 import logging
 import queue
 import time
@@ -63,6 +62,7 @@ from edgecascade.fleet.state import MAX_VERDICTS, DeviceState, Slot
 from edgecascade.fleet.stick import Outcome
 from edgecascade.service import units
 from edgecascade.service.service import next_boot
+from edgecascade.version import package_version
 
 log = logging.getLogger(__name__)
 
@@ -271,7 +271,7 @@ class Agent:
             chip=known.identity.chip,
             jetpack=known.identity.jetpack,
             memory_mb=total >> 20 if total else None,
-            agent=importlib.metadata.version("edgecascade"),
+            agent=package_version(),
         )
         foreign = foreign_config(release.config)
         return "; ".join([*missing, foreign] if foreign else missing)

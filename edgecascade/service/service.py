@@ -7,7 +7,6 @@ with Service(llm, config) as service:
 
 from __future__ import annotations
 
-import importlib.metadata
 import logging
 import os
 import platform
@@ -20,7 +19,6 @@ from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Protocol
 
 from edgecascade.completion import Event
@@ -35,6 +33,7 @@ from edgecascade.service.mqtt import MAX_CROWD, Link, LinkOptions
 from edgecascade.service.protocol import Incoming, Limits
 from edgecascade.service.replies import MAX_MESSAGE_BYTES, Outgoing
 from edgecascade.service.topics import Topics
+from edgecascade.version import package_version
 
 log = logging.getLogger(__name__)
 
@@ -94,8 +93,9 @@ class Service:
             monitor=self._monitor,
             wall_clock=time.time,
         )
+        versions = {"edgecascade": package_version(), "python": platform.python_version()}
         self._info = report.info(
-            identity, self._core.limits, _versions(), self._monitor.facts().description()
+            identity, self._core.limits, versions, self._monitor.facts().description()
         )
         self._address = config.address()
         self._link = Link(
@@ -124,12 +124,7 @@ class Service:
         self._link.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if not self._told_end and self._link.up:
             # It was interrupted. The broker speaks no last will for who disconnects in order.
             self._say_goodbye(HASTY_S)
@@ -339,10 +334,3 @@ def _limits(config: ServiceConfig, model: str) -> Limits:
         clients=None if config.clients is None else frozenset(config.clients),
         priority_clients=frozenset(config.priority_clients),
     )
-
-
-def _versions() -> dict[str, str]:
-    return {
-        "edgecascade": importlib.metadata.version("edgecascade"),
-        "python": platform.python_version(),
-    }

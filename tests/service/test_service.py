@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import gc
+import importlib.metadata
 import json
 import queue
 import subprocess
@@ -689,6 +690,17 @@ def test_nothing_is_left_behind(serve: Serve, connect: Connect, llm: LLM) -> Non
     assert (service._core.busy, len(service._inbox), len(service._events)) == (0, 0, 0)
     assert service._core._per_client == {}
     assert threading.active_count() <= before + 3  # one runs the service, two the connections
+
+
+def test_a_source_tree_that_is_not_installed_is_served_too(
+    llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def absent(name: str) -> Any:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "distribution", absent)
+    config = ServiceConfig(mqtt="mqtt://127.0.0.1:1", device_id="dev-1", state_dir=str(tmp_path))
+    assert Service(llm, config).model
 
 
 def test_the_boot_counter_grows_and_survives_damage(tmp_path: Path) -> None:
