@@ -10,7 +10,7 @@ import os
 import stat
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NoReturn
 
 from edgecascade.errors import InvalidRequest
 
@@ -43,6 +43,15 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return value
 
 
+def no_constant(word: str) -> NoReturn:
+    """NaN and Infinity are not JSON; json.loads takes this for its `parse_constant`.
+
+    Raises:
+        ValueError: always.
+    """
+    raise ValueError(f"{word} is not JSON")
+
+
 def checked_path(path: object) -> Path:
     """The path of a file.
 
@@ -55,15 +64,18 @@ def checked_path(path: object) -> Path:
     return Path(name)
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path, *, follow: bool = False) -> BinaryIO:
     """Open a file to read. Links may lead anywhere and pipes wait for ever: they count as absent.
+
+    `follow`: the caller chose the path, so a link leads where it should.
 
     Raises:
         FileNotFoundError: for anything but a regular file.
     """
     absent = FileNotFoundError(errno.ENOENT, "no such regular file", str(path))
+    links = 0 if follow else os.O_NOFOLLOW
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | links)
     except OSError as error:
         if error.errno in (errno.ENOTDIR, errno.ELOOP, errno.ENXIO):
             raise absent from error
@@ -82,16 +94,16 @@ def write_file(path: Path, data: bytes, *, mode: int = 0o666) -> None:
         os.fsync(out.fileno())
 
 
-def replace_file(path: Path, data: bytes) -> None:
+def replace_file(path: Path, data: bytes, *, mode: int = 0o666) -> None:
     """Write a file in place of the one that is there; it is on the disk when this returns.
 
-    Who is cut off leaves the old one, and nothing beside it where the disk is full. The caller
+    Whoever is cut off leaves the old one, and nothing beside it where the disk is full. The caller
     keeps other writers away.
     """
     part = path.with_name(f".{path.name}.part-")  # hidden: folders of these are served and globbed
     part.unlink(missing_ok=True)  # of a writer that was killed
     try:
-        write_file(part, data)
+        write_file(part, data, mode=mode)
         os.replace(part, path)
     except OSError as error:
         part.unlink(missing_ok=True)
@@ -100,9 +112,18 @@ def replace_file(path: Path, data: bytes) -> None:
     fsync_folder(path.parent)
 
 
+def fsync_file(path: Path) -> None:
+    """Wait until a file's data are on the disk."""
+    _fsync(path, os.O_NOFOLLOW)
+
+
 def fsync_folder(path: Path) -> None:
     """Wait until the names in a folder are on the disk."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    _fsync(path, os.O_DIRECTORY)
+
+
+def _fsync(path: Path, flags: int) -> None:
+    fd = os.open(path, os.O_RDONLY | flags)
     try:
         os.fsync(fd)
     finally:

@@ -12,11 +12,11 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from itertools import pairwise
-from typing import Any, NoReturn
+from typing import Any
 
 from edgecascade.errors import BundleError, BundleMismatch
-from edgecascade.files import canonical_json
-from edgecascade.tensors import ALIGNMENT, Codec, Role, matrix_bytes, round_up
+from edgecascade.files import canonical_json, no_constant
+from edgecascade.tensors import ALIGNMENT, ARRAYS, Codec, Role, matrix_bytes, round_up
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -157,12 +157,8 @@ def parse_json(data: bytes, what: str) -> Any:
     Raises:
         BundleError: naming `what` and the place.
     """
-
-    def refuse(token: str) -> NoReturn:
-        raise ValueError(f"{token} is not JSON")
-
     try:
-        return json.loads(data, parse_constant=refuse)
+        return json.loads(data, parse_constant=no_constant)
     except (ValueError, RecursionError) as error:
         raise BundleError(f"{what} is not valid JSON ({error}); {REBUILD}") from None
 
@@ -272,7 +268,7 @@ def _check_place(tensor: StoredTensor, files: Mapping[str, StoredFile], what: st
         raise BundleError(
             f"{what}: file is {tensor.file!r}, which is no weight file of this bundle"
         )
-    if tensor.role in (Role.VECTOR, Role.ROUTER) and tensor.codec is not Codec.F32:
+    if tensor.role in ARRAYS and tensor.codec is not Codec.F32:
         raise BundleError(
             f"{what}: role {tensor.role.value} is always f32, found {tensor.codec.value}"
         )

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgecascade.completion import Completion
-from edgecascade.suite import Sample, content_problem, loads, parameters, problem
+from edgecascade.suite import Sample, call_problem, content_problem, loads
 
 Floats = npt.NDArray[np.float64]
 
@@ -175,13 +175,12 @@ def summarize(results: Iterable[Result]) -> Figures:
     """Figures of some results, of which there must be at least one."""
     results = list(results)
     mine = [result.answer for result in results]
-    others = [result.other for result in results if result.other is not None]
     pairs = [result.contrast for result in results if result.contrast is not None]
     tokens = sum(pair.tokens for pair in pairs)
-    same = [r.answer.completion.token_ids == r.other.completion.token_ids
-            for r in results if r.other is not None]  # fmt: skip
+    compared = [(r.answer, r.other) for r in results if r.other is not None]
+    same = [one.completion.token_ids == two.completion.token_ids for one, two in compared]
     exact, valid, perplexity = _sums(mine)
-    other_exact, other_valid, other_perplexity = _sums(others)
+    other_exact, other_valid, other_perplexity = _sums([other for _, other in compared])
     assert exact is not None
     return Figures(
         samples=len(results),
@@ -237,8 +236,7 @@ def _fault(sample: Sample, answer: Completion) -> str | None:
     if answer.tool_errors:
         return answer.tool_errors[0]
     for call in answer.tool_calls:
-        # The parser passes on only calls of the sample's own tools.
-        fault = problem(call.arguments, parameters(call.name, sample.tools) or {})
+        fault = call_problem(call, sample.tools)
         if fault:
             return f"call of {call.name!r}: {fault}"
     return None if sample.schema is None else content_problem(answer.text, sample.schema)

@@ -12,7 +12,6 @@ import json
 import math
 import os
 import secrets
-import stat
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -24,7 +23,7 @@ from numpy.typing import NDArray
 
 from edgecascade.backends.base import Snapshot
 from edgecascade.errors import BundleMismatch, InvalidRequest, SnapshotError
-from edgecascade.files import canonical_json, checked_path, fsync_folder
+from edgecascade.files import canonical_json, checked_path, fsync_folder, open_regular
 
 Array = NDArray[Any]
 
@@ -100,14 +99,16 @@ def read_state(path: str | Path, *, bundle_id: str, family: str) -> SavedState:
     """
     source = checked_path(path)
     try:
-        with open(source, "rb", opener=_without_waiting) as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise InvalidRequest(f"{source} is no regular file; give one that a session wrote")
+        with open_regular(source, follow=True) as file:
             begin = file.read(len(MAGIC))
             if begin != MAGIC:  # perhaps a whole model: not to be read to be told
                 raise SnapshotError(f"{source} is not a saved state: it begins with {begin!r}")
             file.seek(0)
             data = file.read()
+    except FileNotFoundError as error:
+        raise InvalidRequest(
+            f"the state {source} is absent, or no regular file; give one that a session wrote"
+        ) from error
     except OSError as error:
         raise InvalidRequest(f"the state {source} cannot be read: {error}") from error
     header, start = _checked_header(source, data)
@@ -124,10 +125,6 @@ def read_state(path: str | Path, *, bundle_id: str, family: str) -> SavedState:
     parts = {_part_name(source, name): array for name, array in arrays.items()}
     extra = header.get("extra", {})
     return SavedState(bundle_id, family, tokens, Snapshot(len(tokens), parts), extra)
-
-
-def _without_waiting(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NONBLOCK)  # a pipe that nobody writes to would wait for ever
 
 
 def _write(path: Path, header: bytes, arrays: list[Array]) -> None:

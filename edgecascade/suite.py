@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from edgecascade.errors import InvalidRequest, SuiteError
-from edgecascade.files import unique_keys
+from edgecascade.files import no_constant, unique_keys
 from edgecascade.text.template import checked_messages
 from edgecascade.text.tokenizer import checked_text
-from edgecascade.text.tools import ToolCall, checked_tools
+from edgecascade.text.tools import ToolCall, checked_tools, parameters
 
 FORMAT = 1
 MAX_SUITE_BYTES = 256 << 20
@@ -153,12 +153,9 @@ def problem(value: Any, schema: Mapping[str, Any]) -> str | None:
     return f"{error.json_path.removeprefix('$').removeprefix('.') or 'it'}: {error.message[:200]}"
 
 
-def parameters(name: str, tools: Tools) -> Mapping[str, Any] | None:
-    """The schema of a tool's arguments; None when there is no such tool."""
-    for tool in tools:
-        if tool["function"]["name"] == name:
-            return tool["function"].get("parameters") or {}
-    return None
+def call_problem(call: ToolCall, tools: Tools) -> str | None:
+    """What keeps a call of one of these tools from conforming to it."""
+    return problem(call.arguments, parameters(call.name, tools) or {})
 
 
 @lru_cache(maxsize=1024)
@@ -272,7 +269,7 @@ def loads(text: str | bytes) -> Any:
         ValueError: also for what is nested too deep.
     """
     try:
-        return json.loads(text, parse_constant=_no_constant, object_pairs_hook=unique_keys)
+        return json.loads(text, parse_constant=no_constant, object_pairs_hook=unique_keys)
     except RecursionError:
         raise ValueError("it is nested too deep") from None
 
@@ -282,15 +279,15 @@ def _call(value: Any, tools: Tools) -> ToolCall:
         _refuse(f"expected tool_calls holds {_shown(value)}; each must be an object")
     _check_keys(value, "name arguments", "", "expected call ")
     name, arguments = _text(value, "name"), value["arguments"]
-    schema = parameters(name, tools)
-    if schema is None:
+    if parameters(name, tools) is None:
         _refuse(f"expected calls {name!r}, which is not one of the sample's tools")
     if not isinstance(arguments, dict):
         _refuse(f"expected call of {name!r}: arguments must be an object")
-    fault = problem(arguments, schema)
+    call = ToolCall(name, arguments)
+    fault = call_problem(call, tools)
     if fault:
         _refuse(f"expected call of {name!r} does not conform to the tool: {fault}")
-    return ToolCall(name, arguments)
+    return call
 
 
 def _sample_tools(value: Any, known: Mapping[str, Tools]) -> Tools:
@@ -330,10 +327,6 @@ def _object(line: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         _refuse(f"{_shown(value)} is not an object")
     return value
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
 
 
 def _check_keys(value: Mapping[str, Any], needed: str, optional: str, where: str = "") -> None:

@@ -11,6 +11,7 @@ import numpy as np
 
 BLOCK_ROWS = 32
 GROUP_SIZE = 64  # k values that share one scale
+PAGE_TOKENS = 64  # EC_PAGE_TOKENS: keys and values lie in pages of so many tokens
 ALIGNMENT = 4096  # every matrix starts on a page: it can be mapped, and read with O_DIRECT
 BLOCK_BYTES = {"u4_64": 1088, "i8_64": 2112}
 
@@ -77,10 +78,7 @@ def round_up(value: int, multiple: int) -> int:
 def matrix_bytes(codec: Codec, rows: int, columns: int) -> int:
     """Bytes of one [rows, columns] matrix, blocks rounded up to 32 x 64."""
     if codec.is_block:
-        blocks = (
-            round_up(rows, BLOCK_ROWS) // BLOCK_ROWS * (round_up(columns, GROUP_SIZE) // GROUP_SIZE)
-        )
-        return blocks * BLOCK_BYTES[codec.value]
+        return -(-rows // BLOCK_ROWS) * -(-columns // GROUP_SIZE) * BLOCK_BYTES[codec.value]
     return rows * columns * {Codec.F32: 4, Codec.F16: 2}[codec]
 
 
@@ -99,6 +97,9 @@ class Role(str, Enum):
     VECTOR = "vector"  # norms, biases, conv taps, A, D: always float32
 
 
+ARRAYS = (Role.VECTOR, Role.ROUTER)  # always float32, and arrays to the ops; the rest are matrices
+
+
 class Transform(str, Enum):
     """How the checkpoint's arrays become the bundle's."""
 
@@ -113,9 +114,8 @@ class Tensor:
     """One tensor of a bundle and where it comes from.
 
     `shape` is logical, without padding: [n] or [n, k], with a leading [experts] for stacked
-    experts. `sources` are
-    checkpoint names without their "backbone." or "model." prefix, with the shape that each must
-    have; `instead` is read where the first of them is not stored.
+    experts. `sources` are checkpoint names without their "backbone." or "model." prefix, with the
+    shape that each must have; `instead` is read where the first of them is not stored.
     """
 
     name: str

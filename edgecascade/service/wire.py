@@ -12,9 +12,9 @@ import json
 import math
 import re
 from dataclasses import fields, is_dataclass
-from typing import Any, NoReturn
+from typing import Any
 
-from edgecascade.files import unique_keys
+from edgecascade.files import no_constant, unique_keys
 
 MAX_DEPTH = 32
 MAX_INTEGER = 2**53  # what a double, and so every other JSON reader, still tells from its neighbour
@@ -44,7 +44,7 @@ def decode(payload: bytes) -> Any:
             object_pairs_hook=unique_keys,
             parse_int=_integer,
             parse_float=_float,
-            parse_constant=_constant,
+            parse_constant=no_constant,
         )
     except json.JSONDecodeError as error:
         raise BadJson(f"not JSON: {error.msg} at character {error.pos}") from error
@@ -113,7 +113,3 @@ def _float(digits: str) -> float:
     if not math.isfinite(value):
         raise BadJson(f"number {digits[:20]} is beyond a double")
     return value
-
-
-def _constant(name: str) -> NoReturn:
-    raise BadJson(f"{name} is not JSON")

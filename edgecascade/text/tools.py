@@ -127,7 +127,10 @@ def parse_call(body: str, tools: Sequence[Mapping[str, Any]]) -> ToolCall:
         MalformedCall: when it is not one function of `tools` with values that fit its schema.
     """
     name, rest = _tag(body.strip(), "function")
-    schema = _schema(name, tools)
+    schema = parameters(name, tools)
+    if schema is None:
+        known = ", ".join(repr(tool["function"]["name"]) for tool in tools)
+        raise MalformedCall(f"there is no tool {name!r}, only {known}")
     inner, closed, tail = rest.rpartition("</function>")
     if not closed or tail.strip():
         raise MalformedCall(f"function {name!r} is not closed by </function>")
@@ -148,6 +151,14 @@ def parse_call(body: str, tools: Sequence[Mapping[str, Any]]) -> ToolCall:
     if missing:
         raise MalformedCall(f"{name!r} lacks its parameter {missing[0]!r}")
     return ToolCall(name, arguments)
+
+
+def parameters(name: str, tools: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """The schema of a tool's arguments; None when there is no such tool."""
+    for tool in tools:
+        if tool["function"]["name"] == name:
+            return tool["function"].get("parameters") or {}
+    return None
 
 
 def typed(value: str, schema: Any, root: Mapping[str, Any]) -> Any:
@@ -205,14 +216,6 @@ def _tag(text: str, word: str) -> tuple[str, str]:
     if not text.startswith(head) or not closed or not name.strip():
         raise MalformedCall(f"{text[:40]!r} stands where <{word}=...> should")
     return name.strip(), rest
-
-
-def _schema(name: str, tools: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    for tool in tools:
-        if tool["function"]["name"] == name:
-            return tool["function"].get("parameters") or {}
-    known = ", ".join(repr(tool["function"]["name"]) for tool in tools)
-    raise MalformedCall(f"there is no tool {name!r}, only {known}")
 
 
 def _kinds(schema: Any, root: Mapping[str, Any], followed: set[str], depth: int = 0) -> list[Any]:
