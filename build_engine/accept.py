@@ -9,6 +9,7 @@ must prefer the same next one at every step.
 from __future__ import annotations
 
 import logging
+from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,15 +47,11 @@ def accept(bundle: Bundle, name: str = "tensorrt") -> Accepted:
         BackendUnavailable: when the backend does not open.
     """
     longest = min(max(PROMPTS) + STEPS, bundle.max_context)
-    truth = _truth(bundle, longest)
-    try:
-        candidate = open_backend(name, bundle, slots=1, max_context=longest)
-        try:
-            return compare(candidate, truth)
-        finally:
-            candidate.close()
-    finally:
-        truth.close()
+    with (
+        closing(_truth(bundle, longest)) as truth,
+        closing(open_backend(name, bundle, slots=1, max_context=longest)) as candidate,
+    ):
+        return compare(candidate, truth)
 
 
 def compare(candidate: Backend, truth: Backend) -> Accepted:

@@ -20,10 +20,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -37,6 +35,7 @@ from edgecascade.errors import BuildError
 from edgecascade.files import canonical_json, fsync_folder, write_file
 from edgecascade.manifest import Limits, Manifest, StoredFile, StoredTensor
 from edgecascade.tensors import ALIGNMENT, round_up
+from edgecascade.version import package_version
 
 log = logging.getLogger(__name__)
 
@@ -115,12 +114,7 @@ class BundleWriter:
     def __enter__(self) -> BundleWriter:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._pool.shutdown()
         if self._sink is not None:
             self._sink.close()
@@ -184,7 +178,7 @@ class BundleWriter:
 
     def _manifest(self) -> Manifest:
         return Manifest(
-            generator=_generator(),
+            generator=f"edgecascade {package_version()}",
             family=self.identity.family,
             precision=self.identity.precision,
             config=self.identity.config,
@@ -227,13 +221,6 @@ class BundleWriter:
             raise BuildError(
                 f"{self._left} bytes and {len(missing)} more tensors were planned but never written"
             )
-
-
-def _generator() -> str:
-    try:
-        return f"edgecascade {version('edgecascade')}"
-    except PackageNotFoundError:
-        return "edgecascade, not installed"
 
 
 class _Sink:
@@ -300,9 +287,8 @@ def _place(name: str, group: Sequence[Planned]) -> _File:
         }
     text = json.dumps(entries, separators=(",", ":")).encode()
     start = round_up(8 + len(text), ALIGNMENT)
-    header = (start - 8).to_bytes(8, "little") + text.ljust(
-        start - 8
-    )  # safetensors allows trailing spaces
+    # The format allows spaces behind the text.
+    header = (start - 8).to_bytes(8, "little") + text.ljust(start - 8)
     tensors = [
         StoredTensor(
             tensor.name, tensor.role, codec, tensor.shape, name, start + begin, end - begin

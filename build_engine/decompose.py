@@ -15,9 +15,9 @@ import numpy as np
 
 from build_engine.graph import OPSET
 from build_engine.onnx_body import Body
-from edgecascade.nodes import BY_TYPE, DOMAIN, PAGE_TOKENS
+from edgecascade.nodes import BY_TYPE, DOMAIN
 from edgecascade.ops import Activation
-from edgecascade.tensors import BLOCK_BYTES, BLOCK_ROWS, GROUP_SIZE, Codec
+from edgecascade.tensors import BLOCK_BYTES, BLOCK_ROWS, GROUP_SIZE, PAGE_TOKENS, Codec
 
 if TYPE_CHECKING:
     import onnx

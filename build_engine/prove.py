@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,7 +19,7 @@ import numpy as np
 
 from build_engine.compile import build_engine
 from build_engine.synthetic import config, write_random
-from edgecascade.backends.base import Backend, open_backend
+from edgecascade.backends.base import open_backend
 from edgecascade.bundle import Bundle
 from edgecascade.errors import BuildError, EdgeCascadeError
 
@@ -63,9 +62,8 @@ def prove() -> dict[str, Any]:
 def _stages(folder: Path, report: dict[str, Any]) -> None:
     report["stage"] = "write a small model"
     raw = {**config("nemotron-3-nano-30b"), **SMALL}
-    with Bundle.open(
-        write_random(folder / "bundle", raw, {"made": "to prove an engine"})
-    ) as bundle:
+    path = write_random(folder / "bundle", raw, {"made": "to prove an engine"})
+    with Bundle.open(path) as bundle:
         report["stage"] = "build its engine and compare tokens"
         _, made = build_engine(bundle)
         report["build"] = made.facts
@@ -79,7 +77,10 @@ def _stages(folder: Path, report: dict[str, Any]) -> None:
 def _decode(bundle: Bundle) -> dict[str, Any]:
     """Speed, whether steps are captured, and how far the logits are from the CPU's."""
     prompt = np.random.default_rng(SEED).integers(3, SMALL["vocab_size"], PROMPT).astype(np.int32)
-    with _opened("tensorrt", bundle) as backend, _opened("cpu", bundle) as cpu:
+    with (
+        closing(open_backend("tensorrt", bundle)) as backend,
+        closing(open_backend("cpu", bundle)) as cpu,
+    ):
         report: dict[str, Any] = {"distance": 0.0}
         for count in (1, 8):
             slots = list(range(count))
@@ -100,12 +101,3 @@ def _decode(bundle: Bundle) -> dict[str, Any]:
                 f"logits are {report['distance']:.3f} away from the CPU's, {CLOSE} is the limit"
             )
         return report
-
-
-@contextmanager
-def _opened(name: str, bundle: Bundle) -> Iterator[Backend]:
-    backend = open_backend(name, bundle)
-    try:
-        yield backend
-    finally:
-        backend.close()

@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -24,12 +24,12 @@ import numpy as np
 
 from build_engine.read import Model
 from edgecascade.backends.base import Array, open_backend
-from edgecascade.backends.reference import Evaluator, rms_norm
+from edgecascade.backends.reference import Evaluator, empty_states, rms_norm
 from edgecascade.blocks import dequantize
 from edgecascade.bundle import Bundle
 from edgecascade.errors import BackendUnavailable, BuildError
 from edgecascade.ops import Op
-from edgecascade.tensors import BLOCK_ROWS, KvState, Role, Tensor, matrix_bytes
+from edgecascade.tensors import ARRAYS, BLOCK_ROWS, KvType, Tensor, matrix_bytes
 
 log = logging.getLogger(__name__)
 
@@ -69,10 +69,6 @@ class Checks:
     same_greedy_tokens: int
     kernels: str  # the instruction set that ran, or why none did
     kernels_relative: float | None
-
-    def to_json(self) -> dict[str, Any]:
-        """For report.json."""
-        return asdict(self)
 
 
 class Outcome(NamedTuple):
@@ -240,29 +236,18 @@ def _run(
     forced: Sequence[Array] = (),
     int8_activations: bool = False,
 ) -> Outcome:
-    ops = Run(tokens, _empty_states(model), int8_activations)
+    states = empty_states(model.module.states(model.config), KvType.F32)
+    ops = Run(tokens, states, int8_activations)
     ops.forced, ops.layers = forced, []
     # Vectors and the router are arrays to the ops, everything else is a weight.
     small = {
         name: weight.dense().reshape(weight.tensor.shape)
         for name, weight in weights.items()
-        if weight.tensor.role in (Role.VECTOR, Role.ROUTER)
+        if weight.tensor.role in ARRAYS
     }
     with np.errstate(over="ignore", invalid="ignore"):  # the outcome is checked
         logits = model.module.forward(ops, model.config, {**weights, **small})
     return Outcome(ops.embedded, ops.residuals, ops.layers, logits)
-
-
-def _empty_states(model: Model) -> dict[int, dict[str, Array]]:
-    states: dict[int, dict[str, Array]] = {}
-    for state in model.module.states(model.config):
-        part = states.setdefault(state.layer, {})
-        if isinstance(state, KvState):
-            part["kv"] = np.zeros((2, 0, state.kv_heads, state.head_dim), np.float32)
-        else:  # the reference keeps only the columns that the next token reads
-            skipped = 1 if state.name == "conv" else 0
-            part[state.name] = np.zeros((state.shape[0] - skipped, *state.shape[1:]), np.float32)
-    return states
 
 
 def _kernels(

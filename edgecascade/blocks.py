@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Blocks of 32 rows x 64 columns, as bytes: the layout of docs/bundle-format.md in NumPy.
 
-    u4_64   1024 bytes of codes + 32 float16 scales.  dword (j, r), j = 0..7, r = 0..31: byte b
-    holds the codes of row r,
-            column 8j + b in its low and column 8j + 4 + b in its high nibble.          weight =
-            (code - 8) * scale
-    i8_64   2048 bytes of codes + 32 float16 scales.  dword (j, r), j = 0..15: byte b is column 4j
-    + b. weight = code * scale
+    u4_64   1024 bytes of codes + 32 float16 scales; weight = (code - 8) * scale
+            dword (j, r), j = 0..7, r = 0..31: byte b holds codes of row r, column 8j + b in its low
+            and column 8j + 4 + b in its high nibble
+    i8_64   2048 bytes of codes + 32 float16 scales; weight = code * scale
+            dword (j, r), j = 0..15, r = 0..31: byte b is the code of row r, column 4j + b
 
 A matrix is its blocks, row-blocks outside, column-blocks inside. Missing rows and columns hold
 zero weights.

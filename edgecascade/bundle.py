@@ -17,7 +17,6 @@ import re
 import stat
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -152,12 +151,7 @@ class Bundle:
     def __enter__(self) -> Bundle:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _tensor(self, name: str) -> StoredTensor:
@@ -272,12 +266,8 @@ def _check_headers(folder: Path, content: Manifest) -> None:
             path = folder / name
             start = min(tensor.offset for tensor in tensors)
             expected = {
-                tensor.name: [
-                    "U8",
-                    [tensor.bytes],
-                    [tensor.offset - start, tensor.offset - start + tensor.bytes],
-                ]
-                for tensor in tensors
+                t.name: ["U8", [t.bytes], [t.offset - start, t.offset - start + t.bytes]]
+                for t in tensors
             }
             found = _read_header(path, start)
             if found != expected:
@@ -327,10 +317,8 @@ def _check_model(folder: Path, content: Manifest) -> None:
         ) from error
     except EdgeCascadeError as error:
         raise BundleError(f"{folder}: config in {layout.MANIFEST}: {error}") from error
-    missing, extra = (
-        sorted(expected.keys() - content.tensors),
-        sorted(content.tensors.keys() - expected),
-    )
+    missing = sorted(expected.keys() - content.tensors)
+    extra = sorted(content.tensors.keys() - expected)
     if missing or extra:
         raise BundleError(
             f"{folder}: the bundle lacks tensors {missing[:5]}, has unknown ones {extra[:5]}"

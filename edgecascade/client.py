@@ -27,7 +27,6 @@ from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Mappi
 from dataclasses import dataclass, field
 from functools import partial
 from random import choice
-from types import TracebackType
 from typing import Any
 
 from edgecascade.errors import InvalidRequest, NetworkError
@@ -251,23 +250,13 @@ class Client:
     def __enter__(self) -> Client:
         return self.connect()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     async def __aenter__(self) -> Client:
         return await asyncio.to_thread(self.connect)
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await asyncio.to_thread(self.close)
 
     def _stream(

@@ -12,7 +12,7 @@ from edgecascade.bundle import Bundle
 from edgecascade.manifest import StoredTensor
 from edgecascade.models import family
 from edgecascade.state import kv_token_bytes
-from edgecascade.tensors import KvState, KvType, Role, State, round_up
+from edgecascade.tensors import PAGE_TOKENS, KvState, KvType, Role, State, round_up
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 GIB = 1 << 30
 RESERVED_BYTES = 2 * GIB  # for the system, the runtime's scratch memory and logits
 SESSION_TOKENS = (2048, 8192, 32768)
-PAGE_TOKENS = 64  # keys and values are held in pages of this many tokens
 
 
 @dataclass(frozen=True)

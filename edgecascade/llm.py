@@ -19,7 +19,6 @@ from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
-from types import TracebackType
 from typing import Any, overload
 
 import numpy as np
@@ -247,7 +246,8 @@ class LLM:
     ) -> AsyncGenerator[Piece, None]:
         """As stream(), for `async for`."""
         params, how = self._options(params, options)
-        return self._apieces(self._prompt(prompt, messages, tools, params, raw), params, how)
+        asked = self._prompt(prompt, messages, tools, params, raw)
+        return apieces(lambda tell: self.ticket(asked, params, tell), how)
 
     def submit(
         self,
@@ -347,12 +347,7 @@ class LLM:
     def __enter__(self) -> LLM:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def pieces(
@@ -361,11 +356,6 @@ class LLM:
         """Generate, token by token. What cannot be is refused now, the rest starts when asked."""
         events: SimpleQueue[Event] = SimpleQueue()
         return pieces(self.ticket(prompt, params, events.put), how, events)
-
-    def _apieces(
-        self, prompt: Prompt, params: SamplingParams, how: Queueing
-    ) -> AsyncGenerator[Piece, None]:
-        return apieces(lambda tell: self.ticket(prompt, params, tell), how)
 
     def prepare(self, tokens: Tokens) -> None:
         """Read the beginning of later prompts, once nothing else is to be done.

@@ -23,11 +23,10 @@ from typing import Any, NamedTuple
 
 from edgecascade.errors import InvalidRequest
 from edgecascade.ops import OPS, Field, Kind, Op
-from edgecascade.tensors import Codec
+from edgecascade.tensors import PAGE_TOKENS, Codec
 
 DOMAIN = "edgecascade"  # of the nodes, and the namespace of the plugins
 VERSION = "1"
-PAGE_TOKENS = 64  # EC_PAGE_TOKENS
 STRIDE_UNIT = 256  # bytes; attributes are int32, and an embedding table may be larger
 
 Dim = int | str  # a string is a size that each step, or each device, chooses

@@ -2,14 +2,12 @@
 """The op table: every op's fields, in the order of its struct in plugins/include/edgecascade.h.
 
 A model's forward pass is written against `Ops`. What the calls mean is the interpreter's business:
-NumPy evaluates them
-(backends/reference.py), the native backend records them once and replays them in the kernel
-library.
+NumPy evaluates them (backends/reference.py), the native backend records them once and replays them
+in the kernel library.
 
 Letters: T tokens of the step, O rows the head reads, D hidden size, V vocabulary, E experts, F
-expert width,
-H heads, P head dim, G groups, N SSM state size, C conv channels, K conv kernel or the columns of a
-matrix.
+expert width, H heads, P head dim, G groups, N SSM state size, C conv channels, K conv kernel or the
+columns of a matrix.
 """
 
 from __future__ import annotations

@@ -153,9 +153,8 @@ class StatePool:
     """Arrays behind the state fields of a model's ops, for a fixed number of slots.
 
     conv [slots, kernel, channels] (a ring: position p lives in row p mod kernel) and ssm [slots,
-    heads, head_dim, state] in float32;
-    kv [pages, 2, kv_heads, page_tokens, row_items] in items of `kv_type`; the last two axes of
-    int8 are page_tokens rows of codes, then as many scales.
+    heads, head_dim, state] in float32; kv [pages, 2, kv_heads, page_tokens, row_items] in items of
+    `kv_type`; the last two axes of int8 are page_tokens rows of codes, then as many scales.
     """
 
     def __init__(

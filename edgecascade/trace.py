@@ -20,7 +20,6 @@ from edgecascade.manifest import StoredTensor
 from edgecascade.models import family
 from edgecascade.nodes import (
     NODES,
-    PAGE_TOKENS,
     PORT_KINDS,
     STRIDE_UNIT,
     Dim,
@@ -30,7 +29,7 @@ from edgecascade.nodes import (
     state_output,
 )
 from edgecascade.ops import Kind, Op, Ops
-from edgecascade.tensors import Codec
+from edgecascade.tensors import PAGE_TOKENS, Codec
 
 LOGITS = "logits"
 INT32_LIMIT = 2**31

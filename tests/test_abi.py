@@ -12,6 +12,7 @@ import pytest
 
 from edgecascade.backends import _lib
 from edgecascade.ops import OPS, Kind
+from edgecascade.tensors import PAGE_TOKENS
 
 HEADER = Path(__file__).parent.parent / "plugins" / "include" / "edgecascade.h"
 STRUCTS: dict[str, type[ctypes.Structure]] = {
@@ -116,4 +117,4 @@ def test_header_is_plain_c(tmp_path: Path) -> None:
 def test_abi_version_and_page_size_are_the_headers() -> None:
     text = HEADER.read_text()
     assert int(re.search(r"EC_ABI_VERSION (\d+)", text)[1]) == _lib.ABI_VERSION
-    assert int(re.search(r"EC_PAGE_TOKENS (\d+)", text)[1]) == _lib.PAGE_TOKENS
+    assert int(re.search(r"EC_PAGE_TOKENS (\d+)", text)[1]) == PAGE_TOKENS

@@ -18,7 +18,6 @@ from edgecascade.ops import OPS, Field, Kind, Op
 from edgecascade.tensors import Codec
 
 ABI_VERSION = 1
-PAGE_TOKENS = 64
 OP_COUNT = 9
 SOURCE_TYPES = {"f32": 0, "f16": 1, "bf16": 2}
 LIBRARY = Path(__file__).parent.parent / "_lib" / "libedgecascade_cpu.so"

@@ -24,7 +24,6 @@ from edgecascade.errors import BackendError, InvalidRequest
 from edgecascade.nodes import (
     BY_TYPE,
     DOMAIN,
-    PAGE_TOKENS,
     STRIDE_UNIT,
     VERSION,
     Attributes,
@@ -32,6 +31,7 @@ from edgecascade.nodes import (
     Port,
 )
 from edgecascade.ops import Kind
+from edgecascade.tensors import PAGE_TOKENS
 
 Copy = Callable[[int, int, int, int], None]  # to, from, bytes, stream
 Shapes = Sequence[Sequence[int]]
@@ -144,9 +144,7 @@ class NodeCall:
         if (inputs, outputs, workspace) != self._bound:
             self._bind(inputs, outputs, workspace)
         for i, o, size in self._copies:
-            if (
-                inputs[i] != outputs[o]
-            ):  # only when TensorRT times the plugin with memory of its own
+            if inputs[i] != outputs[o]:  # when TensorRT times the plugin, with memory of its own
                 self._kit.copy(outputs[o], inputs[i], size, stream)
         status = self._run(stream, self._step_reference, self._args_address)
         if status:

@@ -13,7 +13,7 @@ from edgecascade.backends.recorder import Handle, RecordedCall
 from edgecascade.bundle import Bundle
 from edgecascade.errors import BackendError
 from edgecascade.ops import Kind, Norm
-from edgecascade.tensors import Codec, Role
+from edgecascade.tensors import ARRAYS, Codec
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Places:
 def operand(bundle: Bundle, name: str, place: int) -> Weight | int:
     """A tensor as the pass is given it: vectors and the router by address, matrices described."""
     stored = bundle.tensors[name]
-    if stored.codec is Codec.F32 and stored.role in (Role.VECTOR, Role.ROUTER):
+    if stored.codec is Codec.F32 and stored.role in ARRAYS:
         return place
     n, k = stored.shape[-2:]
     return Weight(place, stored.stride, n, k, stored.codec.ec_type, stored.experts)

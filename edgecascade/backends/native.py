@@ -9,12 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from edgecascade.backends._lib import (
-    Call,
-    Step,
-    address,
-    cpu_library,
-)
+from edgecascade.backends._lib import Call, Step, address, cpu_library
 from edgecascade.backends.base import Array, Options
 from edgecascade.backends.binding import Places, bind, calls_of, operand
 from edgecascade.backends.readahead import ReadAhead

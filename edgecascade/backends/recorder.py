@@ -2,8 +2,8 @@
 """Records a forward pass once, so that the kernel library can replay it without Python.
 
 Recording runs the model's forward with handles instead of arrays. `assign_buffers` then gives the
-handles memory by their
-last use, as a register allocator would: two live values never share a buffer, everything else may.
+handles memory by their last use, as a register allocator would: two live values never share a
+buffer, everything else may.
 """
 
 from __future__ import annotations

@@ -3,8 +3,7 @@
 forward pass with them.
 
 Sources: transformers 5.x models/nemotron_h (attention, MoE, layer order), Dao & Gu, arXiv
-2405.21060 (Mamba-2 recurrence).
-Letters as in edgecascade/ops.py.
+2405.21060 (Mamba-2 recurrence). Letters as in edgecascade/ops.py.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from edgecascade.errors import ContextExceeded, InvalidRequest
 from edgecascade.models import family
 from edgecascade.ops import Activation, Norm, Op, Ops
 from edgecascade.sampling import Logits, SampleRow
-from edgecascade.tensors import GROUP_SIZE, KvState, KvType
+from edgecascade.tensors import ARRAYS, GROUP_SIZE, KvState, KvType, State
 
 
 @dataclass(frozen=True)
@@ -167,16 +166,31 @@ def route(f: Mapping[str, Any], h: Array) -> tuple[Array, Array]:
     return ids, weights * np.float32(f["scale"])
 
 
+States = dict[int, dict[str, Array]]  # by layer and name
+
+
+def empty_states(states: Sequence[State], kv: KvType) -> States:
+    """Of a sequence without tokens. A conv state is only the rows that the next token reads."""
+    made: States = {}
+    for state in states:
+        part = made.setdefault(state.layer, {})
+        if isinstance(state, KvState):
+            part["kv"] = np.zeros((2, 0, state.kv_heads, kv.row_items(state.head_dim)), kv.dtype)
+        else:
+            skipped = int(state.name == "conv")
+            part[state.name] = np.zeros((state.shape[0] - skipped, *state.shape[1:]), np.float32)
+    return made
+
+
 @dataclass
 class Evaluator(Ops):
     """Evaluates a pass for one sequence. `int8_activations` rounds what int8 kernels round."""
 
     tokens: Array
-    states: dict[int, dict[str, Array]]
+    states: States
     int8_activations: bool = False
-    residuals: list[Array] = field(
-        default_factory=list
-    )  # the residual stream after each layer, for `verify`
+    # The residual stream after each addition to it, for `verify`.
+    residuals: list[Array] = field(default_factory=list)
 
     def call(self, op: Op, layer: int, fields: Mapping[str, Any]) -> Array:
         """Evaluate one op."""
@@ -224,7 +238,7 @@ class Evaluator(Ops):
 
 @dataclass(frozen=True)
 class _Moved(Parked):
-    states: dict[int, dict[str, Array]]
+    states: States
     held: int
 
 
@@ -244,35 +258,20 @@ class ReferenceBackend:
         self.int8_activations = False
         self.vocab: int = self._config.vocab
         self.slots = options.slots
-        self.max_context = min(
-            options.max_context or self._config.max_context, self._config.max_context
-        )
+        self.max_context: int = options.max_context or self._config.max_context
         self.kv_tokens = self.slots * self.max_context
         self._states = [self._empty() for _ in range(self.slots)]
         self._held = [0] * self.slots
 
     def _load(self, name: str) -> Matrix | Array:
         """Matrices stay as stored; vectors and the router are small and read by name everywhere."""
-        stored = self._bundle.tensors[name]
-        as_array = stored.role.value in ("vector", "router")
+        as_array = self._bundle.tensors[name].role in ARRAYS
         return self._bundle.matrix(name) if as_array else Matrix(self._bundle, name)
 
-    def _empty(self) -> dict[int, dict[str, Array]]:
-        states: dict[int, dict[str, Array]] = {}
-        for state in self._model.states(self._config):
-            part = states.setdefault(state.layer, {})
-            if isinstance(state, KvState):
-                items = self.kv_type.row_items(state.head_dim)
-                part["kv"] = np.zeros((2, 0, state.kv_heads, items), self.kv_type.dtype)
-            elif state.name == "conv":
-                part["conv"] = np.zeros((state.shape[0] - 1, state.shape[1]), np.float32)
-            else:
-                part[state.name] = np.zeros(state.shape, np.float32)
-        return states
+    def _empty(self) -> States:
+        return empty_states(self._model.states(self._config), self.kv_type)
 
-    def evaluate(
-        self, tokens: Array, states: dict[int, dict[str, Array]]
-    ) -> tuple[Array, list[Array]]:
+    def evaluate(self, tokens: Array, states: States) -> tuple[Array, list[Array]]:
         """Logits of every token, and the residual stream after each layer."""
         ops = Evaluator(tokens, states, self.int8_activations)
         logits: Array = self._model.forward(ops, self._config, self._weights)

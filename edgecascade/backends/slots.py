@@ -13,7 +13,6 @@ from typing import Protocol
 
 import numpy as np
 
-from edgecascade.backends._lib import PAGE_TOKENS
 from edgecascade.backends.base import (
     CPU_CHUNK_TOKENS,
     Array,
@@ -28,7 +27,7 @@ from edgecascade.errors import ContextExceeded, InvalidRequest, OutOfMemory
 from edgecascade.models import family
 from edgecascade.sampling import Logits
 from edgecascade.state import PagePool, fit_pages
-from edgecascade.tensors import State
+from edgecascade.tensors import PAGE_TOKENS, State
 from edgecascade.trace import OUT_ROWS, PREFILL_CHUNK
 
 
@@ -86,7 +85,7 @@ class SlotBackend(ABC):
         context, num_pages = fit_pages(
             states,
             slots=self.slots + 1,
-            context=min(options.max_context or bundle.max_context, bundle.max_context),
+            context=options.max_context or bundle.max_context,
             asked=options.max_context is not None,
             page_tokens=PAGE_TOKENS,
             kv_type=self.kv_type,

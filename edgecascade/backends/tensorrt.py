@@ -18,20 +18,15 @@ from edgecascade.backends import _trt_plugins as plugins
 from edgecascade.backends import _trt_versions as versions
 from edgecascade.backends._cuda import Device, open_device
 from edgecascade.backends._device_backend import DeviceBackend
-from edgecascade.backends._lib import PAGE_TOKENS, cuda_library, cuda_library_path
+from edgecascade.backends._lib import cuda_library, cuda_library_path
 from edgecascade.backends.base import Options, kv_type
 from edgecascade.bundle import Bundle
 from edgecascade.device.identity import read_identity
 from edgecascade.engines import EngineKey, engine_key, plugin_hash, read_engine
 from edgecascade.errors import BackendError, BackendUnavailable, BundleError
 from edgecascade.nodes import state_name, state_output
-from edgecascade.trace import (
-    LOGITS,
-    Tensor,
-    dims,
-    profiles,
-    trace_bundle,
-)
+from edgecascade.tensors import PAGE_TOKENS
+from edgecascade.trace import LOGITS, Tensor, dims, profiles, trace_bundle
 
 log = logging.getLogger(__name__)
 

@@ -94,7 +94,7 @@ class Monitor:
         self.start()
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def facts(self) -> DeviceFacts:

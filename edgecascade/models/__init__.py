@@ -2,8 +2,8 @@
 """Model families: one file each, named by the checkpoint's `model_type`.
 
 A family file offers `read_config(raw) -> config`, `tensors(config) -> list[Tensor]`,
-`states(config) -> list[State]` and
-`forward(ops, config, weights)`. Adding a family is adding a file here and its name below.
+`states(config) -> list[State]` and `forward(ops, config, weights)`. Adding a family is adding a
+file here and its name below.
 
 Of a config the rest of the program reads `vocab` and `max_context`, and `top_k`, the experts of a
 layer that one token reads: 0 where there are none.

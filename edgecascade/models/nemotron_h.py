@@ -3,9 +3,8 @@
 no positional encoding.
 
 Nemotron-Cascade-2-30B-A3B, Nemotron-3-Nano-30B-A3B, Nemotron-Nano-9B-v2 and Nemotron-3-Nano-4B are
-configurations of it.
-The maths follows transformers 5.x `models/nemotron_h` but for one point: dt is never clamped
-(docs/model.md).
+configurations of it. The maths follows transformers 5.x `models/nemotron_h` but for one point: dt
+is never clamped (docs/model.md).
 """
 
 from __future__ import annotations
@@ -157,9 +156,8 @@ def read_config(raw: Mapping[str, Any]) -> Config:
 
     Raises:
         UnsupportedModel: for a key that is neither used nor known to be harmless, a missing key, a
-        value out of range,
-            or one that asks for maths which is not implemented; the message names the key and the
-            value.
+            value out of range, or one that asks for maths which is not implemented; the message
+            names the key and the value.
     """
     read = ConfigReader(raw)
     layers = _layers(read)
@@ -311,17 +309,14 @@ def tensors(c: Config) -> list[Tensor]:
             role = Role.MAMBA_BEFORE_ATTENTION if feeds_attention else Role.MAMBA
             rows = 2 * c.inner + 2 * c.groups * c.state + c.mamba_heads
             conv = ((at + "conv1d.weight", (c.channels, 1, c.conv_kernel)),)
+            bias = _vector(to + "conv_bias", c.channels, at + "conv1d.bias")
             a_log = ((at + "A_log", (c.mamba_heads,)),)
             made += [
                 linear(to + "in_proj", role, rows, c.hidden, at + "in_proj.weight"),
                 Tensor(
                     to + "conv_weight", vector, (c.conv_kernel, c.channels), conv, Transform.CONV
                 ),
-                *(
-                    [_vector(to + "conv_bias", c.channels, at + "conv1d.bias")]
-                    if c.conv_bias
-                    else []
-                ),
+                *([bias] if c.conv_bias else []),
                 Tensor(to + "a", vector, (c.mamba_heads,), a_log, Transform.NEG_EXP),
                 _vector(to + "d", c.mamba_heads, at + "D"),
                 _vector(to + "dt_bias", c.mamba_heads, at + "dt_bias"),
@@ -340,26 +335,14 @@ def tensors(c: Config) -> list[Tensor]:
             ]
         elif kind == "E":
             shared, f = at + "shared_experts.", c.shared_ff
+            role, routed, count = Role.SHARED_EXPERT, at + "experts.", c.experts
             made += [
                 linear(to + "router", Role.ROUTER, c.experts, c.hidden, at + "gate.weight"),
                 _vector(to + "router_bias", c.experts, at + "gate.e_score_correction_bias"),
-                _experts(
-                    to + "experts_up", c.experts, c.expert_ff, c.hidden, at + "experts.", "up_proj"
-                ),
-                _experts(
-                    to + "experts_down",
-                    c.experts,
-                    c.hidden,
-                    c.expert_ff,
-                    at + "experts.",
-                    "down_proj",
-                ),
-                linear(
-                    to + "shared_up", Role.SHARED_EXPERT, f, c.hidden, shared + "up_proj.weight"
-                ),
-                linear(
-                    to + "shared_down", Role.SHARED_EXPERT, c.hidden, f, shared + "down_proj.weight"
-                ),
+                _experts(to + "experts_up", count, c.expert_ff, c.hidden, routed, "up_proj"),
+                _experts(to + "experts_down", count, c.hidden, c.expert_ff, routed, "down_proj"),
+                linear(to + "shared_up", role, f, c.hidden, shared + "up_proj.weight"),
+                linear(to + "shared_down", role, c.hidden, f, shared + "down_proj.weight"),
             ]
         else:
             made += [

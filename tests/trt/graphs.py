@@ -13,9 +13,9 @@ from build_engine.decompose import with_functions
 from build_engine.graph import to_onnx
 from edgecascade.bundle import Bundle
 from edgecascade.models import family
-from edgecascade.nodes import PAGE_TOKENS, state_name, state_output
+from edgecascade.nodes import state_name, state_output
 from edgecascade.state import PagePool, StatePool
-from edgecascade.tensors import KvState, KvType
+from edgecascade.tensors import PAGE_TOKENS, KvState, KvType
 from edgecascade.trace import Graph, trace_bundle
 
 Array = NDArray[Any]
