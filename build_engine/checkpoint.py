@@ -127,8 +127,12 @@ def _open(path: Path) -> Iterator[IO[bytes]]:
     a pipe is waited for for ever, and a device may have no end.
     """
     try:
-        with open_regular(Path(os.path.realpath(path))) as data:
+        with open_regular(path, follow=True) as data:
             yield data
+    except PermissionError as error:
+        raise CheckpointError(
+            f"cannot read {path}: {error.strerror}; let this user read it"
+        ) from error
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}; {DOWNLOAD_AGAIN}") from error
 

@@ -3,16 +3,19 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import checkpoints
 import numpy as np
 import pytest
 
+from build_engine import checkpoint
 from build_engine.checkpoint import INDEX, read_header
 from build_engine.pipeline import build
 from build_engine.read import Model, read, widen
@@ -359,6 +362,18 @@ def test_a_pipe_in_the_place_of_the_weights_is_refused(tmp_path: Path) -> None:
     folder = checkpoints.write(tmp_path / "c")
     in_place_of("model.safetensors", os.mkfifo)(folder)
     with pytest.raises(CheckpointError, match=r"model\.safetensors: no such regular file"):
+        read(folder)
+
+
+def test_a_file_that_may_not_be_read_is_not_downloaded_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(path: Path, **_: bool) -> Any:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    folder = checkpoints.write(tmp_path / "c")
+    monkeypatch.setattr(checkpoint, "open_regular", refused)
+    with pytest.raises(CheckpointError, match=r"json: Permission denied; let this user read it$"):
         read(folder)
 
 
