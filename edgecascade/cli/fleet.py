@@ -8,7 +8,6 @@ import os
 import time
 from dataclasses import asdict
 from datetime import datetime, timezone
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgecascade.cli import relay, rollouts
@@ -117,6 +116,7 @@ def _add_publish(acts: Any) -> None:
 def _publish(args: argparse.Namespace) -> int:
     from edgecascade.fleet.release import Requires
     from edgecascade.fleet.repository import Offer
+    from edgecascade.service.config import read_yaml
 
     where = home(args)
     offer = Offer(
@@ -124,7 +124,7 @@ def _publish(args: argparse.Namespace) -> int:
         args.version,
         requires=_document(Requires, args.requires, "requires"),
         health=_health(args),
-        config=_yaml(args.config) if args.config else {},
+        config=read_yaml(args.config, args.config) if args.config else {},
         deltas_from=tuple(args.delta_from),
     )
     done = where.repository().publish(args.bundle, offer, time.time(), link=not args.copy)
@@ -180,25 +180,12 @@ def _golden(bundle: str, texts: list[str]) -> list[GoldenPrompt]:
 def _document(kind: type, path: str | None, what: str) -> Any:
     """A dataclass from a YAML file; what is not given is as by default."""
     from edgecascade.fleet import strict
+    from edgecascade.service.config import read_yaml
 
     try:
-        return strict.read(kind, _yaml(path) if path else {}, what, defaults=True)
+        return strict.read(kind, read_yaml(path, path) if path else {}, what, defaults=True)
     except strict.BadDocument as error:
         raise InvalidRequest(f"{path}: {error}") from None
-
-
-def _yaml(path: str) -> dict[str, Any]:
-    import yaml
-
-    try:
-        value = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InvalidRequest(f"{path} cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InvalidRequest(f"{path} is not YAML: {error}") from None
-    if not isinstance(value, dict):
-        raise InvalidRequest(f"{path} holds no keys")
-    return value
 
 
 def _add_keys(acts: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from edgecascade.fleet.orders import is_mirror
 from edgecascade.service.config import (
     BrokerAddress,
     ServiceConfig,
+    check_ranges,
+    configured,
     from_mapping,
     masked,
     read_file,
@@ -74,11 +76,7 @@ class AgentSettings:
                 f"the service needs a certificate of its own, for {self.device_id!r}; "
                 "name its YAML file in `service`"
             )
-        for key, low, high in (("refresh_s", 1, 86_400), ("drain_s", 0, 3600)):
-            if not low <= getattr(self, key) <= high:
-                raise InvalidRequest(
-                    f"{key} is {getattr(self, key)}; it must be in [{low}, {high}]"
-                )
+        check_ranges(self, refresh_s=(1, 86_400), drain_s=(0, 3600))
 
     @property
     def name(self) -> str:
@@ -154,15 +152,4 @@ def from_options(options: argparse.Namespace) -> AgentSettings:
     Raises:
         InvalidRequest: naming the key.
     """
-    values = read_file(options.config, AgentSettings) if options.config else {}
-    given = {name: getattr(options, name) for name in HELP}
-    values |= {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in given.items()
-        if value is not None
-    }
-    for field in fields(AgentSettings):
-        if field.default is MISSING and field.name not in values:
-            option = field.name.replace("_", "-")
-            raise InvalidRequest(f"{field.name} is missing; give --{option} or the key in --config")
-    return AgentSettings(**values)
+    return configured(AgentSettings, options, HELP)

@@ -10,14 +10,16 @@ import argparse
 import ipaddress
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from edgecascade.errors import InvalidRequest, NetworkError
 from edgecascade.service.topics import DEFAULT_PREFIX, Topics, is_name
+
+T = TypeVar("T")
 
 SCHEMES = {"mqtt": 1883, "mqtts": 8883}
 AWS_FLUSH_MS = 250  # AWS IoT Core discards what a connection publishes beyond 100 a second
@@ -179,22 +181,20 @@ class ServiceConfig:
             value = getattr(self, name)
             if not is_name(value) and not (name == "pool" and value is None):
                 raise InvalidRequest(f"{name} is {value!r}; give 1 to 64 of A-Z a-z 0-9 _ -")
-        for name, low, high in (
-            ("keepalive_s", 5, 65_535),
-            ("session_expiry_s", 0, 7 * 86_400),
-            ("flush_ms", 0, 10_000),
-            ("max_request_bytes", 1 << 10, 1 << 20),
-            ("max_timeout_s", 1, 86_400),
-            ("max_completion_tokens", 1, 2**31 - 1),
-            ("max_requests_per_client", 1, 100_000),
-            ("requests_per_minute", 0, 1_000_000),
-            ("prompt_tokens_per_minute", 0, 1_000_000_000),
-            ("telemetry_s", 1, 86_400),
-            ("drain_s", 0, 3600),
-        ):
-            value = getattr(self, name)
-            if not low <= value <= high:
-                raise InvalidRequest(f"{name} is {value}; it must be in [{low}, {high}]")
+        check_ranges(
+            self,
+            keepalive_s=(5, 65_535),
+            session_expiry_s=(0, 7 * 86_400),
+            flush_ms=(0, 10_000),
+            max_request_bytes=(1 << 10, 1 << 20),
+            max_timeout_s=(1, 86_400),
+            max_completion_tokens=(1, 2**31 - 1),
+            max_requests_per_client=(1, 100_000),
+            requests_per_minute=(0, 1_000_000),
+            prompt_tokens_per_minute=(0, 1_000_000_000),
+            telemetry_s=(1, 86_400),
+            drain_s=(0, 3600),
+        )
         if self.model == "":
             raise InvalidRequest("model is ''; leave it out to serve under the bundle's name")
         if self.profile not in ("lan", "aws"):
@@ -221,6 +221,18 @@ class ServiceConfig:
             protocol=self.protocol,
             keepalive_s=self.keepalive_s,
         )
+
+
+def check_ranges(config: object, **ranges: tuple[float, float]) -> None:
+    """Refuse a number of a configuration that is not within its range.
+
+    Raises:
+        InvalidRequest: naming the key.
+    """
+    for name, (low, high) in ranges.items():
+        value = getattr(config, name)
+        if not low <= value <= high:
+            raise InvalidRequest(f"{name} is {value}; it must be in [{low}, {high}]")
 
 
 def from_mapping(
@@ -268,6 +280,16 @@ def read_file(path: str | Path, kind: type[Any] = ServiceConfig) -> dict[str, An
     Raises:
         InvalidRequest: naming the key, or the line that is no YAML.
     """
+    given = read_yaml(path, f"config {str(path)!r}", "; see docs/mqtt.md")
+    return from_mapping(given, str(path), kind)
+
+
+def read_yaml(path: str | Path, what: str, hint: str = "") -> dict[str, Any]:
+    """The keys of a YAML file, which messages call `what`; `hint` says where keys are described.
+
+    Raises:
+        InvalidRequest: when it cannot be read, is no YAML, holds no keys, or one of them twice.
+    """
     import yaml
 
     class Strict(yaml.SafeLoader):
@@ -285,12 +307,12 @@ def read_file(path: str | Path, kind: type[Any] = ServiceConfig) -> dict[str, An
         with open(path, encoding="utf-8") as source:
             given = yaml.load(source, Strict)
     except OSError as error:
-        raise InvalidRequest(f"config {str(path)!r} cannot be read: {error.strerror}") from error
+        raise InvalidRequest(f"{what} cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InvalidRequest(f"config {str(path)!r} is not YAML: {error}") from error
+        raise InvalidRequest(f"{what} is not YAML: {error}") from error
     if not isinstance(given, dict):
-        raise InvalidRequest(f"config {str(path)!r} holds no keys; see docs/mqtt.md")
-    return from_mapping(given, str(path), kind)
+        raise InvalidRequest(f"{what} holds no keys{hint}")
+    return given
 
 
 HELP = {
@@ -326,14 +348,25 @@ def from_options(options: argparse.Namespace) -> ServiceConfig:
     Raises:
         InvalidRequest: naming the key.
     """
-    values = read_file(options.config) if options.config else {}
-    given = {name: getattr(options, name) for name in HELP}
-    values |= {name: value for name, value in given.items() if value is not None}
-    for each in fields(ServiceConfig):
+    return configured(ServiceConfig, options, HELP)
+
+
+def configured(kind: type[T], options: argparse.Namespace, names: Iterable[str]) -> T:
+    """A configuration of this kind, from the file of --config and the options of these names.
+
+    Raises:
+        InvalidRequest: naming the key.
+    """
+    values = read_file(options.config, kind) if options.config else {}
+    for name in names:
+        value = getattr(options, name)
+        if value is not None:
+            values[name] = tuple(value) if isinstance(value, list) else value
+    for each in fields(kind):  # type: ignore[arg-type]
         if each.default is MISSING and each.name not in values:
             option = each.name.replace("_", "-")
             raise InvalidRequest(f"{each.name} is missing; give --{option} or the key in --config")
-    return ServiceConfig(**values)
+    return kind(**values)
 
 
 def state_folder(config: ServiceConfig) -> Path:

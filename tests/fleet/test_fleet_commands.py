@@ -312,6 +312,16 @@ def test_commands_name_what_is_wrong(shell: Shell, capsys: pytest.CaptureFixture
         assert message in capsys.readouterr().err
 
 
+def test_a_health_that_is_asked_for_twice_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = tmp_path / "health.yaml"
+    asked.write_text("min_tok_s: 8\nmin_tok_s: 0\n")
+    words = ["publish", "bundle", "--name", "tiny", "--version", "1", "--health", str(asked)]
+    assert main(["fleet", *words, "--fleet", str(tmp_path)]) == 1
+    assert "sets 'min_tok_s' twice" in capsys.readouterr().err
+
+
 def test_a_killed_controller_goes_on_when_the_command_is_given_again(shell: Shell) -> None:
     kills = 0
     with shell.devices(phase_s=0.15) as fleet:
