@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from edgecascade.fleet.operator import Operator, Turn
     from edgecascade.fleet.rollout import Seen, Trouble
 
+NOT_BEGUN = "not begun"
 TROUBLES = 5  # devices that are shown with their reason
 
 
@@ -116,15 +117,15 @@ class Screen:
             self._live.update(self._table(turn), refresh=True)
         else:
             print(line(turn), flush=True)
-            for text in self._details() if self._whole or turn.record.progress.ended else ():
+            for text in self._details(turn) if self._whole or turn.record.progress.ended else ():
                 print(f"  {text}", flush=True)
 
-    def _details(self) -> list[str]:
+    def _details(self, turn: Turn) -> list[str]:
         """What an operator should know of single devices."""
-        failed = [
-            f"{name} {job.state.lower()}: {_why(job)}"
-            for name, job in self._view.troubles()[:TROUBLES]
-        ]
+        troubles = self._view.troubles()
+        if _is_off(turn):  # what they waited for comes too late
+            troubles = [each for each in troubles if each[1].state != "QUEUED"]
+        failed = [f"{name} {job.state.lower()}: {_why(job)}" for name, job in troubles[:TROUBLES]]
         now = time.time()
         return [*failed, *self._not_believed(), *troubled(self._operator.look(), now)]
 
@@ -158,8 +159,11 @@ class Screen:
             name = "1 device" if percent == FIRST else f"{percent:g} %"
             bar = ProgressBar(total=1.0, completed=done, width=40)
             table.add_row(name, bar, _duration(stage_s(plan, size)))
-        phases = ", ".join(f"{n} {_plain(name)}" for name, n in self._view.phases().most_common())
-        return Group(table, Text(phases), *map(Text, self._details()))
+        words = {"queued": NOT_BEGUN} if _is_off(turn) else {}
+        phases = ", ".join(
+            f"{n} {_plain(words.get(name, name))}" for name, n in self._view.phases().most_common()
+        )
+        return Group(table, Text(phases), *map(Text, self._details(turn)))
 
 
 def line(turn: Turn) -> str:
@@ -174,7 +178,7 @@ def line(turn: Turn) -> str:
     parts = {
         "succeeded": count.succeeded,
         "on the way": count.active,
-        "waiting": count.waiting,
+        NOT_BEGUN if _is_off(turn) else "waiting": count.waiting,
         "failed": count.failed,
         "lost": count.lost,
         "rejected": count.rejected,
@@ -188,6 +192,11 @@ def line(turn: Turn) -> str:
     said = f"{stage}: {shown}" if shown else stage
     doubts = f"; {turn.doubts} messages not believed" if turn.doubts else ""
     return f"{record.order.order}: {progress.state}{because}; {said}{doubts}"
+
+
+def _is_off(turn: Turn) -> bool:
+    """Whether a device that has not begun never will."""
+    return turn.record.progress.state in ("aborted", "rolled-back")
 
 
 def _why(job: Job) -> str:

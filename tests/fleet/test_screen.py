@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from rich.console import Console
 
-from edgecascade.cli.screen import TROUBLES, Screen, troubled
+from edgecascade.cli.screen import TROUBLES, Screen, line, troubled
 from edgecascade.fleet.jobs import Job
 from edgecascade.fleet.operator import Turn
 from edgecascade.fleet.orders import Order
@@ -22,8 +23,6 @@ FRESH = Standing("r", 1, ts=NOW - 60, fresh_until=NOW + 3600)
 
 
 def seen(**changes: Any) -> Seen:
-    from dataclasses import replace
-
     return Seen(1.0, online=changes.pop("online", True), standing=replace(FRESH, **changes))
 
 
@@ -84,3 +83,18 @@ def test_a_device_s_words_are_shown_and_do_nothing_else(message: str) -> None:
     shown = capture.get()
     assert "".join(each if each.isprintable() else " " for each in message) in shown
     assert "\x1b" not in shown
+
+
+@pytest.mark.parametrize("state", ["running", "aborted", "rolled-back"])
+def test_what_is_over_is_queued_nowhere(state: Any) -> None:
+    order = Order("o-1", 1, "g", "tiny", "1.0", "ab" * 32, 0.0, NOW)
+    progress = Progress(1, first="robot-1", state=state)
+    turn = Turn(Record(order, Plan("o-1"), progress), Tally(waiting=1), settled=True)
+    desk: Any = Desk("the repository is out of reach")
+    desk.job = replace(desk.job, state="QUEUED", phase="queued")
+    console = Console(width=200, force_terminal=False)
+    with console.capture() as capture:
+        console.print(Screen(desk, as_json=False)._table(turn))
+    over = state != "running"
+    assert ("queued" in capture.get(), "1 not begun" in capture.get()) == (not over, over)
+    assert (": 1 waiting" in line(turn), ": 1 not begun" in line(turn)) == (not over, over)
