@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgecascade.cli.show import plain, print_json
+from edgecascade.cli.signals import stopped_by
 from edgecascade.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -90,23 +91,14 @@ def _run(settings: AgentSettings) -> int:
     from edgecascade.fleet.agent import Agent
 
     agent = Agent(settings)
-
-    def stop(number: int, frame: object) -> None:
-        signal.signal(number, signal.default_int_handler)  # the second time it is meant
-        agent.stop()
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    where = settings.mqtt and settings.address().shown
-    print(
-        f"agent {settings.name} of {settings.device_id} at {where or 'no broker'}, "
-        f"groups {', '.join(settings.groups)}; Ctrl-C ends it",
-        file=sys.stderr,
-    )
-    try:
+    with stopped_by((signal.SIGINT, signal.SIGTERM), agent.stop):
+        where = settings.mqtt and settings.address().shown
+        print(
+            f"agent {settings.name} of {settings.device_id} at {where or 'no broker'}, "
+            f"groups {', '.join(settings.groups)}; Ctrl-C ends it",
+            file=sys.stderr,
+        )
         agent.run()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
     return 0
 
 

@@ -19,6 +19,7 @@ from edgecascade.cli.options import (
     read_tools,
 )
 from edgecascade.cli.show import Talk, print_json
+from edgecascade.cli.signals import stopped_by
 from edgecascade.errors import InvalidRequest
 from edgecascade.text.tokenizer import checked_text
 
@@ -69,29 +70,20 @@ def _serve(args: argparse.Namespace) -> int:
     from edgecascade.service.service import Service
 
     config = from_options(args)
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # else it was started by nohup
+        numbers.append(signal.SIGHUP)
     with (
         load(args, slots=args.slots, max_queue=args.max_queue) as llm,
         Service(llm, config) as service,
+        stopped_by(numbers, service.stop),
     ):
-
-        def drain(number: int, frame: object) -> None:
-            signal.signal(number, signal.default_int_handler)  # the second time it is meant
-            service.stop()
-
-        numbers = [signal.SIGINT, signal.SIGTERM]
-        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # else it was started by nohup
-            numbers.append(signal.SIGHUP)
-        before = {number: signal.signal(number, drain) for number in numbers}
         print(
             f"serving {service.model} as {config.device_id} at {config.address().shown}; "
             "Ctrl-C drains and ends",
             file=sys.stderr,
         )
-        try:
-            service.run()
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        service.run()
     return 0
 
 

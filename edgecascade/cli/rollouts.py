@@ -44,25 +44,13 @@ def add(acts: Any, home_options: Callable[[argparse.ArgumentParser], None], home
         "abort": "nobody activates the release any more; who has it keeps it",
         "rollback": "who has the release goes back to what it had",
     }
-    acts_of = {
-        "status": _status,
-        "pause": _pause,
-        "resume": _resume,
-        "abort": _abort,
-        "rollback": _rollback,
-    }
     for name, text in texts.items():
         parser = acts.add_parser(name, help=text)
         home_options(parser)
         broker_options(parser)
         parser.add_argument("order", nargs="?", help="of the rollout (default: the newest)")
-        parser.set_defaults(run=_bound(acts_of[name], home))
-
-
-def _bound(
-    act: Callable[[argparse.Namespace, Home], int], home: HomeOf
-) -> Callable[[argparse.Namespace], int]:
-    return lambda args: act(args, home(args))
+        act = _status if name == "status" else _change
+        parser.set_defaults(run=lambda args, act=act: act(args, home(args)))
 
 
 def broker_options(parser: argparse.ArgumentParser) -> None:
@@ -202,54 +190,27 @@ def _status(args: argparse.Namespace, home: Home) -> int:
     return 0
 
 
-def _act(
-    args: argparse.Namespace,
-    home: Home,
-    change: Callable[[Record, Any, float], Progress],
-    then: Callable[[argparse.Namespace, Controller, Operator], int] | None = None,
-) -> int:
+def _change(args: argparse.Namespace, home: Home) -> int:
+    """pause, resume, abort or rollback, and what there is to watch afterwards."""
+    from edgecascade.fleet import rollout
+
+    changes: dict[str, Callable[[Record, rollout.Fleet, float], Progress]] = {
+        "pause": lambda record, _, now: rollout.pause(record.progress, now),
+        "resume": lambda record, fleet, now: rollout.resume(
+            record.plan, record.progress, fleet, now
+        ),
+        "abort": lambda record, _, now: rollout.abort(record.progress, now),
+        "rollback": lambda record, _, now: rollout.rollback(record.progress, now),
+    }
+    watch = {"resume": _watch, "rollback": _watch_back}
     record = _chosen(args, home)
     with _control(args, home, record) as (controller, operator):
-        turn = controller.act(change)
-        if then is not None:
-            return then(args, controller, operator)
+        turn = controller.act(changes[args.act])
+        if args.act in watch:
+            return watch[args.act](args, controller, operator)
         with Screen(operator, as_json=args.json) as screen:
             screen.show(turn)
     return 0
-
-
-def _pause(args: argparse.Namespace, home: Home) -> int:
-    from edgecascade.fleet import rollout
-
-    return _act(args, home, lambda record, fleet, now: rollout.pause(record.progress, now))
-
-
-def _resume(args: argparse.Namespace, home: Home) -> int:
-    from edgecascade.fleet import rollout
-
-    return _act(
-        args,
-        home,
-        lambda record, fleet, now: rollout.resume(record.plan, record.progress, fleet, now),
-        _watch,
-    )
-
-
-def _abort(args: argparse.Namespace, home: Home) -> int:
-    from edgecascade.fleet import rollout
-
-    return _act(args, home, lambda record, fleet, now: rollout.abort(record.progress, now))
-
-
-def _rollback(args: argparse.Namespace, home: Home) -> int:
-    from edgecascade.fleet import rollout
-
-    return _act(
-        args,
-        home,
-        lambda record, fleet, now: rollout.rollback(record.progress, now),
-        _watch_back,
-    )
 
 
 def _watch_back(args: argparse.Namespace, controller: Controller, operator: Operator) -> int:
