@@ -94,7 +94,7 @@ def write_file(path: Path, data: bytes, *, mode: int = 0o666) -> None:
         os.fsync(out.fileno())
 
 
-def replace_file(path: Path, data: bytes, *, mode: int = 0o666) -> None:
+def replace_file(path: Path, data: bytes) -> None:
     """Write a file in place of the one that is there; it is on the disk when this returns.
 
     Whoever is cut off leaves the old one, and nothing beside it where the disk is full. The caller
@@ -103,7 +103,7 @@ def replace_file(path: Path, data: bytes, *, mode: int = 0o666) -> None:
     part = path.with_name(f".{path.name}.part-")  # hidden: folders of these are served and globbed
     part.unlink(missing_ok=True)  # of a writer that was killed
     try:
-        write_file(part, data, mode=mode)
+        write_file(part, data)
         os.replace(part, path)
     except OSError as error:
         part.unlink(missing_ok=True)

@@ -13,7 +13,6 @@ ends with it, is started again on the bundle that the state names.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
 import queue
 import time
@@ -44,6 +43,7 @@ from edgecascade.fleet.intake import (
 )
 from edgecascade.fleet.jobs import Job, first_to_forget
 from edgecascade.fleet.line import Line
+from edgecascade.fleet.locked import lock_within
 from edgecascade.fleet.orders import MAX_ENVELOPE_BYTES
 from edgecascade.fleet.refresh import (
     MAX_ROOT_BYTES,
@@ -70,7 +70,7 @@ TICK_S = 30.0  # windows open and orders expire without a message
 TURN_S = 1.0
 STATUS_S = 1.0
 PROGRESS_STEP = 0.05  # of a download, between two reports
-LOCK_S = 0.5
+LOCK_S = 0.5  # `agent status` may be looking
 MAX_INBOX = 1000
 
 
@@ -235,14 +235,14 @@ class Agent:
                 if not self._known(order.order):
                     evidence = {"reason": reason, "message": message}
                     held = ev.Report(order.order, order.seq, "QUEUED", evidence=evidence)
-                    self._report(replace(held, group=order.group, release=order.release_sha256))
+                    self.report(replace(held, group=order.group, release=order.release_sha256))
             case Refusal(name, seq, reason, message, source, group):
                 self._refusal = result
                 self._answer(source, name, Outcome(True, f"order {name!r} is refused: {message}"))
                 if name and reason not in NOT_YET and not self._known(name):
                     evidence = {"reason": reason, "message": message}
                     # It names no release: anybody may have written this order.
-                    self._report(ev.Report(name, seq, "REJECTED", group=group, evidence=evidence))
+                    self.report(ev.Report(name, seq, "REJECTED", group=group, evidence=evidence))
 
     def _follow(self) -> None:
         """Say what the orders of the latest stick have come to meanwhile."""
@@ -305,10 +305,6 @@ class Agent:
         """See executor.Host."""
         self._wake_at = min(self._wake_at or at, at)
 
-    def report(self, report: ev.Report, revision: int) -> None:
-        """See executor.Host."""
-        self._report(report, revision)
-
     def progress(self, order: str, share: float) -> None:
         """So much of a download is done; from any thread."""
         job = self._jobs.get(order)
@@ -327,7 +323,8 @@ class Agent:
             return {"unasked": "no broker is configured"}
         return self._line.ask(messages, timeout_s)
 
-    def _report(self, report: ev.Report, revision: int = 0) -> None:
+    def report(self, report: ev.Report, revision: int = 0) -> None:
+        """See executor.Host; what the executor does not know of has no revision."""
         before = self._jobs.get(report.order)
         job = Job(
             report.order,
@@ -340,7 +337,7 @@ class Agent:
             progress=1.0 if report.state == "SUCCEEDED" else 0.0,
             bundle_from=report.bundle_from,
             bundle_to=report.bundle_to,
-            evidence=report.evidence,
+            evidence=dict(report.evidence),
         )
         self._tell(replace(job, **self._stamp(before, revision)))
 
@@ -394,21 +391,15 @@ def own(root: Path) -> IO[bytes]:
     Raises:
         InvalidRequest: when another agent has it, or it cannot be written.
     """
-    end = time.monotonic() + LOCK_S  # `agent status` may be looking
     try:
         root.mkdir(parents=True, exist_ok=True)
         lock = open(root / "lock", "ab")  # noqa: SIM115  held as long as the agent runs
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return lock
-            except BlockingIOError as error:
-                if time.monotonic() > end:
-                    lock.close()
-                    raise InvalidRequest(f"another agent works in {root}") from error
-                time.sleep(0.05)
+        if lock_within(lock, LOCK_S):
+            return lock
     except OSError as error:
         raise InvalidRequest(f"root {str(root)!r} cannot be written: {error.strerror}") from error
+    lock.close()
+    raise InvalidRequest(f"another agent works in {root}")
 
 
 def trusted_root(folder: Path, given: str | None) -> bytes:

@@ -14,7 +14,7 @@ from pathlib import Path
 from edgecascade import manifest as layout
 from edgecascade import verified
 from edgecascade.errors import FleetError
-from edgecascade.files import HASH_CHUNK_BYTES, fsync_folder, sha256_file, sha256_files
+from edgecascade.files import HASH_CHUNK_BYTES, fsync_file, fsync_folder, sha256_file, sha256_files
 from edgecascade.fleet import delta
 from edgecascade.fleet.release import DeltaRef, FileRef, Release
 
@@ -124,8 +124,7 @@ class BlobFolder:
         return self.folder / f".{name}.part-{os.getpid()}"
 
     def _keep(self, part: Path, sha256: str) -> None:
-        with open(part, "rb") as written:
-            os.fsync(written.fileno())
+        fsync_file(part)
         os.replace(part, self.folder / sha256)
 
 

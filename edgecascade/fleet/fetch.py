@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from edgecascade.errors import DownloadFailed
+from edgecascade.files import fsync_file
 from edgecascade.fleet.sources import Body, Patience, Source, SourceFault, blocks
 
 log = logging.getLogger(__name__)
@@ -259,8 +260,7 @@ class Downloader:
         if part.lacking:
             return False
         if part.digest.hexdigest() == part.blob.sha256:
-            with open(part.path, "r+b") as done:
-                os.fsync(done.fileno())
+            fsync_file(part.path)
             return True
         if part.origin is None:
             part.single = True  # of several mirrors, or an earlier run: nobody can be blamed

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Protocol
 
 from edgecascade import verified
-from edgecascade.files import fsync_folder, open_regular, sha256_file
+from edgecascade.files import fsync_file, fsync_folder, open_regular, sha256_file
 
 FILE_MODE = 0o644
 
@@ -175,11 +175,7 @@ class RealFiles:
 
     def sync(self, path: str) -> None:
         """See Files."""
-        fd = os.open(self.root / path, os.O_RDONLY | os.O_NOFOLLOW)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+        fsync_file(self.root / path)
 
     def sync_folder(self, path: str) -> None:
         """See Files."""

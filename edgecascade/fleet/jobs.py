@@ -7,11 +7,11 @@ words of `state` are those of AWS IoT Jobs.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
+from edgecascade.fleet import strict
 from edgecascade.service import wire
 
 SCHEMA = 1
@@ -30,9 +30,8 @@ class Job:
 
     `group` and `release` are the order's; a device that could not believe an order names none as
     its release. `version` grows with every report of a device, so that an old one is told from a
-    new one.
-    `phase` is the updater's own word. `evidence` says why it ended as it did: `reason` (a stable
-    word), `message`, and whatever was measured.
+    new one. `phase` is the updater's own word. `evidence` says why it ended as it did: `reason` (a
+    stable word), `message`, and whatever was measured.
     """
 
     order: str
@@ -44,7 +43,7 @@ class Job:
     version: int = 1
     bundle_from: str = ""
     bundle_to: str = ""
-    evidence: Mapping[str, Any] = field(default_factory=dict)
+    evidence: dict[str, Any] = field(default_factory=dict)
     ts: float = 0.0
     group: str = ""
     release: str = ""
@@ -79,36 +78,12 @@ def first_to_forget(jobs: Mapping[str, Job]) -> str:
 
 def read_job(payload: bytes) -> Job | None:
     """The report in these bytes; None for what is not one."""
-    if len(payload) > MAX_JOB_BYTES:
-        return None
     try:
-        body = wire.decode(payload)
-    except wire.BadJson:
+        job = strict.parse(
+            Job, payload, "report", schema=SCHEMA, limit=MAX_JOB_BYTES, defaults=True
+        )
+    except strict.BadDocument:
         return None
-    if not isinstance(body, dict) or body.pop("schema", None) != SCHEMA:
-        return None
-    try:
-        job = Job(**body)
-    except TypeError:
-        return None
-    return job if _sound(job) else None
-
-
-def _sound(job: Job) -> bool:
-    texts = (
-        job.order, job.device, job.group, job.release, job.phase, job.bundle_from, job.bundle_to
-    )  # fmt: skip
-    return (
-        all(isinstance(text, str) and len(text) <= MAX_TEXT for text in texts)
-        and all(type(number) is int and number >= 0 for number in (job.seq, job.version))
-        and isinstance(job.state, str)
-        and job.state in STATES
-        and _number(job.progress)
-        and 0 <= job.progress <= 1
-        and _number(job.ts)
-        and isinstance(job.evidence, dict)
-    )
-
-
-def _number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    texts = [value for value in vars(job).values() if isinstance(value, str)]
+    short = all(len(text) <= MAX_TEXT for text in texts)
+    return job if short and min(job.seq, job.version) >= 0 and 0 <= job.progress <= 1 else None

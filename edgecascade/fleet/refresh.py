@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgecascade.errors import FleetError, NetworkError, UpdateFailed, UpdateRefused
-from edgecascade.files import fsync_folder, open_regular
+from edgecascade.files import fsync_file, fsync_folder, open_regular
 from edgecascade.fleet import release as releases
 from edgecascade.fleet import trust
 from edgecascade.fleet.clock import Now, trusted_now
@@ -249,7 +249,7 @@ class Trust:
             for name in names:
                 path = Path(folder, name)
                 if not path.is_symlink():
-                    _fsync(path)
+                    fsync_file(path)
             fsync_folder(Path(folder))
 
 
@@ -288,14 +288,6 @@ def folder_fetch(folder: str | Path) -> Fetch:
             return source.read(limit + 1)
 
     return fetch
-
-
-def _fsync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _bounded(fetch: Fetch, path: str, limit: int) -> bytes:

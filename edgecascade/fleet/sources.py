@@ -8,13 +8,11 @@ somebody signed. Nothing here writes a file.
 from __future__ import annotations
 
 import contextlib
-import errno
 import http.client
 import os
 import re
 import socket
 import ssl
-import stat
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +22,7 @@ from typing import Protocol
 from urllib.parse import quote, unquote, urljoin, urlsplit
 
 from edgecascade.errors import InvalidRequest
+from edgecascade.files import open_regular
 from edgecascade.service.config import masked
 
 BLOCK_BYTES = 1 << 18
@@ -103,36 +102,27 @@ class FolderSource:
         """See Source."""
         checked_path(path)
         try:
-            # A link may lead anywhere, and opening a pipe would wait for ever.
-            fd = os.open(self._folder / path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+            file = open_regular(self._folder / path)
         except OSError as error:
-            absent = error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
+            absent = isinstance(error, FileNotFoundError)
             raise SourceFault(
                 "absent" if absent else "unreachable", f"{path}: {error.strerror}", lasting=absent
             ) from error
-        found = os.fstat(fd)
-        if not stat.S_ISREG(found.st_mode) or size not in (None, found.st_size):
-            os.close(fd)
-            raise SourceFault(
-                "wrong-size",
-                f"{path} is no file of {size} bytes: {found.st_size} bytes, "
-                f"mode {stat.filemode(found.st_mode)}",
-                lasting=True,
-            )
-        if start > found.st_size:
+        length = os.fstat(file.fileno()).st_size
+        if size not in (None, length):
+            file.close()
+            raise SourceFault("wrong-size", f"{length} bytes instead of {size}", lasting=True)
+        if start > length:
             start = 0
-        os.lseek(fd, start, os.SEEK_SET)
-        closed = contextlib.ExitStack()
-        closed.callback(os.close, fd)
+        file.seek(start)
 
         def read(limit: int) -> bytes:
             try:
-                return os.read(fd, limit)
+                return file.read(limit)
             except OSError as error:  # a stick that was pulled out
                 raise SourceFault("unreachable", f"{path}: {error.strerror}") from error
 
-        left = found.st_size - start
-        return Body(start, read, abort=lambda: None, close=closed.close, length=left)
+        return Body(start, read, abort=lambda: None, close=file.close, length=length - start)
 
 
 @dataclass(frozen=True)
@@ -166,22 +156,21 @@ class HttpSource:
         checked_path(path)
         url = urljoin(self.url, quote(path))
         for _ in range(MAX_REDIRECTS + 1):
-            call = _Call(url, self.patience, self.tls)
-            try:
-                answer = call.ask(start, etag)
-                where = answer.getheader("Location")
-                if answer.status in (301, 302, 303, 307, 308) and where:
-                    url = self._redirected(url, where)
-                else:
+            with contextlib.ExitStack() as closing:
+                call = _Call(url, self.patience, self.tls)
+                closing.callback(call.close)
+                try:
+                    answer = call.ask(start, etag)
+                    where = answer.getheader("Location")
+                    if answer.status in (301, 302, 303, 307, 308) and where:
+                        url = self._redirected(url, where)
+                        continue
                     body = _body(call, answer, start, size, etag)
-                    call = None  # type: ignore[assignment]  # the body closes it
-                    return body
-            except (OSError, http.client.HTTPException, ValueError) as error:
-                said = str(error) or type(error).__name__
-                raise SourceFault("unreachable", f"{url}: {said}") from error
-            finally:
-                if call is not None:
-                    call.close()
+                except (OSError, http.client.HTTPException, ValueError) as error:
+                    said = str(error) or type(error).__name__
+                    raise SourceFault("unreachable", f"{url}: {said}") from error
+                closing.pop_all()  # the body closes it
+                return body
         raise SourceFault("redirected", f"{path} is redirected in a circle", lasting=True)
 
     def _redirected(self, url: str, where: str) -> str:

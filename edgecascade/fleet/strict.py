@@ -24,8 +24,10 @@ class BadDocument(ValueError):
     """A document is not what its dataclass says; the message names the place."""
 
 
-def parse(kind: type[T], data: bytes, what: str, *, schema: int, limit: int) -> T:
-    """The document in the bytes: an object with a `schema` and the dataclass's keys.
+def parse(
+    kind: type[T], data: bytes, what: str, *, schema: int, limit: int, defaults: bool = False
+) -> T:
+    """The document in the bytes: an object with a `schema` and the dataclass's keys; see `read`.
 
     Raises:
         BadDocument: for anything else, or more than `limit` bytes.
@@ -36,7 +38,7 @@ def parse(kind: type[T], data: bytes, what: str, *, schema: int, limit: int) -> 
     found = raw.pop("schema", None)
     if found != schema or type(found) is not int:
         raise BadDocument(f"{what} has schema {found!r}, this version reads {schema}")
-    return read(kind, raw, what)
+    return read(kind, raw, what, defaults=defaults)
 
 
 def json_object(data: bytes, what: str) -> dict[str, Any]:

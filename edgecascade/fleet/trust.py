@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
 from edgecascade.errors import UpdateRefused
@@ -48,21 +48,13 @@ class Seen:
         a root that replaces them also replaces what was seen under them (TUF 5.3.11).
         """
         older, newer = sorted((self, other), key=lambda seen: seen.root)
+        kept = replace(newer, targets=max(older.targets, newer.targets))
         if newer.root > older.root and newer.online != older.online:
-            return Seen(
-                root=newer.root,
-                timestamp=newer.timestamp,
-                snapshot=newer.snapshot,
-                targets=max(older.targets, newer.targets),
-                online=newer.online,
-                time=newer.time,
-            )
-        return Seen(
-            root=newer.root,
+            return kept
+        return replace(
+            kept,
             timestamp=max(older.timestamp, newer.timestamp),
             snapshot=max(older.snapshot, newer.snapshot),
-            targets=max(older.targets, newer.targets),
-            online=newer.online,
             time=max(older.time, newer.time),
         )
 

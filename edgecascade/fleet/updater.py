@@ -61,6 +61,7 @@ from edgecascade.fleet.state import (
     cut_evidence,
 )
 
+SWITCHING = frozenset({Phase.DRAINING, Phase.PROBATION})  # half-way is no place to stay
 MAX_BOOTS = 2  # attempts of a trial; each is stored before it begins
 FIRST_PAUSE_S = 30.0  # after a failed attempt; doubled for each further one
 LONGEST_PAUSE_S = 3600.0
@@ -168,7 +169,7 @@ def _booted(state: DeviceState, event: Booted, now: float) -> Step:
             after, effects = _give_up(state, current, evidence, condemned=False)
             return after, (*again, *effects)
         state = replace(state, update=replace(current, boots=current.boots + 1))
-    if current is None or current.phase not in (Phase.DRAINING, Phase.PROBATION):
+    if current is None or current.phase not in SWITCHING:
         again += (Check(state.active) if state.active else Start(None),)
     if current is not None:
         again += (_progress(state),)
@@ -178,7 +179,7 @@ def _booted(state: DeviceState, event: Booted, now: float) -> Step:
 
 
 def _ticked(state: DeviceState, current: Update, now: float) -> Step:
-    before_trial = current.phase not in ON_TRIAL and current.phase is not Phase.DRAINING
+    before_trial = current.phase not in ON_TRIAL | SWITCHING
     if before_trial and now >= current.order.expires:
         return _cancel(state, current, "expired")
     if current.paused:
@@ -199,7 +200,7 @@ def _ordered(state: DeviceState, event: Ordered, now: float) -> Step:
     if order.seq < seen or (order.seq == seen and _other_order_had(state, order)):
         return state, ()  # a replay; answering it would overwrite what the operator knows
     current = state.update
-    switching = current is not None and current.phase in (Phase.DRAINING, Phase.PROBATION)
+    switching = current is not None and current.phase in SWITCHING
     other = current is not None and current.order.order != order.order
     if switching and other and order.action == "install":
         return state, (Defer(event),)
@@ -218,15 +219,12 @@ def _ordered(state: DeviceState, event: Ordered, now: float) -> Step:
 
 def _other_order_had(state: DeviceState, order: Order) -> bool:
     """Whether this place in the sequence is another order's."""
-    had = {verdict.order for verdict in state.verdicts if _same_place(verdict, order)}
+    place = order.key, order.seq
+    had = {verdict.order for verdict in state.verdicts if (verdict.key, verdict.seq) == place}
     current = state.update
-    if current and current.order.key == order.key and current.order.seq == order.seq:
+    if current and (current.order.key, current.order.seq) == place:
         had.add(current.order.order)
     return bool(had - {order.order})
-
-
-def _same_place(verdict: Verdict, order: Order) -> bool:
-    return (verdict.key, verdict.seq) == (order.key, order.seq)
 
 
 def _install(state: DeviceState, event: Ordered, now: float) -> Step:
@@ -273,8 +271,8 @@ def _pause(state: DeviceState, event: Ordered, now: float) -> Step:
     current = state.update
     if current is None or current.order.order != event.order.order:
         return state, ()
-    if current.phase in (Phase.DRAINING, Phase.PROBATION):
-        return state, (_progress(state),)  # half-way is no place to stay
+    if current.phase in SWITCHING:
+        return state, (_progress(state),)
     after = replace(state, update=replace(current, paused=True))
     return after, (Halt(), _progress(after))
 
