@@ -13,6 +13,7 @@ from edgecascade.errors import EdgeCascadeError
 from edgecascade.fleet.events import Report
 from edgecascade.fleet.faults import Failure, Outcome
 from edgecascade.fleet.faults.sim import SimFiles
+from edgecascade.fleet.faults.watched import Watched
 from edgecascade.fleet.faults.world import (
     Device,
     Published,
@@ -26,6 +27,7 @@ from edgecascade.fleet.faults.world import (
     publish,
     require,
     seeds,
+    wrong_with,
 )
 from edgecascade.fleet.fs import Files
 from edgecascade.fleet.orders import Order, Policy
@@ -95,6 +97,12 @@ class Scenario:
         device.deliver(self.order, self.after if install else None)
         return device
 
+    def effects(self) -> int:
+        """How many effects the update has when nothing disturbs it."""
+        seen: list[str] = []
+        self.run(Watched(self.files.copy(), seen.append))
+        return len(seen)
+
     def check(self, files: Files, *, cuts: int) -> None:
         """A device that comes back from a power cut ends where it must."""
         device = self.device(files).boot()
@@ -154,10 +162,8 @@ def run(seed: int, count: int, case: str | None = None) -> Outcome:
             for name, files, cuts, scenario in crash_states(kind, number, most, case):
                 tried += 1
                 points += cuts == 1
-                try:
-                    scenario.check(files, cuts=cuts)
-                except (Violation, EdgeCascadeError, OSError) as error:
-                    failures.append(Failure(name, f"{type(error).__name__}: {error}"))
+                if message := wrong_with(scenario.check, files, cuts=cuts):
+                    failures.append(Failure(name, message))
         if tried >= count or case is not None:
             return Outcome(tried, tuple(failures), notes={"second cuts": tried - points})
     raise AssertionError("seeds have no end")

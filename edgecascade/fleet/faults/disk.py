@@ -6,26 +6,24 @@ from __future__ import annotations
 import errno
 import os
 import random
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from edgecascade.errors import EdgeCascadeError
 from edgecascade.fleet.faults import Failure, Outcome
 from edgecascade.fleet.faults.crash import Scenario
 from edgecascade.fleet.faults.sim import ENDLESS, SimFiles
 from edgecascade.fleet.faults.watched import Watched, write_out
 from edgecascade.fleet.faults.world import (
     Device,
-    Violation,
     check_device,
     check_nothing_more,
     last_word,
     order_for,
     require,
     seeds,
+    wrong_with,
 )
 from edgecascade.fleet.fs import Files, RealFiles
 
@@ -50,8 +48,7 @@ def run(seed: int, count: int, case: str | None = None) -> Outcome:
                 if case not in (None, name):
                     continue
                 tried += 1
-                message = _survives(scenario, files)
-                if message:
+                if message := wrong_with(_survives, scenario, files):
                     failures.append(Failure(name, message))
                 if tried >= count and case is None:
                     break
@@ -102,21 +99,17 @@ def _cases(scenario: Scenario, seed: int, count: int) -> Iterator[tuple[str, Fil
         yield f"{scenario.kind}/{seed}/size/{spare}", small
 
 
-def _survives(scenario: Scenario, files: Files) -> str:
-    """What is wrong with a device that met a broken disk, or nothing."""
-    try:
-        device = scenario.device(files)
-        device.world.running = None if scenario.before is None else scenario.before.slot
-        device.boot()
-        device.deliver(scenario.order, scenario.after)
-        device.settle()
-        require(device.world.running is not None, "no release answers")
-        require(device.state.update is None, "the update does not end")
-        _heal(files)
-        _ends_well(scenario, device)
-    except (Violation, EdgeCascadeError, OSError) as error:
-        return f"{type(error).__name__}: {error}"
-    return ""
+def _survives(scenario: Scenario, files: Files) -> None:
+    """A device meets a broken disk, which works again after a while."""
+    device = scenario.device(files)
+    device.world.running = None if scenario.before is None else scenario.before.slot
+    device.boot()
+    device.deliver(scenario.order, scenario.after)
+    device.settle()
+    require(device.world.running is not None, "no release answers")
+    require(device.state.update is None, "the update does not end")
+    _heal(files)
+    _ends_well(scenario, device)
 
 
 def _heal(files: Files) -> None:
@@ -160,35 +153,28 @@ def _on_tmpfs(seed: int, count: int, case: str | None) -> Outcome:
                 return Outcome(skipped=error.stderr.decode(errors="replace").strip())
             try:
                 tried += 1
-                message = _on_full_disk(seed, folder, spare << 10)
-                if message:
+                if message := wrong_with(_on_full_disk, seed, folder, spare << 10):
                     failures.append(Failure(name, message))
             finally:
                 subprocess.run(["umount", str(folder)], check=True)
     return Outcome(tried, tuple(failures))
 
 
-def _on_full_disk(seed: int, folder: Path, spare_bytes: int) -> str:
+def _on_full_disk(seed: int, folder: Path, spare_bytes: int) -> None:
     scenario = Scenario.make("good", seed)
     write_out(scenario.files, folder / "device")
     files = RealFiles(folder / "device")
     with open(folder / "ballast", "wb") as ballast:
         ballast.write(bytes(max(0, files.free_bytes() - spare_bytes)))
-    try:
-        device = scenario.device(Watched(files)).boot()
-        device.deliver(scenario.order, scenario.after)
-        device.settle()
-        require(device.world.running is not None, "no release answers")
-        (folder / "ballast").unlink()
-        device.executor.tick()
-        device.settle()
-        require(last_word(device.world, scenario.order.order), "the order is lost")
-        _ends_well(scenario, device)
-    except (Violation, EdgeCascadeError, OSError) as error:
-        return f"{type(error).__name__}: {error}"
-    finally:
-        shutil.rmtree(folder / "device")
-    return ""
+    device = scenario.device(Watched(files)).boot()
+    device.deliver(scenario.order, scenario.after)
+    device.settle()
+    require(device.world.running is not None, "no release answers")
+    (folder / "ballast").unlink()
+    device.executor.tick()
+    device.settle()
+    require(last_word(device.world, scenario.order.order), "the order is lost")
+    _ends_well(scenario, device)
 
 
 def _mount(*options: str) -> None:

@@ -8,18 +8,11 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from edgecascade.errors import EdgeCascadeError
 from edgecascade.fleet.faults import Failure, Outcome
 from edgecascade.fleet.faults.crash import Scenario
 from edgecascade.fleet.faults.sim import SimFile, SimFiles
 from edgecascade.fleet.faults.watched import Watched, write_out
-from edgecascade.fleet.faults.world import (
-    Device,
-    Violation,
-    order_for,
-    require,
-    seeds,
-)
+from edgecascade.fleet.faults.world import Device, order_for, require, seeds, wrong_with
 from edgecascade.fleet.fs import Files, RealFiles
 
 TITLE = "flipped bits; files swapped, cut, emptied, replaced by links"
@@ -39,7 +32,7 @@ def run(seed: int, count: int, case: str | None = None) -> Outcome:
                 if case not in (None, f"{kind}/{name}"):
                     continue
                 tried += 1
-                message = _checked(scenario, files, first=kind == "after")
+                message = wrong_with(_survives, scenario, files, first=kind == "after")
                 if message:
                     failures.append(Failure(f"{kind}/{name}", message))
         links = max(1, int(count * LINKS))
@@ -102,18 +95,14 @@ def _damage(files: SimFiles, rng: random.Random) -> str:
     return f"{how}-{number}"
 
 
-def _checked(scenario: Scenario, files: Files, *, first: bool) -> str:
-    """What is wrong with a device that finds the damage at its next start, or nothing."""
-    try:
-        device = scenario.device(files).boot()
-        device.settle()
-        require(device.world.running == device.state.active, "what runs is not what is active")
-        if first and device.state.active is None:
-            require(device.world.reports or device.state.seqs, "it neither answers nor reports")
-        _mends(scenario, device)
-        return ""
-    except (Violation, EdgeCascadeError, OSError) as error:
-        return f"{type(error).__name__}: {error}"
+def _survives(scenario: Scenario, files: Files, *, first: bool) -> None:
+    """A device finds the damage at its next start."""
+    device = scenario.device(files).boot()
+    device.settle()
+    require(device.world.running == device.state.active, "what runs is not what is active")
+    if first and device.state.active is None:
+        require(device.world.reports or device.state.seqs, "it neither answers nor reports")
+    _mends(scenario, device)
 
 
 def _mends(scenario: Scenario, device: Device) -> None:
@@ -144,4 +133,4 @@ def _with_links(seed: int, count: int, case: str | None) -> Iterator[tuple[str, 
                 elsewhere.write_bytes(victim.read_bytes())
             victim.unlink()
             victim.symlink_to(elsewhere)
-            yield name, _checked(scenario, Watched(RealFiles(folder)), first=True)
+            yield name, wrong_with(_survives, scenario, Watched(RealFiles(folder)), first=True)

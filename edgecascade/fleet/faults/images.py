@@ -16,11 +16,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from edgecascade.errors import EdgeCascadeError
 from edgecascade.fleet.faults import Failure, Outcome
 from edgecascade.fleet.faults.crash import Scenario
 from edgecascade.fleet.faults.watched import Watched, write_out
-from edgecascade.fleet.faults.world import Violation, seeds
+from edgecascade.fleet.faults.world import seeds, wrong_with
 from edgecascade.fleet.fs import RealFiles
 
 TITLE = "ext4 images of a power cut at every effect"
@@ -99,11 +98,7 @@ def _converges(scenario: Scenario, files: Watched) -> None:
 def _checked(scenario: Scenario, image: Path, check: Check) -> str:
     """What is wrong with the device on an image, or nothing."""
     with _mounted(image, "data=ordered") as folder:
-        try:
-            check(scenario, Watched(RealFiles(folder / "device")))
-        except (Violation, EdgeCascadeError, OSError) as error:
-            return f"{type(error).__name__}: {error}"
-    return ""
+        return wrong_with(check, scenario, Watched(RealFiles(folder / "device")))
 
 
 def _images(
@@ -134,7 +129,7 @@ def _images(
         os.close(tell)
         os.close(wait)
         try:
-            points = _points(scenario)
+            points = scenario.effects() + 1  # and the end
             step = max(1, points // most)
             for point in range(points):
                 if not os.read(told, 1):
@@ -149,18 +144,6 @@ def _images(
                 pass
             os.close(told)
             os.waitpid(pid, 0)
-
-
-def _points(scenario: Scenario) -> int:
-    """How many effects the update has, and its end."""
-    points = 1
-
-    def before(effect: str) -> None:
-        nonlocal points
-        points += 1
-
-    scenario.run(Watched(scenario.files.copy(), before))
-    return points
 
 
 def _status(work: Callable[[], None], *unused: int) -> int:

@@ -44,7 +44,7 @@ def _run(base: Path, seed: int, count: int, case: str | None) -> Outcome:
                 continue
             start = base / "start"
             write_out(scenario.files, start)
-            effects = _effects(scenario, base)
+            effects = scenario.effects()
             step = max(1, effects * len(KINDS) // count)
             for first in range(1, effects + 1, step):
                 name = f"{kind}/{number}/{first}"
@@ -64,21 +64,6 @@ def _run(base: Path, seed: int, count: int, case: str | None) -> Outcome:
             if tried >= count or case is not None:
                 return Outcome(tried, tuple(failures), notes={"kills": kills})
     raise AssertionError("seeds have no end")
-
-
-def _effects(scenario: Scenario, base: Path) -> int:
-    """How many effects the update has when nothing disturbs it."""
-    count = 0
-
-    def before(effect: str) -> None:
-        nonlocal count
-        count += 1
-
-    folder = base / "undisturbed"
-    write_out(scenario.files, folder)
-    scenario.run(Watched(RealFiles(folder), before))
-    shutil.rmtree(folder)
-    return count
 
 
 def _killed(scenario: Scenario, folder: Path, at: int) -> bool:

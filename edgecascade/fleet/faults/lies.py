@@ -11,19 +11,12 @@ import random
 import re
 from dataclasses import replace
 
-from edgecascade.errors import EdgeCascadeError
 from edgecascade.fleet.faults import Failure, Outcome
 from edgecascade.fleet.faults.crash import Scenario
 from edgecascade.fleet.faults.images import run_images
 from edgecascade.fleet.faults.sim import SimFiles
 from edgecascade.fleet.faults.watched import Watched
-from edgecascade.fleet.faults.world import (
-    Violation,
-    check_device,
-    order_for,
-    require,
-    seeds,
-)
+from edgecascade.fleet.faults.world import check_device, order_for, require, seeds, wrong_with
 from edgecascade.fleet.fs import Files
 
 TITLE = "power cuts on a disk that lies about fsync"
@@ -45,10 +38,8 @@ def run(seed: int, count: int, case: str | None = None) -> Outcome:
         images = run_images(seed, most, inner, skip=EVERY_SYNC, check=_answers, kinds=("good",))
     if on_ext4:
         return images
-    tried, failures = (
-        images.tried,
-        [Failure(f"ext4/{failure.case}", failure.message) for failure in images.failures],
-    )
+    tried = images.tried
+    failures = [Failure(f"ext4/{failure.case}", failure.message) for failure in images.failures]
     for number in seeds(seed, case):
         scenario = Scenario.make("good", number)
         if case is not None and not case.startswith(f"{number}/"):
@@ -57,10 +48,8 @@ def run(seed: int, count: int, case: str | None = None) -> Outcome:
             if case not in (None, name):
                 continue
             tried += 1
-            try:
-                _answers(scenario, left)
-            except (Violation, EdgeCascadeError, OSError) as error:
-                failures.append(Failure(name, f"{type(error).__name__}: {error}"))
+            if message := wrong_with(_answers, scenario, left):
+                failures.append(Failure(name, message))
             if tried >= count:
                 break
         if tried >= count or case is not None:

@@ -11,8 +11,9 @@ import hashlib
 import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ParamSpec
 
+from edgecascade.errors import EdgeCascadeError
 from edgecascade.fleet.events import Report
 from edgecascade.fleet.executor import Executor
 from edgecascade.fleet.floor import read_floor
@@ -28,6 +29,7 @@ GROUP = "site"
 BLOCK = 512  # bytes that a download writes at once
 MARGIN_BYTES = 4096
 PATIENCE = 60  # ticks until an update must have ended
+P = ParamSpec("P")
 
 
 class Violation(BaseException):
@@ -38,6 +40,15 @@ def require(good: object, message: str) -> None:
     """An assertion that `python -O` does not remove."""
     if not good:
         raise Violation(message)
+
+
+def wrong_with(work: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> str:
+    """What goes wrong when this is done, or nothing."""
+    try:
+        work(*args, **kwargs)
+    except (Violation, EdgeCascadeError, OSError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
 
 
 @dataclass(frozen=True)
