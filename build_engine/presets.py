@@ -21,7 +21,6 @@ F32, F16, I8, U4 = Codec.F32, Codec.F16, Codec.I8_64, Codec.U4_64
 class Preset:
     """Codec by role, and the type of cached keys and values."""
 
-    name: str
     codecs: Mapping[Role, Codec]
     kv_type: str
 
@@ -42,10 +41,10 @@ _BALANCED = {**_SPEED, Role.HEAD: I8}
 _QUALITY = {**_BALANCED, Role.ATTENTION: I8, Role.MAMBA_BEFORE_ATTENTION: I8}
 
 PRESETS = {
-    "exact": Preset("exact", dict.fromkeys(Role, F32), "f32"),
-    "quality": Preset("quality", _QUALITY, "f16"),
-    "balanced": Preset("balanced", _BALANCED, "f16"),
-    "speed": Preset("speed", _SPEED, "f16"),
+    "exact": Preset(dict.fromkeys(Role, F32), "f32"),
+    "quality": Preset(_QUALITY, "f16"),
+    "balanced": Preset(_BALANCED, "f16"),
+    "speed": Preset(_SPEED, "f16"),
 }
 
 
