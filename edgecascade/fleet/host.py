@@ -9,27 +9,24 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from edgecascade.errors import DownloadFailed, FleetError, UpdateFailed
+from edgecascade.errors import FleetError, UpdateFailed
 from edgecascade.files import canonical_json, write_file
-from edgecascade.fleet import delta as deltas
 from edgecascade.fleet import events as ev
 from edgecascade.fleet import probation
 from edgecascade.fleet.child import Child, ChildState, Command
+from edgecascade.fleet.download import UpdateDownload
 from edgecascade.fleet.executor import Evidence, Work
-from edgecascade.fleet.fetch import Blob, Downloader, DownloadStopped, Pace
-from edgecascade.fleet.fs import RealFiles
+from edgecascade.fleet.fetch import DownloadStopped, Pace
 from edgecascade.fleet.orders import Order
-from edgecascade.fleet.release import DeltaRef, Release
+from edgecascade.fleet.release import Release
 from edgecascade.fleet.settings import AgentSettings
 from edgecascade.fleet.sources import Patience, Source
 from edgecascade.fleet.state import Slot
-from edgecascade.fleet.store import MARGIN_BYTES
 
 log = logging.getLogger(__name__)
 
@@ -137,12 +134,24 @@ class DeviceHost:
         keep: Callable[[str], None],
     ) -> None:
         """See executor.Host."""
-        loader = _Loader(self, order, keep, sum(missing.values()))
+        total = max(1, sum(missing.values()))
+
+        def progress(came: int) -> None:
+            self._voice.progress(order.order, min(1.0, max(0.0, came / total)))
+
+        limits = order.limits
+        rate = limits.kbit_s * 1000 / 8 if limits.kbit_s else None
+        pull = UpdateDownload(
+            self._root,
+            self.sources(order),
+            pace=Pace(bytes_per_s=rate, parallel=limits.parallel),
+            patience=self._patience,
+            keep=keep,
+            on_bytes=progress,
+        )
         try:
-            with self._stoppable(loader.stop):
-                made = loader.differences(release, missing)
-                loader.whole({sha256: size for sha256, size in missing.items()
-                              if sha256 not in made})  # fmt: skip
+            with self._stoppable(pull.stop):
+                pull.run(release, missing)
         except DownloadStopped as error:
             raise UpdateFailed(str(error), reason="stopped") from error
 
@@ -255,117 +264,3 @@ class DeviceHost:
         found = probation.prepare(Path(command[4]), stopped=stopped)
         if found:
             log.warning("engine: %s", found)
-
-
-class _Loader:
-    """One download of an update: differences first, then whole blobs."""
-
-    def __init__(
-        self, host: DeviceHost, order: Order, keep: Callable[[str], None], total: int
-    ) -> None:
-        self._host, self._order, self._keep, self._total = host, order, keep, max(1, total)
-        self._partial = host._root / "partial"
-        self._came = 0
-        self._lock = threading.Lock()
-        self._stopped = False
-        self._loader: Downloader | None = None
-
-    def stop(self) -> None:
-        with self._lock:
-            self._stopped = True
-            if self._loader is not None:
-                self._loader.stop()
-
-    def whole(self, missing: Mapping[str, int]) -> None:
-        blobs = [Blob(sha256, size) for sha256, size in missing.items()]
-        self._fetch(blobs, lambda blob, path: self._keep(blob.sha256))
-
-    def differences(self, release: Release, missing: Mapping[str, int]) -> set[str]:
-        """Make what can be made of blobs that are here; the blobs that could be made."""
-        chosen = self._chosen(release, missing)
-        made: set[str] = set()
-
-        def keep(blob: Blob, path: Path) -> None:
-            for target, each in chosen.items():
-                if each.sha256 == blob.sha256 and self._restore(each, path, missing[target]):
-                    self._keep(target)
-                    made.add(target)
-            path.unlink()
-
-        try:
-            self._fetch([Blob(each.sha256, each.size) for each in chosen.values()], keep)
-        except DownloadFailed as error:
-            log.warning("fetching whole blobs instead of differences: %s", error)
-            self._drop(release)
-        return made
-
-    def _chosen(self, release: Release, missing: Mapping[str, int]) -> dict[str, DeltaRef]:
-        """The smallest difference for each blob, while there is room for it beside all blobs."""
-        files, best = RealFiles(self._host._root), dict[str, DeltaRef]()
-        for each in release.deltas:
-            better = each.target not in best or each.size < best[each.target].size
-            if each.target in missing and files.size(f"blobs/{each.base}") is not None and better:
-                best[each.target] = each
-
-        def lacking(sha256: str, size: int) -> int:
-            return size - (files.size(f"partial/{sha256}") or 0)
-
-        spare = files.free_bytes() - MARGIN_BYTES - sum(lacking(*each) for each in missing.items())
-        chosen: dict[str, DeltaRef] = {}
-        for target, each in best.items():
-            need = lacking(each.sha256, each.size)
-            if need <= spare:
-                chosen[target] = each
-                spare -= need
-        self._drop(release, keep={each.sha256 for each in chosen.values()})
-        return chosen
-
-    def _drop(self, release: Release, keep: Collection[str] = ()) -> None:
-        """Give the room back that differences have taken: the whole blobs need it."""
-        for each in release.deltas:
-            self._restored(each).unlink(missing_ok=True)
-            if each.sha256 not in keep:
-                (self._partial / each.sha256).unlink(missing_ok=True)
-
-    def _restored(self, each: DeltaRef) -> Path:
-        return self._partial / f"{each.target}.restored"
-
-    def _restore(self, each: DeltaRef, path: Path, size: int) -> bool:
-        part = self._restored(each)
-        try:
-            with open(part, "wb") as out:
-                base = self._host._root / "blobs" / each.base
-                deltas.restore(base, path, size, each.target, out)
-                out.flush()
-                os.fsync(out.fileno())
-            os.replace(part, self._partial / each.target)
-            return True
-        except (FleetError, OSError) as error:
-            log.warning("fetching blob %s as a whole: %s", each.target, error)
-            part.unlink(missing_ok=True)
-            return False
-
-    def _fetch(self, blobs: list[Blob], keep: Callable[[Blob, Path], None]) -> None:
-        if not blobs:
-            return
-        limits = self._order.limits
-        rate = limits.kbit_s * 1000 / 8 if limits.kbit_s else None
-        pace = replace(Pace(), bytes_per_s=rate, parallel=limits.parallel)
-        loader = Downloader(
-            self._partial,
-            self._host.sources(self._order),
-            pace=pace,
-            patience=self._host._patience,
-            on_bytes=self._on_bytes,
-        )
-        with self._lock:
-            if self._stopped:
-                raise DownloadStopped("halted")
-            self._loader = loader
-        loader.fetch(blobs, keep)
-
-    def _on_bytes(self, count: int) -> None:
-        with self._lock:
-            self._came += count
-            share = self._came / self._total
-        self._host._voice.progress(self._order.order, min(1.0, max(0.0, share)))
