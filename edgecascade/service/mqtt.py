@@ -33,6 +33,7 @@ from edgecascade.errors import NetworkError
 from edgecascade.service.config import BrokerAddress
 from edgecascade.service.protocol import Incoming
 from edgecascade.service.replies import PACKET_HEAD_BYTES, Outgoing
+from edgecascade.service.tls import SecureSocket, tls_context, untrusted
 
 log = logging.getLogger(__name__)
 
@@ -114,36 +115,7 @@ class _Connection:
     @property
     def alert(self) -> ssl.SSLError | None:
         """What TLS said when it ended."""
-        return self.socket.alert if isinstance(self.socket, _SecureSocket) else None
-
-
-class _SecureSocket(ssl.SSLSocket):
-    """Remembers the alert that it ended with: in TLS 1.3 a certificate is refused after the
-    handshake, where paho only logs it.
-    """
-
-    alert: ssl.SSLError | None = None
-
-    def recv(self, *args: Any, **options: Any) -> bytes:
-        """See socket."""
-        try:
-            return super().recv(*args, **options)
-        except (ssl.SSLWantReadError, ssl.SSLWantWriteError, ssl.SSLEOFError):
-            raise
-        except ssl.SSLError as error:
-            self.alert = error
-            raise
-
-    def send(self, *args: Any, **options: Any) -> int:
-        """See socket. What the other side has closed may still hold its alert."""
-        try:
-            return super().send(*args, **options)
-        except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
-            raise
-        except OSError:
-            with contextlib.suppress(OSError):
-                self.recv(1)
-            raise
+        return self.socket.alert if isinstance(self.socket, SecureSocket) else None
 
 
 class Link:
@@ -330,7 +302,7 @@ class Link:
             except (ssl.SSLEOFError, ssl.SSLSyscallError) as error:  # cut meanwhile
                 self.reason = str(error)
             except ssl.SSLError as error:
-                self._refused(_untrusted(error))
+                self._refused(untrusted(error))
             except NetworkError as error:  # files of ours that cannot be used
                 self._refused(str(error))
             except OSError as error:
@@ -411,7 +383,7 @@ class Link:
         if address.username is not None:
             client.username_pw_set(address.username, address.secret())
         if address.tls:
-            client.tls_set_context(_tls(address))
+            client.tls_set_context(tls_context(address))
         if options.will is not None:
             will = options.will
             properties = _properties(PacketTypes.WILLMESSAGE) if five else None
@@ -469,7 +441,7 @@ class Link:
             if connection.acknowledged:
                 self.reason = f"lost: {reason}"
             elif connection.alert is not None:
-                self._refused(_untrusted(connection.alert))
+                self._refused(untrusted(connection.alert))
             elif connection.refusal is None:
                 self.reason = "it hangs up without an answer"
             if reason.value == SESSION_TAKEN_OVER:
@@ -678,29 +650,6 @@ def _wait(sock: Any, bell: socket.socket, *, writing: bool) -> bool:
 
 def _properties(kind: int) -> Any:
     return Properties(kind)  # type: ignore[no-untyped-call]
-
-
-def _tls(address: BrokerAddress) -> ssl.SSLContext:
-    # Made anew for each connection, so that a renewed certificate is taken up.
-    try:
-        context = ssl.create_default_context(
-            cafile=str(address.ca_file) if address.ca_file else None
-        )
-        context.minimum_version = ssl.TLSVersion.TLSv1_2
-        context.sslsocket_class = _SecureSocket
-        if address.cert_file is not None:
-            context.load_cert_chain(str(address.cert_file), str(address.key_file))
-    except (OSError, ssl.SSLError) as error:
-        raise NetworkError(f"the certificates cannot be used: {error}") from error
-    return context
-
-
-def _untrusted(error: ssl.SSLError) -> str:
-    if isinstance(error, ssl.SSLCertVerificationError):
-        said = error.verify_message
-        return f"the broker's certificate is not trusted: {said}; give what vouches for it as ca"
-    said = (error.reason or str(error)).replace("_", " ").lower()
-    return f"the TLS handshake fails: {said}; check the port, and the client certificate"
 
 
 def _acknowledge_soon(sock: Any) -> None:

@@ -34,9 +34,10 @@ from edgecascade.service.broker import (
     mosquitto_config,
 )
 from edgecascade.service.config import broker_address
-from edgecascade.service.mqtt import Link, LinkOptions, _SecureSocket
+from edgecascade.service.mqtt import Link, LinkOptions
 from edgecascade.service.protocol import Incoming
 from edgecascade.service.replies import Outgoing
+from edgecascade.service.tls import SecureSocket
 
 AGENT, OTHER = "dev-0001-agent", "dev-0002-agent"
 NAMES = ("dev-0001", "dev-0002", AGENT, OTHER, "agent-7", "operator", "boss")
@@ -346,13 +347,13 @@ def test_a_bad_certificate_is_not_let_in(broker: Broker, file: str) -> None:
 def test_a_refusal_is_heard_also_by_who_speaks_late(
     broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    send = _SecureSocket.send
+    send = SecureSocket.send
 
-    def late(self: _SecureSocket, *args: Any, **options: Any) -> int:
+    def late(self: SecureSocket, *args: Any, **options: Any) -> int:
         time.sleep(0.2)  # the broker has closed meanwhile
         return send(self, *args, **options)
 
-    monkeypatch.setattr(_SecureSocket, "send", late)
+    monkeypatch.setattr(SecureSocket, "send", late)
     own = {"cert": str(broker.folder / "expired.crt"), "key": str(broker.folder / "expired.key")}
     refused_at_once(broker, "certificate expired", **own)
 
