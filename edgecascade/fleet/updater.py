@@ -206,15 +206,23 @@ def _ordered(state: DeviceState, event: Ordered, now: float) -> Step:
         return state, (Defer(event),)
     fresh = replace(state, seqs={**state.seqs, key: order.seq})
     raise_floor = RaiseFloor(fresh.seqs, fresh.floors)
-    actions = {
-        "install": _install,
-        "pause": _pause,
-        "resume": _resume,
-        "abort": _abort,
-        "rollback": _roll_back,
-    }
-    after, effects = actions[order.action](fresh, event, now)
+    after, effects = _obeyed(fresh, event, now)
     return after, ((raise_floor, *effects) if order.seq > seen else effects)
+
+
+def _obeyed(state: DeviceState, event: Ordered, now: float) -> Step:
+    order, current = event.order, state.update
+    if order.action == "install":
+        return _install(state, event, now)
+    if order.action == "rollback":
+        return _roll_back(state, order, now)
+    if current is None or current.order.order != order.order:
+        return state, ()
+    if order.action == "pause":
+        return _pause(state, current)
+    if order.action == "resume":
+        return _resume(state, current, order, now)
+    return _cancel(state, current, "aborted")
 
 
 def _other_order_had(state: DeviceState, order: Order) -> bool:
@@ -230,7 +238,7 @@ def _other_order_had(state: DeviceState, order: Order) -> bool:
 def _install(state: DeviceState, event: Ordered, now: float) -> Step:
     order, target, current = event.order, event.target, state.update
     if current is not None and current.order.order == order.order:
-        return _resume(state, event, now)
+        return _resume(state, current, order, now)
     done = state.verdict(order.order)
     if done is not None:  # delivered again, or the rollout has become wider
         again = replace(done, seq=order.seq)
@@ -267,22 +275,16 @@ def _install(state: DeviceState, event: Ordered, now: float) -> Step:
     return after, (queued, *_work(after, now))
 
 
-def _pause(state: DeviceState, event: Ordered, now: float) -> Step:
-    current = state.update
-    if current is None or current.order.order != event.order.order:
-        return state, ()
+def _pause(state: DeviceState, current: Update) -> Step:
     if current.phase in SWITCHING:
         return state, (_progress(state),)
     after = replace(state, update=replace(current, paused=True))
     return after, (Halt(), _progress(after))
 
 
-def _resume(state: DeviceState, event: Ordered, now: float) -> Step:
+def _resume(state: DeviceState, current: Update, order: Order, now: float) -> Step:
     """The same order again, wider or under other limits: go on by it."""
-    current = state.update
-    if current is None or current.order.order != event.order.order:
-        return state, ()
-    terms = event.order if event.order.action == "install" else current.order
+    terms = order if order.action == "install" else current.order
     after = replace(state, update=replace(current, order=terms, paused=False))
     if terms == current.order and not current.paused:
         return after, (_progress(after),)
@@ -292,16 +294,9 @@ def _resume(state: DeviceState, event: Ordered, now: float) -> Step:
     return after, (_progress(after), *restart)
 
 
-def _abort(state: DeviceState, event: Ordered, now: float) -> Step:
-    current = state.update
-    if current is None or current.order.order != event.order.order:
-        return state, ()
-    return _cancel(state, current, "aborted")
-
-
-def _roll_back(state: DeviceState, event: Ordered, now: float) -> Step:
+def _roll_back(state: DeviceState, order: Order, now: float) -> Step:
     """Go back from what this order installed to what was there before."""
-    order, current = event.order, state.update
+    current = state.update
     if current is not None:
         if current.order.order == order.order and current.order.action == "install":
             return _cancel(state, current, "rolled-back")
