@@ -13,17 +13,15 @@ import json
 import os
 import random
 import shutil
-import tempfile
 from base64 import b64decode, b64encode
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from edgecascade.errors import EdgeCascadeError, FleetError
 from edgecascade.fleet import orders
-from edgecascade.fleet.faults import Failure, Outcome, deceit
-from edgecascade.fleet.faults.siege import DAY_S, DEVICE, FOLDER, NAME, PLAN, Camp, Siege
+from edgecascade.fleet.faults import Outcome, deceit
+from edgecascade.fleet.faults.siege import DAY_S, DEVICE, NAME, PLAN, Camp, Siege, run_each
 from edgecascade.fleet.floor import read_floor
 from edgecascade.fleet.fs import RealFiles
 from edgecascade.fleet.keys import KeyFolders
@@ -63,19 +61,8 @@ def attack(*reasons: str) -> Callable[[Callable[[Siege], Any]], Callable[[Siege]
 
 
 def run(seed: int, count: int, case: str | None = None) -> Outcome:
-    """Each attack in turn, with other numbers each time; a case is NAME:SEED."""
-    cases = [case] if case else _cases(seed, count)
-    failures = []
-    with tempfile.TemporaryDirectory(prefix="attacks-", dir=FOLDER) as folder:
-        camp = Camp(Path(folder) / "camp", random.Random(seed))
-        for each in cases:
-            if message := tried(camp, each):
-                failures.append(Failure(each, message))
-    return Outcome(len(cases), tuple(failures), notes={"attacks": len(_names())})
-
-
-def _names() -> list[str]:
-    return [*ATTACKS, *deceit.TRICKS]
+    """Attacks on a device, then on the operator."""
+    return run_each([*ATTACKS, *deceit.TRICKS], tried, "attacks", seed, count, case)
 
 
 def tried(camp: Camp, case: str) -> str:
@@ -120,13 +107,6 @@ def _honest_again(siege: Siege) -> str:
     except EdgeCascadeError as error:
         return f"afterwards an honest order is refused: {error}"
     return ""
-
-
-def _cases(seed: int, count: int) -> list[str]:
-    names = _names()
-    rounds = -(-count // len(names))
-    every = [f"{name}:{seed + i}" for i in range(rounds) for name in names]
-    return random.Random(seed).sample(every, count) if count < len(names) else every[:count]
 
 
 @attack("rollback")

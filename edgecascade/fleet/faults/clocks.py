@@ -16,8 +16,8 @@ from zoneinfo import ZoneInfo
 from edgecascade.errors import EdgeCascadeError, FleetError
 from edgecascade.fleet.clock import trusted_now
 from edgecascade.fleet.events import Report
-from edgecascade.fleet.faults import Failure, Outcome
-from edgecascade.fleet.faults.siege import DAY_S, FOLDER, START, Camp, Siege
+from edgecascade.fleet.faults import Outcome
+from edgecascade.fleet.faults.siege import DAY_S, FOLDER, START, Camp, Siege, run_each
 from edgecascade.fleet.faults.world import (
     NOW,
     Device,
@@ -46,18 +46,8 @@ ZONES = (
 
 
 def run(seed: int, count: int, case: str | None = None) -> Outcome:
-    """Every kind of clock in turn, with other numbers each time; a case is NAME:SEED."""
-    rounds = -(-count // len(CASES))
-    every = [f"{name}:{seed + i}" for i in range(rounds) for name in CASES]
-    some = random.Random(seed).sample(every, count) if count < len(CASES) else every[:count]
-    cases = [case] if case else some
-    failures = []
-    with tempfile.TemporaryDirectory(prefix="clocks-", dir=FOLDER) as folder:
-        camp = Camp(Path(folder) / "camp", random.Random(seed))
-        for each in cases:
-            if message := tried(camp, each):
-                failures.append(Failure(each, message))
-    return Outcome(len(cases), tuple(failures), notes={"clocks": len(CASES)})
+    """Every kind of clock."""
+    return run_each(CASES, tried, "clocks", seed, count, case)
 
 
 def tried(camp: Camp, case: str) -> str:

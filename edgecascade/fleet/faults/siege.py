@@ -12,7 +12,7 @@ import os
 import random
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,6 +22,7 @@ from edgecascade.errors import UpdateRefused
 from edgecascade.fleet import orders
 from edgecascade.fleet.clock import BUILT
 from edgecascade.fleet.events import Ordered, RaiseFloor
+from edgecascade.fleet.faults import Failure, Outcome
 from edgecascade.fleet.floor import raise_floor, read_floor
 from edgecascade.fleet.fs import RealFiles
 from edgecascade.fleet.intake import Intake
@@ -269,3 +270,25 @@ class Camp:
             now = START + 180
             device = Device(base / "device", self._root(base), mirror, now)
             yield Siege(base, rng, repository, keys, mirror, device, now, base / "old")
+
+
+def run_each(
+    names: Sequence[str],
+    tried: Callable[[Camp, str], str],
+    what: str,
+    seed: int,
+    count: int,
+    case: str | None,
+) -> Outcome:
+    """Each name in turn, with other numbers each time; a case is NAME:SEED."""
+    rounds = -(-count // len(names))
+    every = [f"{name}:{seed + i}" for i in range(rounds) for name in names]
+    some = random.Random(seed).sample(every, count) if count < len(names) else every[:count]
+    cases = [case] if case else some
+    failures = []
+    with tempfile.TemporaryDirectory(prefix=f"{what}-", dir=FOLDER) as folder:
+        camp = Camp(Path(folder) / "camp", random.Random(seed))
+        for each in cases:
+            if message := tried(camp, each):
+                failures.append(Failure(each, message))
+    return Outcome(len(cases), tuple(failures), notes={what: len(names)})
