@@ -6,7 +6,6 @@ It speaks HTTP/1.1 on plain sockets, since no library would send what the faults
 
 from __future__ import annotations
 
-import contextlib
 import re
 import socket
 import struct
@@ -15,6 +14,8 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+
+from edgecascade.fleet.faults.loopback import Loopback
 
 MAX_HEAD_BYTES = 16 << 10
 STALL_S = 20.0  # longer than any patience of a test
@@ -67,7 +68,7 @@ Fault = Callable[[Request, Answer], None]
 
 
 @dataclass
-class Site:
+class Site(Loopback):
     """A server for the `with` block. `fault(request)` may name what goes wrong this time."""
 
     files: Mapping[str, bytes]
@@ -77,55 +78,23 @@ class Site:
     log: list[Request] = field(default_factory=list)
 
     def __enter__(self) -> Site:
-        self._lock = threading.Lock()
-        self._closing = threading.Event()
-        self._threads: list[threading.Thread] = []
-        self._connections: set[socket.socket] = set()
-        self._listener = socket.create_server(("127.0.0.1", 0), backlog=64)
-        self.port = int(self._listener.getsockname()[1])
+        super().__enter__()
         self.url = f"http://127.0.0.1:{self.port}/"
-        self._go(self._accept)
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._closing.set()
-        with contextlib.suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-        with self._lock:
-            for connection in self._connections:
-                with contextlib.suppress(OSError):
-                    connection.shutdown(socket.SHUT_RDWR)
-        for thread in self._threads:
-            thread.join()
-
-    def _go(self, work: Callable[..., None], *args: object) -> None:
-        thread = threading.Thread(target=work, args=args, daemon=True)
-        self._threads.append(thread)
-        thread.start()
-
-    def _accept(self) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                connection, _ = self._listener.accept()
-                with self._lock:
-                    self._connections.add(connection)
-                self._go(self._serve, connection)
-
-    def _serve(self, connection: socket.socket) -> None:
-        answer = Answer(connection, self._closing)
+    def serve(self, connection: socket.socket) -> None:
+        """See Loopback."""
+        answer = Answer(connection, self.closing)
         path = ""
         try:
-            with connection, contextlib.suppress(OSError):
-                connection.settimeout(STALL_S)
-                request = self._read(connection)
-                if request is not None:
-                    path = request.path
-                    (self.fault(request) or serve)(request, answer)
+            connection.settimeout(STALL_S)
+            request = self._read(connection)
+            if request is not None:
+                path = request.path
+                (self.fault(request) or serve)(request, answer)
         finally:
-            with self._lock:
+            with self.lock:
                 self.sent[path] += answer.sent
-                self._connections.discard(connection)
 
     def _read(self, connection: socket.socket) -> Request | None:
         head = b""
@@ -137,7 +106,7 @@ class Site:
         if asked is None:
             return None
         path = asked[1].decode().lstrip("/")
-        with self._lock:
+        with self.lock:
             number = self.asked[path]
             self.asked[path] += 1
             request = Request(

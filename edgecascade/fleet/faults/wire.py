@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from edgecascade.fleet.faults.loopback import Loopback
+
 BLOCK_BYTES = 4096
 CONNECT_S = 5.0
 
@@ -25,67 +27,27 @@ class Trouble:
     bytes_per_s: float = 0.0
 
 
-class Wire:
+class Wire(Loopback):
     """Between clients and a server on loopback, for the `with` block. `trouble` may be replaced."""
 
     def __init__(self, target: int) -> None:
         self.trouble = Trouble()
         self._target = target
-        self._lock = threading.Lock()
-        self._sockets: set[socket.socket] = set()
-        self._threads: list[threading.Thread] = []
-        self._closing = threading.Event()
 
-    def __enter__(self) -> Wire:
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port = int(self._listener.getsockname()[1])
-        self._go(self._accept)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._closing.set()
-        with contextlib.suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-        self.cut()
-        for thread in self._threads:
-            thread.join()
-
-    def cut(self) -> None:
-        """End all connections now."""
-        with self._lock:
-            for each in self._sockets:
-                with contextlib.suppress(OSError):
-                    each.shutdown(socket.SHUT_RDWR)
-
-    def _go(self, work: Callable[..., None], *args: object) -> None:
-        thread = threading.Thread(target=work, args=args, daemon=True)
-        self._threads.append(thread)
-        thread.start()
-
-    def _accept(self) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                near, _ = self._listener.accept()
-                self._go(self._join, near)
-
-    def _join(self, near: socket.socket) -> None:
-        with (
-            near,
-            contextlib.suppress(OSError),
-            socket.create_connection(("127.0.0.1", self._target), CONNECT_S) as far,
-        ):
+    def serve(self, connection: socket.socket) -> None:
+        """See Loopback."""
+        with socket.create_connection(("127.0.0.1", self._target), CONNECT_S) as far:
             far.settimeout(None)
-            with self._lock:
-                self._sockets |= {near, far}
+            with self.lock:
+                self.connections.add(far)
             try:
-                back = threading.Thread(target=self._copy, args=(far, near), daemon=True)
+                back = threading.Thread(target=self._copy, args=(far, connection), daemon=True)
                 back.start()
-                self._copy(near, far)
+                self._copy(connection, far)
                 back.join()
             finally:
-                with self._lock:
-                    self._sockets -= {near, far}
+                with self.lock:
+                    self.connections.discard(far)
 
     def _copy(self, source: socket.socket, sink: socket.socket) -> None:
         passed = 0
@@ -114,13 +76,13 @@ class Wire:
                     each.shutdown(socket.SHUT_RDWR)
             return False
         if trouble.kind == "deaf":
-            while self.trouble is trouble and not self._closing.wait(0.05):
+            while self.trouble is trouble and not self.closing.wait(0.05):
                 pass
             return False  # what was swallowed is lost, and so is the stream
         if trouble.kind == "delay":
-            self._closing.wait(trouble.delay_s)
+            self.closing.wait(trouble.delay_s)
         elif trouble.kind == "throttle":
-            self._closing.wait(len(data) / trouble.bytes_per_s)
+            self.closing.wait(len(data) / trouble.bytes_per_s)
         sink.sendall(data)
         return True
 
