@@ -2,7 +2,7 @@
 """The command line: one module for each group of commands. Only this package prints.
 
 build · inspect · engine · generate · chat · bench · doctor · eval · serve · ask · broker-config
-unit · fleet · faults
+unit · agent · fleet · faults
 """
 
 from __future__ import annotations
