@@ -51,11 +51,7 @@ T* dynamicShared() {
   return reinterpret_cast<T*>(emulator::sharedMemory());
 }
 
-inline uint4 loadStreaming(const void* at) {
-  uint4 value;
-  std::memcpy(&value, at, sizeof value);
-  return value;
-}
+inline uint4 loadStreaming(const void* at) { return *static_cast<const uint4*>(at); }
 
 inline void prefetchL2(const void* at) { emulator::prefetch(at); }
 
@@ -176,9 +172,11 @@ inline void loadMatrices(uint32_t (&r)[4], const uint4* row) {
   for (int i = 0; i < 4; ++i) {
     uint16_t halves[2];
     for (int e = 0; e < 2; ++e) {
-      const uint16_t* from;
+      const uint4* from;
       std::memcpy(&from, slots[8 * i + (kTransposed ? 2 * t + e : g)], sizeof from);
-      halves[e] = from[kTransposed ? g : 2 * t + e];
+      const uint4 eight = *from;  // aligned to 16 bytes
+      std::memcpy(halves + e,
+                  reinterpret_cast<const char*>(&eight) + 2 * (kTransposed ? g : 2 * t + e), 2);
     }
     std::memcpy(&r[i], halves, sizeof halves);
   }

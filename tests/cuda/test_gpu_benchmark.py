@@ -43,7 +43,8 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Program:
     driver = ROOT / "tests" / "trt" / "fakecuda.c"
     _compile("CC", "cc", driver, made / "libcuda.so.1", "-Wl,-soname,libcuda.so.1")
     includes = [f"-I{PLUGINS / part}" for part in ("include", "common", "cuda")]
-    emulator = [str(PLUGINS / "cuda/emulator/emulator.cpp"), str(PLUGINS / "common/checks.cpp")]
+    sources = [*(PLUGINS / "cuda/emulator").glob("*.cpp"), PLUGINS / "common/checks.cpp"]
+    emulator = sorted(map(str, sources))
     options = ["-std=c++17", "-U_FORTIFY_SOURCE", "-DEC_EMULATED", *includes, *emulator, "-ldl"]
     read = ROOT / "benchmarks" / "stream_read.cu"
     _compile("CXX", "c++", read, made / "stream_read.so", *options)

@@ -4,7 +4,8 @@
 // and the rules that a GPU enforces, or would break silently, are enforced loudly.
 //
 //   - Device memory can be read and written only by the stream's work: it is closed to everything
-//     else while a stream is captured, and always after fakecuda_strict(1).
+//     else while a stream is captured, and always after fakecuda_strict(1). It begins as bytes of all
+//     ones, and an allocation ends, but for its alignment to 256 bytes, where a closed page begins.
 //   - While a stream is captured, allocations and waiting are refused and spoil the capture.
 //   - A graph replays exactly what was captured: copies, fills and calls with the values they had.
 //   - After fakecuda_late(1) streams do nothing before somebody waits for them, as a busy GPU may:
@@ -244,10 +245,12 @@ Result cuMemAlloc_v2(Address* out, size_t size) {
   char* start = mmap(NULL, whole, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (start == MAP_FAILED || regionCount == kMaxRegions) return kOutOfMemory;
   regions[regionCount++] = (Region){start, whole - page};  // the last page stays closed
-  if (!locked()) mprotect(start, whole - page, PROT_READ | PROT_WRITE);
+  mprotect(start, whole - page, PROT_READ | PROT_WRITE);
+  memset(start, 0xff, whole - page);
+  if (locked()) mprotect(start, whole - page, PROT_NONE);
   ++counts.allocations;
   counts.bytes += (int64_t)whole;
-  *out = (Address)start;
+  *out = (Address)start + whole - page - (size + 255) / 256 * 256;
   return kOk;
 }
 Result cuMemFree_v2(Address address) {
@@ -255,7 +258,7 @@ Result cuMemFree_v2(Address address) {
   NOT_CAPTURED("cuMemFree");
   catchUp();
   for (int i = 0; i < regionCount; ++i) {
-    if ((Address)regions[i].start == address) {
+    if (address - (Address)regions[i].start < regions[i].size) {
       munmap(regions[i].start, regions[i].size + 4096);
       counts.bytes -= (int64_t)regions[i].size + 4096;
       regions[i] = regions[--regionCount];

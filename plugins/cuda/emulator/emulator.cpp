@@ -8,6 +8,7 @@
 #include <ucontext.h>
 
 #include <csetjmp>
+#include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
 #include <deque>
@@ -17,6 +18,12 @@
 #include <set>
 #include <vector>
 
+#include "bounds.h"
+
+// Where the linker puts __shared__ variables; both are NULL where a library has none.
+extern unsigned char __start_ec_shared[] __attribute__((weak, visibility("hidden")));
+extern unsigned char __stop_ec_shared[] __attribute__((weak, visibility("hidden")));
+
 namespace ec::emulator {
 
 dim3 block, blocks, threads;
@@ -25,6 +32,8 @@ namespace {
 
 constexpr size_t kStackBytes = 256 << 10;
 constexpr int kMaxThreads = 1024;
+constexpr unsigned kMaxGrid = 65535;  // but for x
+constexpr size_t kMaxShared = 227 << 10;
 
 enum class State { kReady, kAtWarpBarrier, kAtBlockBarrier, kAtEarlier, kDone };
 
@@ -56,7 +65,8 @@ struct Work;
 struct Block {
   std::vector<Fiber> fibers = std::vector<Fiber>(kMaxThreads);
   std::vector<Warp> warps = std::vector<Warp>(kMaxThreads / 32);
-  std::vector<unsigned char> shared;
+  Fenced shared{"the dynamic shared memory", kMaxShared};
+  std::vector<unsigned char> variables;  // __shared__ ones of a block that others have overtaken
   std::vector<int> order;
   const Work* work;
   uint64_t number, openedAt;
@@ -83,12 +93,6 @@ Fiber* current;
 uint64_t performed;  // launches
 std::set<uintptr_t> prefetched;
 std::minstd_rand random(1);
-
-[[noreturn]] void die(const char* what) {
-  std::fprintf(stderr, "emulator: %s (block %u,%u,%u of %u,%u,%u)\n", what, block.x, block.y,
-               block.z, blocks.x, blocks.y, blocks.z);
-  std::abort();
-}
 
 void leave() {
   if (!_setjmp(current->at)) _longjmp(scheduler, 1);
@@ -139,7 +143,8 @@ std::unique_ptr<Block> open(const Work& work, uint64_t number) {
   b->openedAt = performed;
   b->count = static_cast<int>(work.size.x * work.size.y * work.size.z);
   if (b->count < 1 || b->count > kMaxThreads) die("a block has 1 to 1024 threads");
-  b->shared.assign(work.sharedBytes + 1024, 0xff);
+  b->shared.open(work.sharedBytes, 16);  // as much as dynamicShared() promises
+  b->variables.assign(__stop_ec_shared - __start_ec_shared, 0xff);
   b->order.resize(b->count);
   for (int i = 0; i < b->count; ++i) {
     Fiber& fiber = b->fibers[i];
@@ -164,6 +169,7 @@ std::unique_ptr<Block> open(const Work& work, uint64_t number) {
 // Runs it to its end, or before the launch before it has ended, as far as it comes.
 void run(Block& b) {
   running = &b;
+  std::copy(b.variables.begin(), b.variables.end(), __start_ec_shared);
   const dim3 grid = blocks = b.work->grid;
   threads = b.work->size;
   block = dim3(static_cast<unsigned>(b.number % grid.x),
@@ -182,23 +188,44 @@ void run(Block& b) {
       }
       over &= b.fibers[i].state == State::kDone;
     }
-    if (over) return;
+    if (over) return b.shared.check();
     releaseBlock(b);
     if (ran) continue;
     for (int i = 0; i < b.count; ++i) ran |= b.fibers[i].state == State::kReady;
     if (ran) continue;
-    if (!b.earlierEnded) return;
+    if (!b.earlierEnded) {
+      b.variables.assign(__start_ec_shared, __stop_ec_shared);
+      return;
+    }
     die("threads wait at a barrier that others never reach");
   }
 }
 
+void print(const char* format, va_list values) {
+  char what[512];
+  std::vsnprintf(what, sizeof what, format, values);
+  std::fprintf(stderr, "emulator: %s (block %u,%u,%u of %u,%u,%u)\n", what, block.x, block.y,
+               block.z, blocks.x, blocks.y, blocks.z);
+}
+
 }  // namespace
 
-const Thread& thread() { return current->thread; }
-unsigned char* sharedMemory() {
-  const uintptr_t at = reinterpret_cast<uintptr_t>(running->shared.data());
-  return running->shared.data() + (1024 - at % 1024) % 1024;
+void say(const char* format, ...) {
+  va_list values;
+  va_start(values, format);
+  print(format, values);
+  va_end(values);
 }
+void die(const char* format, ...) {
+  va_list values;
+  va_start(values, format);
+  print(format, values);
+  va_end(values);
+  std::abort();
+}
+
+const Thread& thread() { return current->thread; }
+unsigned char* sharedMemory() { return running->shared.data(); }
 uint32_t (*warpSlots())[8] { return running->warps[current->thread.warp].slots; }
 
 void blockBarrier() {
@@ -280,6 +307,7 @@ void begin(Work& work) {
 void perform(void* data) {
   Work& work = *static_cast<Work*>(data);
   const std::lock_guard<std::mutex> lock(launching);
+  const FaultWatch watch;
   ++performed;
   forgetOld(work);
   for (Work* later = work.next; later && later->early; later = later->next) {
@@ -327,6 +355,9 @@ void* ownStream() {
 
 void launch(dim3 grid, dim3 size, size_t sharedBytes, void* stream, bool early,
             std::function<void()> kernel) {
+  if (!grid.x || !grid.y || !grid.z || grid.y > kMaxGrid || grid.z > kMaxGrid) {
+    die("a grid of %u x %u x %u blocks", grid.x, grid.y, grid.z);
+  }
   auto work = std::make_unique<Work>();
   work->grid = grid;
   work->size = size;

@@ -29,7 +29,7 @@
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
-#define __shared__ static
+#define __shared__ static __attribute__((section("ec_shared")))
 
 struct dim3 {
   unsigned x, y, z;
@@ -59,6 +59,10 @@ struct Thread {
 };
 const Thread& thread();
 extern dim3 block, blocks, threads;  // blockIdx, gridDim, blockDim
+
+// One sentence for stderr, with the block; die() ends the process.
+void say(const char* format, ...) __attribute__((format(printf, 1, 2)));
+[[noreturn]] void die(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
 // On a stream of a stand-in for the driver, as that does with what is put on its streams: at once,
 // or when a captured graph is launched. On ownStream() when the call of the library ends.
