@@ -8,9 +8,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import terminal
 from golden import GOLDENS, Build, Golden, load_golden
 
 MOST_WORKERS = 8  # the kernels bring threads of their own
+
+
+def pytest_configure() -> None:
+    """Here pytest has not yet taken file 2, or gives it back for a moment."""
+    terminal.stderr = os.dup(2)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ctypes as c
+import mmap
 import os
 import shutil
 import subprocess
@@ -16,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import terminal
 from alone import alone_in
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from edgecascade.backends._cuda import open_device
 from edgecascade.backends._lib import (
@@ -40,8 +42,10 @@ from edgecascade.ops import OPS, Norm
 
 DECODE, PREFILL = 0, 1
 CUDA = "cuda-emulated"  # the CUDA kernels, compiled for the CPU (plugins/cuda/emulator)
+MAP_NORESERVE = 0x4000  # Linux; Python 3.10 has no name for it
 GPU = "cuda"  # the same on the GPU of this machine; only where it is asked for
-SETS = [*cpu_isas(), CUDA, *([GPU] if os.environ.get("EDGECASCADE_TEST_GPU") == "1" else [])]
+HOST_SETS = [*cpu_isas(), CUDA]  # whose memory is this process's
+SETS = [*HOST_SETS, *([GPU] if os.environ.get("EDGECASCADE_TEST_GPU") == "1" else [])]
 ROOT = Path(__file__).resolve().parent.parent
 CUDA_EMULATED = ROOT / "build" / "cuda-emulated" / "libedgecascade_cuda_emulated.so"
 
@@ -68,6 +72,7 @@ def build_emulated(target: str) -> Path:
 def cuda_emulated() -> Library:
     """The CUDA table, built for the emulator where the kernels are built."""
     build_emulated("edgecascade_cuda_emulated")
+    c.CDLL(str(CUDA_EMULATED)).ec_emulated_say_to(terminal.stderr)
     return open_cuda_library(CUDA_EMULATED)
 
 
@@ -150,6 +155,15 @@ class _FencedMemory:
 
     def free(self, there: int) -> None:
         self._free(there)
+
+
+def sparse(shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
+    """Zeros that take memory only where they are touched, however many there are. By their address
+    the kernels take them where they are.
+    """
+    size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
+    return np.frombuffer(mmap.mmap(-1, size, flags), dtype).reshape(shape)
 
 
 class _Arrays:
@@ -262,6 +276,7 @@ __all__ = [
     "CUDA",
     "CUDA_EMULATED",
     "DECODE",
+    "HOST_SETS",
     "PAGE_TOKENS",
     "PREFILL",
     "SETS",
@@ -269,4 +284,5 @@ __all__ = [
     "Kernels",
     "relative",
     "same_bits",
+    "sparse",
 ]

@@ -12,6 +12,7 @@ from kernels import (
     CUDA,
     DECODE,
     GPU,
+    HOST_SETS,
     PAGE_TOKENS,
     PREFILL,
     SETS,
@@ -19,10 +20,12 @@ from kernels import (
     Kernels,
     relative,
     same_bits,
+    sparse,
 )
-from tolerances import ATTENTION, HALF_ATTENTION
+from tolerances import ATTENTION, HALF_ATTENTION, LONG_ATTENTION
 
 from edgecascade.backends import reference
+from edgecascade.backends._lib import address
 from edgecascade.blocks import kv_rows
 from edgecascade.errors import InvalidRequest
 from edgecascade.tensors import KvType
@@ -218,6 +221,35 @@ def test_sequences_that_do_not_count_are_neither_read_nor_written(isa: str, phas
     assert relative(y[: lengths[0]], layer.reference(rows[: lengths[0]])) <= ATTENTION
     assert np.isnan(y[lengths[0] :]).all()
     assert np.isnan(layer.kv[layer.pages[3]]).all()
+
+
+@pytest.mark.parametrize("isa", HOST_SETS)
+@pytest.mark.parametrize("phase", [DECODE, PREFILL])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, np.int8])
+def test_a_page_behind_2_31_values_is_a_page(isa: str, phase: int, dtype: type) -> None:
+    shape = Shape(4, 2, 16, dtype)
+    layer, kernels, tokens = Layer(shape), Kernels(isa), 1 if phase == DECODE else 70
+    rows = layer.rows(30 + tokens)
+    layer.run(kernels, PREFILL, Batch([30], [1], [0]), rows[:30])
+    pages = [2**31 // layer.kv[0].size + 1, 2**31 // layer.kv[0].size + 3]
+    kv = sparse((pages[1] + 1, *layer.kv[0].shape), dtype)
+    kv[pages] = layer.kv[layer.pages[1, :2]]
+    batch = Batch([tokens], [0], [30], pages=np.array([pages], np.int32))
+    got = layer.run(kernels, phase, batch, rows[30:], kv=address(kv))
+    assert same_bits(got, layer.run(kernels, phase, Batch([tokens], [1], [30]), rows[30:]))
+    assert same_bits(kv[pages], layer.kv[layer.pages[1, :2]])
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_a_context_of_262144_tokens(isa: str) -> None:
+    """All pages are one, so that each of its positions counts 4,096 times."""
+    layer, kernels = Layer(Shape(2, 1, 16, np.float16)), Kernels(isa)
+    rows = layer.rows(64)
+    layer.run(kernels, PREFILL, Batch([63], [1], [0]), rows[:63])
+    want = layer.run(kernels, DECODE, Batch([1], [1], [63]), rows[63:])
+    table = np.full((1, 2**18 // PAGE_TOKENS), layer.pages[1, 0], np.int32)
+    got = layer.run(kernels, DECODE, Batch([1], [0], [2**18 - 1], pages=table), rows[63:])
+    assert relative(got, want) <= LONG_ATTENTION
 
 
 @pytest.mark.parametrize("isa", ISAS)

@@ -8,10 +8,21 @@ from typing import Any
 
 import numpy as np
 import pytest
-from kernels import DECODE, PREFILL, SETS, Batch, Kernels, relative, same_bits
+from kernels import (
+    DECODE,
+    HOST_SETS,
+    PREFILL,
+    SETS,
+    Batch,
+    Kernels,
+    relative,
+    same_bits,
+    sparse,
+)
 from tolerances import SCAN
 
 from edgecascade.backends import reference
+from edgecascade.backends._lib import address
 from edgecascade.errors import InvalidRequest
 
 ISAS = SETS
@@ -195,6 +206,26 @@ def test_what_does_not_count_is_neither_read_nor_written(isa: str, phase: int) -
     assert np.isnan(y[lengths[0] :]).all()
     assert np.isfinite(layer.ssm[1]).all()
     assert np.isnan(layer.ssm[[0, 2, 3, 4]]).all()
+
+
+@pytest.mark.parametrize("isa", HOST_SETS)
+@pytest.mark.parametrize("phase", [DECODE, PREFILL])
+@pytest.mark.parametrize("shape", [Shape(8, 32, 1, 64, 4), Shape(64, 1, 64, 1, 8)], ids=str)
+def test_a_slot_behind_2_31_values_is_a_slot(isa: str, phase: int, shape: Shape) -> None:
+    """Of the state there, of the convolution's inputs here."""
+    layer, kernels = Layer(shape), Kernels(isa)
+    of_slot = {"ssm": layer.ssm[1], "conv": layer.conv[1]}
+    far = 2**31 // max(part.size for part in of_slot.values()) + 1
+    pools = {name: sparse((far + 1, *part.shape), part.dtype) for name, part in of_slot.items()}
+    for name, part in of_slot.items():
+        pools[name][far] = part
+    tokens = 1 if phase == DECODE else 40
+    rows = layer.rows(tokens)
+    places = {name: address(pool) for name, pool in pools.items()}
+    got = layer.run(kernels, phase, Batch([tokens], [far], [5]), rows, **places)
+    assert same_bits(got, layer.run(kernels, phase, Batch([tokens], [1], [5]), rows))
+    for name, part in of_slot.items():
+        assert same_bits(pools[name][far], part)
 
 
 @pytest.mark.parametrize("isa", ISAS)

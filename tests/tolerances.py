@@ -37,6 +37,10 @@ SCAN = 1e-5
 # Attention in float32 against NumPy's, likewise: the order of sums over 500 positions. Seen: 9e-7.
 ATTENTION = 3e-6
 
+# A step over 262,144 positions, likewise: its 1,024 parts are added one after the other, and those
+# that are alike are all rounded the same way, by 2^-24. Seen: 1.2e-5.
+LONG_ATTENTION = 1024 * 2.0**-24
+
 # Prompts over fp16 pages on CUDA against the same, likewise: queries and exp(score - m) are rounded
 # to half as keys and values are, 2^-12 relative on average, in scores of up to 10. Seen: 5e-4.
 HALF_ATTENTION = 1e-3

@@ -61,12 +61,15 @@ struct Fault {
   void (*kernel)(float*, int);
   int by;
   unsigned blocks = 2;
+  bool atStart = false;  // x is at the start of a page, not at the end
 };
 const Fault kFaults[] = {
     {"none", store, 0},
     {"store-behind", store, 1},
     {"load-behind", load, 1},
     {"store-ahead", store, -1},
+    {"load-ahead", load, -1, 2, true},
+    {"store-near-behind", store, 1, 2, true},
     {"shared-behind", storeShared, 3},  // 50 floats, as multiples of 16 bytes go
     {"shared-ahead", storeShared, -1},
     {"misaligned", loadFour, 1},
@@ -81,7 +84,11 @@ const Fault kFaults[] = {
 };
 
 int run(const Fault& fault) {
-  auto* x = static_cast<float*>(ec_emulated_alloc(kCount * sizeof(float), "x"));
+  constexpr uintptr_t kPage = 4096;
+  float* x;
+  do {
+    x = static_cast<float*>(ec_emulated_alloc(kCount * sizeof(float), "x"));
+  } while (fault.atStart != (reinterpret_cast<uintptr_t>(x) % kPage == 0));
   std::memset(x, 0, kCount * sizeof(float));
   launch("faulty", fault.kernel, dim3(fault.blocks), kThreads, kCount * sizeof(float),
          reinterpret_cast<ec_stream>(emulator::ownStream()), x, fault.by);

@@ -16,6 +16,8 @@ from kernels import build_emulated
 SENTENCES = {
     "store-behind": "0 bytes behind the end of x, which has 200",
     "load-behind": "0 bytes behind the end of x, which has 200",
+    "load-ahead": "4 bytes before the start of x, which has 200",
+    "store-near-behind": "a thread wrote to 0 bytes behind the end of x, which has 200",
     "store-ahead": "a thread wrote to 4 bytes before the start of x, which has 200",
     "shared-behind": "8 bytes behind the end of the dynamic shared memory, which has 200",
     "shared-ahead": "4 bytes before the start of the dynamic shared memory, which has 200",

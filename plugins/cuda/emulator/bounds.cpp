@@ -5,6 +5,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <cstdio>
 #include <map>
@@ -19,6 +20,8 @@ namespace ec::emulator {
 namespace {
 
 constexpr size_t kFence = 1 << 20;  // a row or two beyond is still in it
+
+constexpr unsigned kTurns = 4;  // in one of which the start is exact, and not the end
 
 size_t pageSize() {
   static const auto size = static_cast<size_t>(sysconf(_SC_PAGESIZE));
@@ -67,9 +70,10 @@ Fenced::~Fenced() {
 
 unsigned char* Fenced::open(size_t bytes, size_t alignment) {
   if (roundUp(bytes, alignment) > most_) die("%s has at most %zu bytes", name_, most_);
+  static std::atomic<unsigned> turn{0};
+  unsigned char* const first = end_ - roundUp(roundUp(bytes, alignment), pageSize());
   bytes_ = bytes;
-  data_ = end_ - roundUp(bytes, alignment);
-  unsigned char* const first = data_ - reinterpret_cast<uintptr_t>(data_) % pageSize();
+  data_ = ++turn % kTurns ? end_ - roundUp(bytes, alignment) : first;
   if (first < opened_) mprotect(first, opened_ - first, PROT_READ | PROT_WRITE);
   if (first > opened_) mprotect(opened_, first - opened_, PROT_NONE);
   opened_ = first;

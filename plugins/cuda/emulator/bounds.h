@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Memory that ends where closed pages begin: who touches what lies beyond ends the process with a
-// sentence.
+// Memory that ends where closed pages begin, or, by turns, starts where they end: who touches what
+// lies beyond ends the process with a sentence.
 #ifndef EC_CUDA_EMULATOR_BOUNDS_H
 #define EC_CUDA_EMULATOR_BOUNDS_H
 
@@ -10,8 +10,8 @@
 
 namespace ec::emulator {
 
-// Pages are whole, so some bytes beside the memory are open, most of them before it. They are all
-// ones, which is NaN and no index, and check() finds what was written there.
+// Pages are whole, so some bytes at its other end are open. They are all ones, which is NaN and no
+// index, and check() finds what was written there.
 class Fenced {
  public:
   Fenced(const char* name, size_t most);

@@ -6,6 +6,7 @@
 
 #include <dlfcn.h>
 #include <ucontext.h>
+#include <unistd.h>
 
 #include <csetjmp>
 #include <cstdarg>
@@ -92,6 +93,7 @@ Block* running;
 Fiber* current;
 uint64_t performed;  // launches
 std::set<uintptr_t> prefetched;
+int sentences = STDERR_FILENO;  // where they go
 std::minstd_rand random(1);
 
 void leave() {
@@ -204,8 +206,8 @@ void run(Block& b) {
 void print(const char* format, va_list values) {
   char what[512];
   std::vsnprintf(what, sizeof what, format, values);
-  std::fprintf(stderr, "emulator: %s (block %u,%u,%u of %u,%u,%u)\n", what, block.x, block.y,
-               block.z, blocks.x, blocks.y, blocks.z);
+  dprintf(sentences, "emulator: %s (block %u,%u,%u of %u,%u,%u)\n", what, block.x, block.y, block.z,
+          blocks.x, blocks.y, blocks.z);
 }
 
 }  // namespace
@@ -381,6 +383,11 @@ Together::~Together() {
 }
 
 }  // namespace ec::emulator
+
+// For tests whose file 2 nobody sees: where sentences go.
+extern "C" __attribute__((visibility("default"))) void ec_emulated_say_to(int file) {
+  ec::emulator::sentences = file;
+}
 
 // For tests: how many places of a range were prefetched since it was last asked about.
 extern "C" __attribute__((visibility("default"))) uint64_t ec_emulated_prefetches(uint64_t from,

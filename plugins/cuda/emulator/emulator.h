@@ -5,14 +5,20 @@
 // barrier and fragment of the kernels where no GPU is.
 //
 // Between two barriers the threads of a block run in a random order, and so do the blocks: what
-// works only in one order fails. Dynamic shared memory starts as NaN. An asynchronous copy leaves
-// NaN where it goes until its thread waits for it, and has read its source at the time it was
-// started or at the time it is waited for. A launch that may begin early has one of its blocks run
-// up to awaitEarlier() before the launch before it does anything, and often before the one before
-// that. A barrier that some threads never reach, a warp operation that a lane of its mask misses, a
-// copy that is not aligned, or a thread that should come through awaitEarlier() and does not, end
-// the process with a sentence. What it cannot show: speed, the memory model between barriers,
-// alignment faults of plain loads.
+// works only in one order fails. Shared memory, dynamic and static, is all ones when a block
+// begins: NaN, and no index. An asynchronous copy leaves NaN where it goes until its thread waits
+// for it, and has read its source at the time it was started or at the time it is waited for. A
+// launch that may begin early has one of its blocks run up to awaitEarlier() before the launch
+// before it does anything, and often before the one before that.
+//
+// A sentence, and the process's end, are for a barrier that some threads never reach, a warp
+// operation that a lane of its mask misses, a thread that should come through awaitEarlier() and
+// does not, a grid that no GPU takes; for a load, a store or a copy that is not aligned to its
+// type, an index outside of its array, an int that overflows, a shift by too much, a float that its
+// integer cannot hold, a bool that nobody has written (undefined.cpp); and for an access beyond
+// dynamic shared memory or an array of ec_emulated_alloc(), which end, or in one of four turns
+// start, at a closed page (bounds.h). What it cannot show: speed, the memory model between
+// barriers, an access from one static array, or one piece of an op's scratch memory, to the next.
 #ifndef EC_CUDA_EMULATOR_H
 #define EC_CUDA_EMULATOR_H
 
