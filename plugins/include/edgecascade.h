@@ -12,7 +12,7 @@
 //     counts by value in ec_step are launch geometry only.
 //   - Scratch memory is the caller's: ec_step.workspace, at least workspace_size() bytes, 256-byte
 //   aligned.
-//   - Every other array begins at a multiple of 16 bytes; its rows do if their size is one.
+//   - Activations, weights and states begin at a multiple of 16 bytes, integers at one of 4.
 //   - A row's result does not depend on the other rows of the step, nor on the number of threads.
 //   - It returns a status; last_error() then holds one sentence with the values that show what was
 //   wrong.
