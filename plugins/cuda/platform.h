@@ -87,7 +87,8 @@ inline int exponentOf(double value, int least) {
 // float ends. sm_80 to sm_89 do so with kCount = 8 halves or 4 tf32 at a time, later ones with more
 // and 25 bits (Li et al., "MMA-Sim", arXiv 2511.10909); this is the coarser of the two.
 template <int kCount>
-inline float addAtOnce(const double* x, const double* y, int least, float c) {
+__attribute__((no_sanitize("undefined"))) inline float addAtOnce(const double* x, const double* y,
+                                                                 int least, float c) {
   constexpr int kKept = 24;
   double term[kCount + 1] = {c}, exact = c;
   int top = exponentOf(c, -126);
