@@ -25,7 +25,6 @@ from edgecascade.backends._cuda import open_device
 from edgecascade.backends._lib import (
     ARGS,
     OVERLAP,
-    PAGE_TOKENS,
     Call,
     Library,
     NormArgs,
@@ -39,6 +38,7 @@ from edgecascade.backends._lib import (
 )
 from edgecascade.backends.reference import round_to_int8
 from edgecascade.ops import OPS, Norm
+from edgecascade.tensors import PAGE_TOKENS
 
 DECODE, PREFILL = 0, 1
 CUDA = "cuda-emulated"  # the CUDA kernels, compiled for the CPU (plugins/cuda/emulator)
