@@ -326,7 +326,7 @@ def test_a_killed_controller_goes_on_when_the_command_is_given_again(shell: Shel
     kills = 0
     with shell.devices(phase_s=0.15) as fleet:
         while True:
-            process, said = shell.begin(lines=4)
+            process, said = shell.begin(lines=2)
             if said["state"] != "running":
                 break
             process.kill()
