@@ -10,10 +10,10 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 ARCHS := $(or $(EDGECASCADE_CUDA_ARCHS),$(shell cat $(VENV)/.archs 2>/dev/null))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-gpu check bench faults clean always
+.PHONY: help setup demo test test-races test-gpu check bench faults clean always
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(VENV)/.kernels  ## a virtual environment with the package, the kernel library and the developer's tools
 	@$(VENV)/bin/edgecascade doctor
@@ -23,6 +23,10 @@ demo: $(VENV)/.kernels  ## command the robot's model in the box, also over MQTT;
 
 test: $(VENV)/.kernels  ## the whole suite; needs no GPU
 	$(VENV)/bin/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder
+
+test-races: $(VENV)/.kernels  ## the CUDA kernels' suite in the emulator, watched for data races; without its longest tests
+	EDGECASCADE_TEST_RACES=1 $(VENV)/bin/python -m pytest -q -n auto --dist worksteal --no-loadscope-reorder \
+	    tests/test_*_kernel*.py -k 'cuda-emulated and not (pieces_and_steps or 131072 or follow_the_prob or 129- or 500-)'
 
 test-gpu: $(VENV)/.kernels  ## the suite of the ops on this machine's NVIDIA GPU
 	EDGECASCADE_TEST_GPU=1 $(VENV)/bin/python -m pytest -q tests -k 'kernel and cuda'

@@ -47,7 +47,9 @@ GPU = "cuda"  # the same on the GPU of this machine; only where it is asked for
 HOST_SETS = [*cpu_isas(), CUDA]  # whose memory is this process's
 SETS = [*HOST_SETS, *([GPU] if os.environ.get("EDGECASCADE_TEST_GPU") == "1" else [])]
 ROOT = Path(__file__).resolve().parent.parent
-CUDA_EMULATED = ROOT / "build" / "cuda-emulated" / "libedgecascade_cuda_emulated.so"
+WATCHED = os.environ.get("EDGECASCADE_TEST_RACES") == "1"  # for data races, which takes its time
+_LIBRARY = "edgecascade_cuda_watched" if WATCHED else "edgecascade_cuda_emulated"
+CUDA_EMULATED = ROOT / "build" / "cuda-emulated" / f"lib{_LIBRARY}.so"
 
 
 @cache
@@ -71,7 +73,7 @@ def build_emulated(target: str) -> Path:
 @cache
 def cuda_emulated() -> Library:
     """The CUDA table, built for the emulator where the kernels are built."""
-    build_emulated("edgecascade_cuda_emulated")
+    build_emulated(_LIBRARY)
     c.CDLL(str(CUDA_EMULATED)).ec_emulated_say_to(terminal.stderr)
     return open_cuda_library(CUDA_EMULATED)
 

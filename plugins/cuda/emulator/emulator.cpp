@@ -20,14 +20,13 @@
 #include <vector>
 
 #include "bounds.h"
+#include "races.h"
 
 // Where the linker puts __shared__ variables; both are NULL where a library has none.
 extern unsigned char __start_ec_shared[] __attribute__((weak, visibility("hidden")));
 extern unsigned char __stop_ec_shared[] __attribute__((weak, visibility("hidden")));
 
 namespace ec::emulator {
-
-dim3 block, blocks, threads;
 
 namespace {
 
@@ -41,6 +40,7 @@ enum class State { kReady, kAtWarpBarrier, kAtBlockBarrier, kAtEarlier, kDone };
 struct Copy {
   unsigned char* to;
   const unsigned char* from;
+  const void* place;  // that started it
   bool read;
   unsigned char bytes[16];
 };
@@ -57,7 +57,8 @@ struct Fiber {
 
 struct Warp {
   uint32_t slots[32][8];
-  int arrived = 0;
+  unsigned alive, waiting;  // lanes
+  unsigned masks[32];       // with which they wait
 };
 
 struct Work;
@@ -70,9 +71,11 @@ struct Block {
   std::vector<unsigned char> variables;  // __shared__ ones of a block that others have overtaken
   std::vector<int> order;
   const Work* work;
+  dim3 at, grid;
   uint64_t number, openedAt;
   int count, atBlockBarrier;
   bool earlierEnded;
+  races::Progress progress;
 };
 
 struct Work {
@@ -80,7 +83,8 @@ struct Work {
   size_t sharedBytes;
   bool early;
   std::function<void()> kernel;
-  Work* next = nullptr;  // in the same call of the library
+  Work* next = nullptr;                 // in the same call of the library
+  uint32_t launch = 0, overlapped = 0;  // their numbers: its own, and the first that may still run
   std::unique_ptr<Block> begun;
 
   uint64_t total() const { return uint64_t{grid.x} * grid.y * grid.z; }
@@ -92,6 +96,7 @@ jmp_buf scheduler;
 Block* running;
 Fiber* current;
 uint64_t performed;  // launches
+uint32_t numbered;   // and those of which a block has begun
 std::set<uintptr_t> prefetched;
 int sentences = STDERR_FILENO;  // where they go
 std::minstd_rand random(1);
@@ -107,16 +112,19 @@ void fiberMain() {
       die("a thread of a launch that may begin early has ended without awaitEarlier()");
     }
     current->state = State::kDone;
+    running->warps[current->thread.warp].alive &= ~(1u << current->thread.lane);
     leave();
   }
 }
 
 void enter(Fiber& fiber) {
   current = &fiber;
-  if (_setjmp(scheduler)) return;
+  if (!fiber.stack) fiber.stack.reset(new unsigned char[kStackBytes]);
+  races::enter(running->progress, static_cast<int>(&fiber - running->fibers.data()),
+               running->work->early && !fiber.cameThrough, fiber.stack.get(), kStackBytes);
+  if (_setjmp(scheduler)) return races::leave();
   if (fiber.started) _longjmp(fiber.at, 1);
   fiber.started = true;
-  if (!fiber.stack) fiber.stack.reset(new unsigned char[kStackBytes]);
   getcontext(&fiber.context);
   fiber.context.uc_stack.ss_sp = fiber.stack.get();
   fiber.context.uc_stack.ss_size = kStackBytes;
@@ -131,6 +139,7 @@ void releaseBlock(Block& b) {
   for (int i = 0; i < b.count; ++i) left += b.fibers[i].state != State::kDone;
   if (b.atBlockBarrier == 0 || b.atBlockBarrier < left) return;
   b.atBlockBarrier = 0;
+  races::blockBarrier(b.progress);
   for (int i = 0; i < b.count; ++i) {
     if (b.fibers[i].state == State::kAtBlockBarrier) b.fibers[i].state = State::kReady;
   }
@@ -148,9 +157,11 @@ std::unique_ptr<Block> open(const Work& work, uint64_t number) {
   b->shared.open(work.sharedBytes, 16);  // as much as dynamicShared() promises
   b->variables.assign(__stop_ec_shared - __start_ec_shared, 0xff);
   b->order.resize(b->count);
+  for (Warp& warp : b->warps) warp.alive = warp.waiting = 0;
   for (int i = 0; i < b->count; ++i) {
     Fiber& fiber = b->fibers[i];
     const unsigned n = static_cast<unsigned>(i);
+    b->warps[i / 32].alive |= 1u << i % 32;
     const dim3 size = work.size;
     fiber.thread.index = dim3(n % size.x, n / size.x % size.y, n / (size.x * size.y));
     fiber.thread.lane = i % 32;
@@ -162,9 +173,13 @@ std::unique_ptr<Block> open(const Work& work, uint64_t number) {
     fiber.groups.emplace_back();
     b->order[i] = i;
   }
-  for (Warp& warp : b->warps) warp.arrived = 0;
   b->atBlockBarrier = 0;
   b->earlierEnded = false;
+  b->progress.shared = b->shared.data();
+  b->progress.sharedEnd = b->shared.data() + b->shared.size();
+  b->progress.slots = reinterpret_cast<const unsigned char*>(b->warps.data());
+  b->progress.slotsEnd = reinterpret_cast<const unsigned char*>(b->warps.data() + b->warps.size());
+  races::open(b->progress, work.launch, work.overlapped, number);
   return b;
 }
 
@@ -172,11 +187,10 @@ std::unique_ptr<Block> open(const Work& work, uint64_t number) {
 void run(Block& b) {
   running = &b;
   std::copy(b.variables.begin(), b.variables.end(), __start_ec_shared);
-  const dim3 grid = blocks = b.work->grid;
-  threads = b.work->size;
-  block = dim3(static_cast<unsigned>(b.number % grid.x),
-               static_cast<unsigned>(b.number / grid.x % grid.y),
-               static_cast<unsigned>(b.number / (uint64_t{grid.x} * grid.y)));
+  const dim3 grid = b.grid = b.work->grid;
+  b.at = dim3(static_cast<unsigned>(b.number % grid.x),
+              static_cast<unsigned>(b.number / grid.x % grid.y),
+              static_cast<unsigned>(b.number / (uint64_t{grid.x} * grid.y)));
   for (int i = 0; b.earlierEnded && i < b.count; ++i) {
     if (b.fibers[i].state == State::kAtEarlier) b.fibers[i].state = State::kReady;
   }
@@ -204,10 +218,11 @@ void run(Block& b) {
 }
 
 void print(const char* format, va_list values) {
-  char what[512];
+  char what[4096];
   std::vsnprintf(what, sizeof what, format, values);
-  dprintf(sentences, "emulator: %s (block %u,%u,%u of %u,%u,%u)\n", what, block.x, block.y, block.z,
-          blocks.x, blocks.y, blocks.z);
+  const dim3 at = running ? running->at : dim3(), of = running ? running->grid : dim3();
+  dprintf(sentences, "emulator: %s (block %u,%u,%u of %u,%u,%u)\n", what, at.x, at.y, at.z, of.x,
+          of.y, of.z);
 }
 
 }  // namespace
@@ -226,7 +241,10 @@ void die(const char* format, ...) {
   std::abort();
 }
 
-const Thread& thread() { return current->thread; }
+Thread thread() { return current->thread; }
+dim3 block() { return running->at; }
+dim3 blocks() { return running->grid; }
+dim3 threads() { return running->work->size; }
 unsigned char* sharedMemory() { return running->shared.data(); }
 uint32_t (*warpSlots())[8] { return running->warps[current->thread.warp].slots; }
 
@@ -238,7 +256,7 @@ void blockBarrier() {
 
 void awaitEarlier() {
   current->cameThrough = true;
-  if (running->earlierEnded) return;
+  if (running->earlierEnded) return races::cameThrough();
   current->state = State::kAtEarlier;
   leave();
 }
@@ -249,8 +267,10 @@ void copyAsync(void* to, const void* from) {
   }
   Copy copy = {static_cast<unsigned char*>(to),
                static_cast<const unsigned char*>(from),
+               __builtin_return_address(0),
                random() % 2 == 0,
                {}};
+  races::copyStarted(to, from, copy.place);
   if (copy.read) std::memcpy(copy.bytes, from, sizeof copy.bytes);
   std::memset(to, 0xff, sizeof copy.bytes);
   current->groups.back().push_back(copy);
@@ -260,6 +280,7 @@ void waitAsync(int pending) {
   std::deque<std::vector<Copy>>& groups = current->groups;
   for (; static_cast<int>(groups.size()) - 1 > pending; groups.pop_front()) {
     for (const Copy& copy : groups.front()) {
+      races::copyDone(copy.to, copy.from, copy.place);
       std::memcpy(copy.to, copy.read ? copy.bytes : copy.from, sizeof copy.bytes);
     }
   }
@@ -267,28 +288,24 @@ void waitAsync(int pending) {
 
 void prefetch(const void* at) { prefetched.insert(reinterpret_cast<uintptr_t>(at)); }
 
-void warpBarrier(unsigned mask) {
-  const int first = current->thread.warp * 32;
-  Fiber* lanes = running->fibers.data() + first;
-  if (!(mask >> current->thread.lane & 1)) die("a lane outside the mask of its warp operation");
-  for (int lane = 0; lane < 32; ++lane) {
-    if (!(mask >> lane & 1)) continue;
-    if (first + lane >= running->count || lanes[lane].state == State::kDone) {
-      die("a lane of a warp operation's mask has ended");
-    }
+void warpBarrier(unsigned mask, bool orders) {
+  const int lane = current->thread.lane, number = current->thread.warp;
+  Warp& warp = running->warps[number];
+  if (!(mask >> lane & 1)) die("a lane outside the mask of its warp operation");
+  if (mask & ~warp.alive) die("a lane of a warp operation's mask has ended");
+  warp.waiting |= 1u << lane;
+  warp.masks[lane] = mask;
+  current->state = State::kAtWarpBarrier;
+  bool all = (warp.waiting & mask) == mask;
+  for (unsigned left = mask; all && left; left &= left - 1) {
+    all = warp.masks[__builtin_ctz(left)] == mask;
   }
-  Warp& warp = running->warps[current->thread.warp];
-  if (++warp.arrived < __builtin_popcount(mask)) {
-    current->state = State::kAtWarpBarrier;
-    leave();
-    return;
+  if (!all) return leave();
+  warp.waiting &= ~mask;
+  for (unsigned left = mask; left; left &= left - 1) {
+    running->fibers[number * 32 + __builtin_ctz(left)].state = State::kReady;
   }
-  warp.arrived = 0;
-  for (int lane = 0; lane < 32; ++lane) {
-    if (mask >> lane & 1 && lanes[lane].state == State::kAtWarpBarrier) {
-      lanes[lane].state = State::kReady;
-    }
-  }
+  if (orders) races::warpBarrier(running->progress, number, mask);
 }
 
 namespace {
@@ -299,9 +316,12 @@ void forgetOld(Work& work) {
 }
 
 // One block of it runs as far as it comes without what is launched before it.
-void begin(Work& work) {
+void begin(Work& work, const Work& before) {
   forgetOld(work);
-  if (work.begun || work.total() == 0) return;
+  if (work.begun) return;
+  work.launch = ++numbered;
+  work.overlapped = before.overlapped;
+  if (work.total() == 0) return;
   work.begun = open(work, random() % work.total());
   run(*work.begun);
 }
@@ -312,9 +332,15 @@ void perform(void* data) {
   const FaultWatch watch;
   ++performed;
   forgetOld(work);
+  if (!work.begun) {
+    races::forget();
+    work.launch = work.overlapped = ++numbered;
+  }
+  const Work* before = &work;
   for (Work* later = work.next; later && later->early; later = later->next) {
-    begin(*later);
+    begin(*later, *before);
     if (later != work.next) break;  // the one after next
+    before = later;
   }
   const uint64_t total = work.total(), first = total ? random() % total : 0;
   for (uint64_t n = 0; n < total; ++n) {

@@ -13,12 +13,13 @@
 //
 // A sentence, and the process's end, are for a barrier that some threads never reach, a warp
 // operation that a lane of its mask misses, a thread that should come through awaitEarlier() and
-// does not, a grid that no GPU takes; for a load, a store or a copy that is not aligned to its
+// does not, a grid that no GPU takes; for two accesses of memory that nothing orders, where
+// the kernels are watched (races.cpp); for a load, a store or a copy that is not aligned to its
 // type, an index outside of its array, an int that overflows, a shift by too much, a float that its
 // integer cannot hold, a bool that nobody has written (undefined.cpp); and for an access beyond
 // dynamic shared memory or an array of ec_emulated_alloc(), which end, or in one of four turns
-// start, at a closed page (bounds.h). What it cannot show: speed, the memory model between
-// barriers, an access from one static array, or one piece of an op's scratch memory, to the next.
+// start, at a closed page (bounds.h). What it cannot show: speed, an access from one static array,
+// or one piece of an op's scratch memory, to the next.
 #ifndef EC_CUDA_EMULATOR_H
 #define EC_CUDA_EMULATOR_H
 
@@ -63,8 +64,11 @@ struct Thread {
   dim3 index;
   int lane, warp;
 };
-const Thread& thread();
-extern dim3 block, blocks, threads;  // blockIdx, gridDim, blockDim
+// By value: what a kernel reads by itself is looked at by the detector of races.
+Thread thread();
+dim3 block();    // blockIdx
+dim3 blocks();   // gridDim
+dim3 threads();  // blockDim
 
 // One sentence for stderr, with the block; die() ends the process.
 void say(const char* format, ...) __attribute__((format(printf, 1, 2)));
@@ -87,7 +91,8 @@ void waitAsync(int pending);
 void prefetch(const void* at);
 unsigned char* sharedMemory();
 void blockBarrier();
-void warpBarrier(unsigned mask);
+// Only __syncwarp() orders accesses of memory: an exchange between lanes does not.
+void warpBarrier(unsigned mask, bool orders = false);
 // What each lane of the warp puts there for the others to read between two barriers.
 uint32_t (*warpSlots())[8];
 
@@ -105,12 +110,12 @@ T exchange(unsigned mask, T value, int from) {
 }  // namespace ec::emulator
 
 #define threadIdx (ec::emulator::thread().index)
-#define blockIdx (ec::emulator::block)
-#define gridDim (ec::emulator::blocks)
-#define blockDim (ec::emulator::threads)
+#define blockIdx (ec::emulator::block())
+#define gridDim (ec::emulator::blocks())
+#define blockDim (ec::emulator::threads())
 
 inline void __syncthreads() { ec::emulator::blockBarrier(); }
-inline void __syncwarp(unsigned mask = ~0u) { ec::emulator::warpBarrier(mask); }
+inline void __syncwarp(unsigned mask = ~0u) { ec::emulator::warpBarrier(mask, true); }
 template <class T>
 T __shfl_sync(unsigned mask, T value, int lane) {
   return ec::emulator::exchange(mask, value, lane);
@@ -153,12 +158,9 @@ inline unsigned __match_any_sync(unsigned mask, int value) {
   }
   return bits;
 }
-// Fibers share one processor thread: a plain addition is atomic.
 template <class T>
 T atomicAdd(T* at, T value) {
-  const T old = *at;
-  *at = old + value;
-  return old;
+  return __atomic_fetch_add(at, value, __ATOMIC_RELAXED);
 }
 
 template <class T>
