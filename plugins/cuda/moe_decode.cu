@@ -265,10 +265,20 @@ __device__ __forceinline__ float* scoresOf(const GemvShared& shared, int token, 
   return shared.at<float>(shared.shape.bytes) + 2 * token * experts;
 }
 
+// Shared variables of no template: only those the emulator can unset at a CTA's start.
+__device__ __forceinline__ Taken& takenOfCta() {
+  __shared__ Taken taken;
+  return taken;
+}
+__device__ __forceinline__ float* weightsOfCta() {
+  __shared__ float weights[kMostTaken];  // [n][top_k]
+  return weights;
+}
+
 template <class Codec>
 __global__ void __launch_bounds__(kFewWarps* kWarp, kCtasAtOnce<Codec, kFewWarps>)
     up(ec_step step, ec_moe args, Scratch scratch, GemvShape shape, Ahead ahead) {
-  __shared__ Taken taken;
+  Taken& taken = takenOfCta();
   startDependents();
   const int experts = args.up.experts, topK = args.top_k, ff = args.up.n;
   const int lane = threadIdx.x % kWarp, warp = warpIndex();
@@ -413,8 +423,8 @@ constexpr int kBesideDown = std::is_same_v<Codec, SharedCodec> ? kBeside : kMany
 template <class Codec, class SharedCodec>
 __global__ void __launch_bounds__(kBesideDown<Codec, SharedCodec>, 1)
     down(ec_step step, ec_moe args, Scratch scratch, GemvShape shape, Ahead ahead) {
-  __shared__ Taken taken;
-  __shared__ float weights[kMostTaken];  // [n][top_k]
+  Taken& taken = takenOfCta();
+  float* const weights = weightsOfCta();
   startDependents();
   const int topK = args.top_k, lane = threadIdx.x % kWarp, warp = warpIndex();
   const int g = lane / 4;

@@ -11,7 +11,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from kernels import build_emulated
+from kernels import CUDA_EMULATED, build_emulated, cuda_emulated
 
 SENTENCES = {
     "store-behind": "0 bytes behind the end of x, which has 200",
@@ -56,3 +56,12 @@ def test_what_is_right_ends_well(faulty: Path) -> None:
 
 def test_what_another_block_left_in_shared_variables_is_nan(faulty: Path) -> None:
     assert "nan" in run(faulty, "unset").stdout
+
+
+def test_the_kernels_shared_variables_are_where_each_block_finds_them_unset() -> None:
+    cuda_emulated()
+    told = subprocess.run(["nm", "-C", CUDA_EMULATED], capture_output=True, text=True, check=True)
+    # GCC takes those of templates elsewhere.
+    elsewhere = re.findall(r"^\w+ [bBuV] (ec::cuda::.*>\(.*\)::\w+)$", told.stdout, re.MULTILINE)
+    assert "routeCta" in told.stdout
+    assert elsewhere == []

@@ -36,6 +36,7 @@
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+// In functions that are no templates: of those, GCC does not heed the section.
 #define __shared__ static __attribute__((section("ec_shared")))
 
 struct dim3 {
