@@ -270,6 +270,24 @@ def test_a_full_queue_refuses_and_says_so():
     assert len(device.over) == 3
 
 
+@pytest.mark.parametrize("slots", [1, 2])
+def test_who_is_refused_is_told_how_long_the_others_hold_a_slot(slots):
+    device = Device(small(slots=slots, max_queue=1))
+    for id in range(0, 120, 3):
+        device.submit(request(id, max_tokens=5))  # it holds a slot for four steps
+        for _ in range(5):
+            device.step(seconds=2.0)
+        device.submit(request(id + 1, priority=BACKGROUND, max_tokens=50))  # these do not count
+        device.submit(request(id + 2, deadline_s=device.now + 0.5))
+        device.now += 1.0
+        device.run()
+    assert Counter(device.over.values()) == {"finished": 80, "deadline": 40}
+    device.submit(request(1000))
+    with pytest.raises(Overloaded, match="1 requests in all wait") as refused:
+        device.submit(request(1001))
+    assert refused.value.retry_after_s == pytest.approx(8.0 / slots, rel=0.01)
+
+
 def test_the_position_counts_those_who_go_first():
     device = Device(small(slots=1))
     assert device.submit(request(1)) == 0
@@ -352,6 +370,18 @@ def test_what_was_parked_goes_on_before_what_waits():
     device.run()
     assert device.first_token[3] < device.first_token[2]
     assert list(device.over) == [3, 1, 2]
+
+
+def test_of_what_was_parked_the_oldest_goes_on_first():
+    device = Device(small(slots=2))
+    for id, priority, tokens in ((1, 2, 50), (2, 2, 50), (3, 0, 5), (4, 0, 20)):
+        device.submit(request(id, priority=priority, max_tokens=tokens))
+        device.step()
+    assert device.parked == {1, 2}
+    while 3 not in device.over:
+        device.step()
+    device.step()
+    assert device.parked == {2}
 
 
 def test_parking_is_bounded():
