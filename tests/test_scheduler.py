@@ -270,6 +270,15 @@ def test_a_full_queue_refuses_and_says_so():
     assert len(device.over) == 3
 
 
+def test_background_work_and_the_rest_have_a_queue_each():
+    device = Device(small(max_queue=1))
+    for id, priority in ((1, 1), (2, BACKGROUND)):
+        device.submit(request(id, priority=priority))
+    for id, priority in ((3, 1), (4, BACKGROUND)):
+        with pytest.raises(Overloaded, match="1 requests in all wait"):
+            device.submit(request(id, priority=priority))
+
+
 @pytest.mark.parametrize("slots", [1, 2])
 def test_who_is_refused_is_told_how_long_the_others_hold_a_slot(slots):
     device = Device(small(slots=slots, max_queue=1))

@@ -149,6 +149,37 @@ def test_memory_stays_within_the_bound_and_the_least_recently_used_goes_first():
     assert cache.stats.dropped == 10 - len(cache) > 0
 
 
+@given(st.integers(9_000, 60_000), st.lists(st.tuples(st.integers(0, 2), st.integers(0, 10))))
+def test_the_bound_holds_and_no_memory_outlives_its_state(max_bytes, puts):
+    cache = PrefixCache(max_bytes, RULE)
+    paths = [RULE.path(prompt(*[40] * 12, seed=seed)) for seed in range(3)]
+    stored = 0
+    for which, cut in puts:
+        path = paths[which].upto(paths[which].cuts[cut])
+        stored -= cache.has(path)
+        kept = cache.put(path, state_of(path.tokens))
+        stored += kept
+        assert cache.has(path) == kept
+        every = [cache.find(path.upto(cut)) for path in paths for cut in path.cuts]
+        entries = {entry.key: entry for entry in every if entry is not None}.values()
+        runs = {id(entry.run): entry.run for entry in entries}.values()
+        held = [*(entry.own for entry in entries), *(run.parts for run in runs)]
+        assert sum(part.nbytes for parts in held for part in parts.values()) == cache.nbytes
+        assert cache.nbytes <= max_bytes
+        for run in runs:
+            assert run.tokens == max(len(entry.tokens) for entry in entries if entry.run is run)
+    assert (cache.stats.stored, cache.stats.dropped) == (stored, stored - len(cache))
+
+
+def test_a_longer_state_takes_the_place_of_others_before_that_of_its_own_prefixes():
+    cache = PrefixCache(2 * 8192 + 80 * 32, RULE)
+    paths = [RULE.path(prompt(40, 40, 40, seed=seed)) for seed in range(2)]
+    for path in paths:  # the second is the later one
+        assert cache.put(path.upto(40), state_of(path.tokens[:40]))
+    assert cache.put(paths[0].upto(80), state_of(paths[0].tokens[:80]))
+    assert [cache.has(path.upto(40)) for path in paths] == [True, False]
+
+
 def test_states_along_one_prompt_share_their_keys_and_values():
     cache = PrefixCache(MEGABYTE, RULE)
     cuts = keep_all(cache, prompt(*[60] * 10))
