@@ -71,8 +71,7 @@ def check_shapes(
             row = kind.row_items(state.head_dim)
             expected[state.layer, "kv"] = (2, tokens, state.kv_heads, row)
         else:
-            missing = int(state.name == "conv")  # of a conv state's rows, the place of the next
-            expected[state.layer, state.name] = (state.shape[0] - missing, *state.shape[1:])
+            expected[state.layer, state.name] = state.snapshot_shape
     kinds = {kind.dtype for kind in KvType}
     for key in sorted(parts.keys() | expected):
         part = parts.get(key)

@@ -153,6 +153,12 @@ class SlotState:
     name: str  # "conv" or "ssm"
     shape: tuple[int, ...]
 
+    @property
+    def snapshot_shape(self) -> tuple[int, ...]:
+        """Outside of a slot: one of a conv state's rows is but the place of the next token's."""
+        rows, *rest = self.shape
+        return (rows - 1 if self.name == "conv" else rows, *rest)
+
 
 @dataclass(frozen=True)
 class KvState:

@@ -170,15 +170,14 @@ States = dict[int, dict[str, Array]]  # by layer and name
 
 
 def empty_states(states: Sequence[State], kv: KvType) -> States:
-    """Of a sequence without tokens. A conv state is only the rows that the next token reads."""
+    """Of a sequence without tokens."""
     made: States = {}
     for state in states:
         part = made.setdefault(state.layer, {})
         if isinstance(state, KvState):
             part["kv"] = np.zeros((2, 0, state.kv_heads, kv.row_items(state.head_dim)), kv.dtype)
         else:
-            skipped = int(state.name == "conv")
-            part[state.name] = np.zeros((state.shape[0] - skipped, *state.shape[1:]), np.float32)
+            part[state.name] = np.zeros(state.snapshot_shape, np.float32)
     return made
 
 
