@@ -170,21 +170,25 @@ def test_steps_are_compared_with_the_same_launch_after_launch(seen: dict[str, An
     assert seen["overlap"] == {"steps": 1, "context": 3, "unequal": {"1": 0, "2": 0}}
 
 
-def test_a_step_with_other_bits_where_launches_begin_early_is_found() -> None:
-    class Racing:
-        """Its third step of eight sequences goes wrong where launches begin early."""
+class Stepping:
+    """A backend that counts the steps since it was reset."""
 
-        vocab, slots, steps = 100, 8, 0
+    vocab, slots, steps = 100, 8, 0
+
+    def reset(self, slot: int) -> None:
+        self.steps = 0
+
+    def prefill(self, slot: int, tokens: Any) -> None:
+        pass
+
+
+def test_a_step_with_other_bits_where_launches_begin_early_is_found() -> None:
+    class Racing(Stepping):
+        """Its third step of eight sequences goes wrong where launches begin early."""
 
         def __init__(self) -> None:
             self._args_step = SimpleNamespace(flags=OVERLAP | PREFETCH)
             self._captured: dict[Any, Any] = {}
-
-        def reset(self, slot: int) -> None:
-            self.steps = 0
-
-        def prefill(self, slot: int, tokens: Any) -> None:
-            pass
 
         def decode(self, slots: Sequence[int], fed: Sequence[int]) -> Any:
             self.steps += 1
@@ -199,16 +203,8 @@ def test_a_step_with_other_bits_where_launches_begin_early_is_found() -> None:
 
 @pytest.mark.parametrize("mistake", ["company", "neighbour", "replay"])
 def test_a_row_with_other_bits_in_company_is_found(mistake: str) -> None:
-    class Wrong:
+    class Wrong(Stepping):
         """A step's row is its slot and token, but for the mistake."""
-
-        vocab, slots, steps = 100, 8, 0
-
-        def reset(self, slot: int) -> None:
-            self.steps = 0
-
-        def prefill(self, slot: int, tokens: Any) -> None:
-            pass
 
         def decode(self, slots: Sequence[int], fed: Sequence[int]) -> Any:
             self.steps += 1

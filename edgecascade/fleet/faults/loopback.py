@@ -6,13 +6,14 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import TypeVar
 
 Self = TypeVar("Self", bound="Loopback")
 
 
-class Loopback:
+class Loopback(ABC):
     """What listens and ends; `serve` says what a connection gets."""
 
     port: int
@@ -43,9 +44,9 @@ class Loopback:
                 with contextlib.suppress(OSError):
                     each.shutdown(socket.SHUT_RDWR)
 
+    @abstractmethod
     def serve(self, connection: socket.socket) -> None:
         """Serve a connection to its end."""
-        raise NotImplementedError
 
     def _go(self, work: Callable[..., None], *args: object) -> None:
         thread = threading.Thread(target=work, args=args, daemon=True)
