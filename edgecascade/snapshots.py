@@ -9,6 +9,7 @@ same rows as whoever starts from nothing, and gets the same tokens (docs/schedul
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -58,12 +59,12 @@ class CutRule:
 
     def cuts(self, tokens: Array) -> tuple[int, ...]:
         """Ends of the pieces of a prompt, the last one its length."""
-        ends = self.boundaries(tokens)
+        ends: list[int] = self.boundaries(tokens).tolist()
         cuts, start, total = [], 0, len(tokens)
         while start < total:
             limit = start + self.chunk_tokens
-            after = ends[np.searchsorted(ends, start + MIN_PIECE_TOKENS) :]
-            start = int(after[0]) if len(after) and after[0] <= limit else limit
+            after = bisect_left(ends, start + MIN_PIECE_TOKENS)
+            start = ends[after] if after < len(ends) and ends[after] <= limit else limit
             cuts.append(min(start, total))
         return tuple(cuts)
 
@@ -88,7 +89,7 @@ class CutRule:
             return after
         opened = np.flatnonzero(tokens == self.question[0])
         asks = np.ones(len(opened), np.bool_)
-        for offset, token in enumerate(self.question):
+        for offset, token in enumerate(self.question[1:], 1):
             asks &= tokens.take(opened + offset, mode="clip") == token
         of = np.searchsorted(opened, after) - 1  # the message that each of them ends, -1 for none
         asked: Array = np.append(asks, False)[of]

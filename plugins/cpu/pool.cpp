@@ -15,7 +15,10 @@ namespace {
 // Between two ops of a step a worker waits a few microseconds, between two tokens a few hundred;
 // beyond that the caller is idle and the core belongs to others.
 constexpr auto kSpin = std::chrono::microseconds(200);
-constexpr int kPausesPerClockRead = 64;
+// Whoever waits gives way every few microseconds: to the thread that reads a new token, to the one
+// that is waited for, and to other programs, so that the system takes the core from this one while
+// it waits and not while it works (docs/speed.md).
+constexpr int kPausesPerYield = 64;
 // A thread takes a run of neighbouring units, so that it reads memory in one stream: this share of
 // what is left for each thread, so that the last runs are single units and all end together.
 constexpr int kRunsLeft = 2;
@@ -29,7 +32,7 @@ inline void pause() {
 #if defined(__x86_64__)
   __builtin_ia32_pause();
 #elif defined(__aarch64__)
-  asm volatile("yield");
+  asm volatile("isb");  // "yield" takes no time on most cores
 #endif
 }
 
@@ -127,13 +130,9 @@ void Pool::drain(uint32_t generation, int thread) {
 }
 
 void Pool::waitForOthers(int64_t units) {
-  const auto start = std::chrono::steady_clock::now();
   for (int i = 1; done_.load() != units; ++i) {
     pause();
-    if (i % kPausesPerClockRead == 0 && std::chrono::steady_clock::now() - start > kSpin) {
-      // The worker that holds the last unit may be waiting for this very core.
-      std::this_thread::yield();
-    }
+    if (i % kPausesPerYield == 0) std::this_thread::yield();
   }
 }
 
@@ -156,7 +155,9 @@ bool Pool::waitForWork(uint32_t seen) {
   const auto start = std::chrono::steady_clock::now();
   for (int i = 1; !changed(); ++i) {
     pause();
-    if (i % kPausesPerClockRead != 0 || std::chrono::steady_clock::now() - start < kSpin) continue;
+    if (i % kPausesPerYield != 0) continue;
+    std::this_thread::yield();
+    if (std::chrono::steady_clock::now() - start < kSpin) continue;
     std::unique_lock<std::mutex> lock(sleep_->lock);
     sleepers_.fetch_add(1);
     sleep_->wake.wait(lock, changed);
