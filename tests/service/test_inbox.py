@@ -82,6 +82,18 @@ def test_large_messages_are_bounded_by_their_bytes() -> None:
     assert not inbox._bytes
 
 
+def test_what_is_taken_makes_room() -> None:
+    inbox, size = Inbox(), 96 << 10
+    message = Incoming("edgecascade/v1/d/dev-1/chat/one", b"x" * size)
+    most = MAX_BYTES_OF_ONE // size
+    for _ in range(most + 1):
+        inbox.put(message, 0.0)
+    assert (len(inbox), inbox.lost) == (most, 1)
+    inbox.take()
+    inbox.put(message, 0.0)
+    assert (len(inbox), inbox.lost) == (most, 1)
+
+
 def test_many_clients_are_bounded_together() -> None:
     inbox = Inbox()
     for number in range(MAX_WAITING + 10):

@@ -33,6 +33,14 @@ def test_less_than_one_a_minute_is_one_now_and_then() -> None:
     assert rate.wait_s("a", 120.0, 1) == 0
 
 
+def test_time_is_paid_for_once() -> None:
+    rate = Rate(60)
+    rate.charge("a", 0.0, 60)
+    rate.charge("a", 30.0, 30)
+    assert rate.wait_s("a", 30.0, 1) == pytest.approx(1.0)
+    assert rate.wait_s("a", 30.5, 1) == pytest.approx(0.5)
+
+
 def test_a_debt_is_paid_back_and_credit_does_not_grow() -> None:
     rate = Rate(60)
     rate.charge("a", 0.0, 90)
@@ -54,3 +62,12 @@ def test_clients_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         rate.charge(client, 0.0, 60)
     assert rate.wait_s("a", 0.0, 1) == 0  # forgotten
     assert rate.wait_s("c", 0.0, 1) > 0
+
+
+def test_the_longest_idle_client_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "MAX_CLIENTS", 2)
+    rate = Rate(60)
+    for client in "abac":
+        rate.charge(client, 0.0, 60)
+    assert rate.wait_s("a", 0.0, 1) > 0
+    assert rate.wait_s("b", 0.0, 1) == 0
