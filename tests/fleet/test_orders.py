@@ -3,7 +3,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, replace
 from datetime import datetime
@@ -182,6 +184,36 @@ NIGHT = Window("Europe/Berlin", "23:00", 180)
 def test_window_over_midnight(when: str, is_open: bool, opens: str) -> None:
     assert NIGHT.is_open(at(when)) is is_open
     assert NIGHT.next_open(at(when)) == at(opens)
+
+
+@pytest.mark.parametrize(
+    ("what", "least_and_most", "beyond"),
+    [
+        (lambda v: Window("UTC", v, 60), ("00:00", "09:59", "23:59"), ("24:00", "00:60", "0700")),
+        (lambda v: Window("UTC", "01:00", v), (1, 1440), (0, 1441)),
+        (lambda v: Window("UTC", "01:00", 60, v), ((), (0, 6)), ((-1,), (7,), (3, 3))),
+        (lambda v: Window(v, "01:00", 60), ("x", "A/b_c+1", "z" * 64), ("", "z" * 65, "é")),
+        (lambda v: Cohort(v, 5), ("", "s" * 64), ("s" * 65,)),
+        (lambda v: Cohort("", v), (0, 0.5, 100), (-0.1, 100.1)),
+        (lambda v: Limits(kbit_s=v), (None, 1, 10**9), (0, 10**9 + 1)),
+        (lambda v: Limits(parallel=v), (1, 32), (0, 33)),
+        (lambda v: Policy(retries=v), (0, 100), (-1, 101)),
+    ],
+)  # fmt: skip
+def test_what_an_order_may_ask_for_is_bounded(
+    what: Callable[[Any], object], least_and_most: tuple[Any, ...], beyond: tuple[Any, ...]
+) -> None:
+    for value in least_and_most:
+        what(value)
+    for value in beyond:
+        with pytest.raises(ValueError, match=re.escape(repr(value))):
+            what(value)
+
+
+def test_no_one_is_in_a_cohort_of_nobody_and_everyone_in_the_whole() -> None:
+    devices = [f"robot-{number}" for number in range(200)]
+    assert not any(Cohort("412", 0).includes(device) for device in devices)
+    assert all(Cohort("412", 100).includes(device) for device in devices)
 
 
 def test_window_of_a_day_belongs_to_the_day_on_which_it_begins() -> None:
