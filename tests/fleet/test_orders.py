@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import stat
@@ -38,6 +39,7 @@ from edgecascade.fleet.release import (
     Release,
     Requires,
 )
+from edgecascade.service.wire import MAX_INTEGER
 
 NOW = 1_800_000_000.0
 ORDER = Order(
@@ -55,6 +57,7 @@ ORDER = Order(
     policy=Policy(2, True),
     mirrors=("http://cache.lan:8080/", "https://cdn.example/fleet/"),
 )
+SIGNERS = tuple(OrderKey(f"key-{number}", f"{number:064x}") for number in range(65))
 
 
 @pytest.fixture(scope="module")
@@ -198,6 +201,20 @@ def test_window_over_midnight(when: str, is_open: bool, opens: str) -> None:
         (lambda v: Limits(kbit_s=v), (None, 1, 10**9), (0, 10**9 + 1)),
         (lambda v: Limits(parallel=v), (1, 32), (0, 33)),
         (lambda v: Policy(retries=v), (0, 100), (-1, 101)),
+        (lambda v: replace(ORDER, order=v), ("a", "z" * 64), ("", "z" * 65, "../a")),
+        (lambda v: replace(ORDER, group=v), ("a", "z" * 64), ("", "z" * 65, "+", "a/b")),
+        (lambda v: replace(ORDER, device=v), (None, "a", "z" * 64), ("", "z" * 65, "#")),
+        (lambda v: replace(ORDER, bundle=v), ("a", "z" * 64), ("", "z" * 65, "..", "a/b")),
+        (lambda v: replace(ORDER, version=v), ("1", "1.0+a_b-c"), ("", "z" * 65, ".", "-1")),
+        (lambda v: replace(ORDER, release_sha256=v), ("0f" * 32,), ("0F" * 32, "0f" * 31, "")),
+        (lambda v: replace(ORDER, seq=v), (1, MAX_INTEGER), (0, MAX_INTEGER + 1)),
+        (lambda v: replace(ORDER, not_before=v), (0, NOW + 9), (-1, NOW + 10, math.nan)),
+        (lambda v: replace(ORDER, expires=v), (NOW, 1e300), (NOW - 10, math.inf, math.nan)),
+        (lambda v: OrderKey(v, "0f" * 32), ("a", "z" * 64), ("", "z" * 65, "a b")),
+        (lambda v: OrderKey("a", v), ("0f" * 32,), ("0F" * 32, "0f" * 31, "")),
+        (lambda v: OrderKey("a", "0f" * 32, v), ((), ("a", "z" * 64)), (("a", ""), ("a/b",))),
+        (lambda v: OrderKeys(1, v, SIGNERS[:1]), (0, 2**20 - 1), (-1, 2**20)),
+        (lambda v: OrderKeys(v, 0, SIGNERS[:64]), (1, 64), (0, 65)),
     ],
 )  # fmt: skip
 def test_what_an_order_may_ask_for_is_bounded(
@@ -208,6 +225,25 @@ def test_what_an_order_may_ask_for_is_bounded(
     for value in beyond:
         with pytest.raises(ValueError, match=re.escape(repr(value))):
             what(value)
+
+
+def test_an_order_has_few_mirrors() -> None:
+    mirrors = tuple(f"http://{number}.lan/" for number in range(orders.MAX_MIRRORS + 1))
+    assert replace(ORDER, mirrors=mirrors[1:])
+    with pytest.raises(ValueError, match="mirrors is 9; expected at most 8"):
+        replace(ORDER, mirrors=mirrors)
+    with pytest.raises(ValueError, match=r"mirrors is 'ftp://cache\.lan/'; expected http"):
+        replace(ORDER, mirrors=("http://a.lan/", "ftp://cache.lan/"))
+
+
+def test_the_same_key_twice_is_not_two_signers() -> None:
+    twice = (SIGNERS[0], replace(SIGNERS[0], owner="another"))
+    with pytest.raises(ValueError, match="keys is 2; expected different keys"):
+        OrderKeys(2, 0, twice)
+    with pytest.raises(ValueError, match="threshold is 1; expected 1 to 65 keys, at most 64"):
+        OrderKeys(1, 0, SIGNERS)
+    with pytest.raises(ValueError, match="threshold is 1; expected 1 to 0 keys"):
+        OrderKeys(1, 0, ())
 
 
 def test_no_one_is_in_a_cohort_of_nobody_and_everyone_in_the_whole() -> None:
@@ -374,9 +410,11 @@ def test_any_value_in_an_order_is_read_or_refused(key: str, value: Any) -> None:
         ("http://host/a b", False),
         ("http://host/\n", False),
         ("http://host:99999/", False),
+        ("http://host:0/", False),
+        ("http://host/" + "a" * 288, True),
+        ("http://host/" + "a" * 289, False),
         ("http://hößt/", False),
         ("http://[::1/", False),
-        ("http://host/" + "a" * 300, False),
     ],
 )
 def test_mirror_is_a_plain_web_address(url: str, good: bool) -> None:
