@@ -10,6 +10,13 @@ from pathlib import Path
 import pytest
 import terminal
 from golden import GOLDENS, Build, Golden, load_golden
+from hypothesis import HealthCheck, settings
+
+# An example may take as long as it likes: nothing here says how fast a machine must be.
+settings.register_profile(
+    "any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("any machine")
 
 MOST_WORKERS = 8  # the kernels bring threads of their own
 

@@ -553,7 +553,7 @@ def test_close_ends_everything_and_refuses_more(engine):
         running.call(lambda backend: None)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(st.integers(0, 2**32 - 1))
 def test_any_mixture_from_many_threads_gives_the_tokens_of_lone_runs(bundle, alone, seed):
     draw = np.random.default_rng(seed)

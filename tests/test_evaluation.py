@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from golden import TINY, Build
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
@@ -322,7 +322,6 @@ ROWS = array_shapes(min_dims=2, max_dims=2, max_side=6).flatmap(
 )
 
 
-@settings(deadline=None)
 @given(ROWS)
 def test_divergence_is_zero_only_for_the_same_distribution(rows: tuple[Any, Any]) -> None:
     one, other = map(log_softmax, rows)
@@ -341,7 +340,6 @@ JSON = st.recursive(
 )
 
 
-@settings(deadline=None)
 @given(JSON)
 def test_a_value_is_the_same_as_its_copy_and_no_other(value: Any) -> None:
     assert same_json(value, json.loads(json.dumps(value)))

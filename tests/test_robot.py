@@ -103,7 +103,7 @@ def test_what_is_no_command_moves_nothing(robot: LLM, text: str, thinking: bool)
     assert answer.text.strip()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.text(min_size=1, max_size=300), st.booleans())
 def test_any_text_is_answered(robot: LLM, text: str, thinking: bool) -> None:
     answer = robot.generate(text, tools=TOOLS, thinking=thinking, max_tokens=200)

@@ -77,7 +77,7 @@ PARAMS = st.builds(
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     params=st.lists(PARAMS, min_size=1, max_size=4),
     vocab=st.sampled_from([1, 2, 15, 16, 17, 250, 5000]),

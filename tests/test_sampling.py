@@ -197,7 +197,7 @@ def test_a_row_without_any_candidate_is_an_error(bad: float) -> None:
             sample(np.full(3, bad, np.float32), row(temperature=temperature))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     values=st.lists(st.floats(-50, 50, width=32), min_size=1, max_size=40),
     uniform=st.floats(0, 1, exclude_max=True, width=32),

@@ -169,7 +169,7 @@ events = st.lists(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     events,
     st.integers(1, 4),

@@ -239,7 +239,7 @@ def test_where_prompts_part_is_worth_keeping():
     assert 200 in cache.worth_keeping(RULE.path(other))
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(st.data())
 def test_a_reused_state_gives_the_bits_of_a_cold_run(build, data):
     with Bundle.open(build("tiny", "speed")) as bundle:

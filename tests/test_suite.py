@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from edgecascade.errors import SuiteError
@@ -192,14 +192,12 @@ JSON = st.recursive(
 )
 
 
-@settings(deadline=None)
 @given(st.binary(max_size=200))
 def test_any_bytes_are_a_suite_or_an_error_of_ours(content: bytes) -> None:
     with pytest.raises(SuiteError):
         parse_suite(content, "any")
 
 
-@settings(deadline=None)
 @given(
     st.sampled_from([1, 2]),
     st.sampled_from(sorted(header().keys() | sample().keys() | {"schema", "prompt", "raw"})),

@@ -40,7 +40,7 @@ def cuts(text: str, sizes: list[int]) -> Iterator[str]:
 SIZES = st.lists(st.integers(1, 5), min_size=1, max_size=6)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(tokens=TOKENS)
 def test_detokenizing_step_by_step_gives_the_tokenizers_own_text(tokens: list[int]) -> None:
     stream = Detokenizer(TOKENIZER)
@@ -50,7 +50,7 @@ def test_detokenizing_step_by_step_gives_the_tokenizers_own_text(tokens: list[in
     assert text == TOKENIZER._fast.decode(tokens, skip_special_tokens=True)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(text=st.text(max_size=40))
 def test_text_comes_back_and_no_character_is_cut(text: str) -> None:
     tokens = TOKENIZER.encode(text.replace("<", ""))
@@ -80,7 +80,7 @@ def test_special_tokens_are_no_text() -> None:
     assert stream.push(IM_END, keep={IM_END}) == "<|im_end|>"
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(
     text=LETTERS,
     stops=st.lists(st.text(alphabet="ab<>", min_size=1, max_size=4), max_size=4),
@@ -110,7 +110,7 @@ def test_a_stop_string_never_leaks_its_beginning() -> None:
     assert (stream.push("more"), stream.flush()) == ("", "")
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(text=LETTERS, marks=st.lists(st.integers(0, 60), max_size=2), sizes=SIZES)
 def test_reasoning_splits_alike_in_any_cut(text: str, marks: list[int], sizes: list[int]) -> None:
     for at in marks:
@@ -177,7 +177,7 @@ def test_a_continued_text_is_left_as_it_is() -> None:
     assert whole.text == "<think>x</think>"
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(tokens=TOKENS, opened=st.booleans())
 def test_any_tokens_give_valid_text_without_special_tokens(tokens: list[int], opened: bool) -> None:
     whole, parts = read(TextStream(TOKENIZER, opened=opened, stops=("the",)), tokens)

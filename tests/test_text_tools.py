@@ -234,7 +234,7 @@ PIECES = st.sampled_from(
 )
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(
     text=st.lists(PIECES, max_size=12).map("".join),
     sizes=st.lists(st.integers(1, 7), min_size=1, max_size=5).map(tuple),
@@ -243,7 +243,7 @@ def test_any_cut_of_any_text_reads_alike(text: str, sizes: tuple[int, ...]) -> N
     assert read(text, sizes) == read(text)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     where=st.text(alphabet=st.characters(exclude_characters="<"), max_size=40),
     metres=st.floats(allow_nan=False, allow_infinity=False),

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from fake_device import Clock
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from edgecascade.device.energy import EnergyMeter
@@ -31,7 +31,6 @@ def test_constant_power_is_power_times_time(clock: Clock) -> None:
     assert energy.joules_since(start) == 60.0
 
 
-@settings(deadline=None)
 @given(STEPS)
 def test_sampled_corners_give_the_exact_area(steps: list[tuple[int, int]]) -> None:
     clock = Clock()
@@ -47,7 +46,6 @@ def test_sampled_corners_give_the_exact_area(steps: list[tuple[int, int]]) -> No
     assert energy.joules_since(start) == area
 
 
-@settings(deadline=None)
 @given(STEPS, STEPS)
 def test_adjacent_intervals_add_up(
     first: list[tuple[int, int]], second: list[tuple[int, int]]

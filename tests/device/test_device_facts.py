@@ -116,7 +116,7 @@ def test_reads_are_few_enough_for_telemetry(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(TREES))
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_bad_files_cost_their_own_fields_only(
     name: str, tmp_path: Path, data: st.DataObject

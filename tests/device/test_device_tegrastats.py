@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from edgecascade.device.tegrastats import MB, RailStats, TegraStats, parse_line
@@ -66,7 +66,6 @@ def test_line_from_elsewhere_says_nothing() -> None:
     assert parse_line("") == TegraStats()
 
 
-@settings(deadline=None)
 @given(st.data())
 def test_damaged_line_says_less_or_the_same(data: st.DataObject) -> None:
     """A cut between two words loses words; it changes none that are left."""
@@ -80,7 +79,6 @@ def test_damaged_line_says_less_or_the_same(data: st.DataObject) -> None:
         assert getattr(part, name) in (None, getattr(whole, name))
 
 
-@settings(deadline=None)
 @given(st.text(alphabet="RAM/GCPU@[]%,.0123456789-offMBxlKEVDI_ mW\u0664\n", max_size=400))
 def test_any_line_is_parsed(line: str) -> None:
     seen = parse_line(line)

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from securesystemslib.signer import CryptoSigner
 
@@ -198,7 +198,6 @@ json_values = st.recursive(
 )
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.tuples(st.sampled_from((
     "notify-next", "start-next/accepted", "job1/update/accepted", "job1/update/rejected", "x",
 )), json_values), max_size=6))  # fmt: skip
@@ -336,7 +335,6 @@ def test_addresses_are_those_of_the_controller() -> None:
     assert not ddi.owns("https://elsewhere.example/DEFAULT")
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(json_values)
 def test_hawkbit_may_say_anything(value: Any) -> None:
     for read in (hawkbit.read_poll, hawkbit.read_deployment, hawkbit.read_cancel):

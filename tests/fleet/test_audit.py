@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgecascade.errors import FleetError
@@ -92,7 +92,7 @@ def test_many_at_once_make_one_chain(tmp_path: Path) -> None:
     assert audit.verify(path).lines == 64
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=30)
 @given(st.text(max_size=2_000).map(lambda text: text * 50))
 def test_any_text_is_one_line(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
     path = tmp_path_factory.mktemp("audit") / "log"

@@ -15,7 +15,7 @@ from typing import Any
 from zoneinfo import ZoneInfo
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from edgecascade.errors import FleetError, UpdateRefused
@@ -385,7 +385,6 @@ ANYTHING = st.recursive(
 )
 
 
-@settings(deadline=None)
 @given(st.sampled_from(sorted(orders.order_to_json(ORDER))), ANYTHING)
 def test_any_value_in_an_order_is_read_or_refused(key: str, value: Any) -> None:
     raw = {**json.loads(json.dumps(orders.order_to_json(ORDER))), key: value}

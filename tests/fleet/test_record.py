@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgecascade.errors import FleetError, InvalidRequest
@@ -72,7 +72,7 @@ def test_a_device_pulls_no_faster_than_either_limit() -> None:
     assert at(kbit_s=80_000).limits.kbit_s == 5000
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=50)
 @given(
     st.builds(
         Progress,

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgecascade.errors import InvalidRequest
@@ -355,7 +355,7 @@ seen = st.builds(
 fleets = st.dictionaries(st.sampled_from([f"d{n}" for n in range(60)]), seen, max_size=60)
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=300)
 @given(fleets, st.integers(0, 4), st.floats(0, 2000), st.booleans())
 def test_any_fleet_is_judged_by_the_same_rule(
     fleet: Fleet, stage: int, now: float, resumed: bool

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from securesystemslib.signer import CryptoSigner
 
@@ -277,7 +277,6 @@ agents = st.sampled_from(["robot-1-agent", "b"])
 kinds = st.sampled_from(["status", "job", "standing"])
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.tuples(agents, kinds, bodies), max_size=8))
 def test_anything_may_be_said(messages: list[tuple[str, Any, Any]]) -> None:
     view = View(ORDER, DEVICES)

@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from edgecascade.errors import Cancelled, DeadlineExceeded, RemoteError
@@ -261,7 +261,6 @@ def test_a_pool_s_request_stays_with_whoever_took_it() -> None:
     assert sent(exchange, 7.0).device is None
 
 
-@settings(deadline=None)
 @given(
     st.text(max_size=40),
     st.lists(st.tuples(st.integers(0, 2), st.integers(0, 9), st.booleans()), max_size=30),

@@ -59,7 +59,7 @@ TOOL = st.fixed_dictionaries(
 )
 
 
-@settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=300)
 @given(st.lists(MESSAGE, min_size=1, max_size=3), st.none() | st.lists(TOOL, max_size=2))
 def test_any_messages_and_tools_are_run_or_refused(
     one_core: Any, messages: list[Any], tools: list[Any] | None
@@ -100,7 +100,6 @@ NOISE = st.binary(max_size=200) | JSON.map(lambda value: json.dumps(value).encod
 
 
 @settings(
-    deadline=None,
     max_examples=30,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )

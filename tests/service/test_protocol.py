@@ -8,7 +8,7 @@ import math
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from edgecascade.service.parameters import PARAMETERS
@@ -357,13 +357,11 @@ def answered(request: Request, client: str) -> bool:
     return request.reply.topic.startswith(f"edgecascade/v1/c/{client}/")
 
 
-@settings(deadline=None)
 @given(st.binary(max_size=300), st.booleans())
 def test_any_bytes_get_an_answer(payload: bytes, retain: bool) -> None:
     assert answered(ask(payload, retain=retain), "robot")
 
 
-@settings(deadline=None)
 @given(BODIES, st.booleans())
 def test_any_json_gets_an_answer(body: dict[str, Any], sound: bool) -> None:
     payload = json.dumps({**body, **BODY} if sound else body).encode()
@@ -373,7 +371,6 @@ def test_any_json_gets_an_answer(body: dict[str, Any], sound: bool) -> None:
         assert request.id in (NO_ID, "request-1")
 
 
-@settings(deadline=None)
 @given(
     st.text(max_size=40),
     st.none() | st.text(max_size=60) | st.from_regex(r"edgecascade/v1/c/[a-z/#+]*"),

@@ -56,7 +56,6 @@ def test_a_chunk_is_small_and_only_the_first_is_marked() -> None:
     assert json.loads(first.payload)["choices"][0]["delta"]["role"] == "assistant"
 
 
-@settings(deadline=None)
 @given(TEXT, TEXT, st.integers(0, 10**6))
 def test_a_chunk_is_read_as_it_was_sent(text: str, reasoning: str, seq: int) -> None:
     sent = replies.chunk(REPLY, HEAD, seq, text, reasoning)
@@ -92,7 +91,7 @@ def test_a_masked_token_s_logprob_is_a_number() -> None:
     assert replies.final(REPLY, body(completion(logprobs=logprobs)), 96 << 10)
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(st.text(st.sampled_from('a"\\\n€😀\x00'), min_size=3000, max_size=6000), TEXT)
 def test_a_long_final_comes_in_parts_that_fit(text: str, reasoning: str) -> None:
     whole = body(completion(text=text, reasoning=reasoning))
@@ -154,7 +153,6 @@ def test_status_is_read_as_it_was_sent() -> None:
     assert replies.read_status(status.to_bytes()) == status
 
 
-@settings(deadline=None)
 @given(st.binary(max_size=200))
 def test_bytes_that_are_no_answer_are_none(payload: bytes) -> None:
     assert replies.read_reply(payload) is None
@@ -257,7 +255,6 @@ def test_figures_that_are_no_numbers_are_no_reply(name: str) -> None:
         assert replies.read_reply(json.dumps(answer).encode()) is None
 
 
-@settings(deadline=None)
 @given(st.dictionaries(KEYS, JSON | KINDS))
 def test_a_hostile_device_cannot_raise(answer: dict[str, Any]) -> None:
     payload = json.dumps(answer).encode()

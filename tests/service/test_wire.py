@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from edgecascade.service import wire
@@ -77,13 +77,11 @@ VALUES = st.recursive(
 )
 
 
-@settings(deadline=None)
 @given(VALUES)
 def test_what_is_encoded_is_decoded(value: Any) -> None:
     assert wire.decode(wire.encode(value)) == value
 
 
-@settings(deadline=None)
 @given(st.binary(max_size=200))
 def test_any_bytes_are_a_value_or_refused(payload: bytes) -> None:
     try:
@@ -93,7 +91,6 @@ def test_any_bytes_are_a_value_or_refused(payload: bytes) -> None:
     assert json.loads(payload) == value
 
 
-@settings(deadline=None)
 @given(
     st.dictionaries(st.text(st.characters(exclude_categories=["Cs"]), max_size=4), st.integers())
 )
