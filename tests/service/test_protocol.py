@@ -134,6 +134,19 @@ def test_what_cannot_be_read_says_why(payload: bytes, reason: str) -> None:
 def test_too_large_is_413() -> None:
     answer = refusal(ask(b" " * (LIMITS.max_request_bytes + 1)))
     assert (answer.problem.status, answer.problem.code) == (413, "request_too_large")
+    body = json.dumps(BODY).encode()
+    assert chat(ask(body + b" " * (LIMITS.max_request_bytes - len(body))))
+
+
+def test_what_the_device_gives_at_most_may_be_asked_for() -> None:
+    most = {"max_completion_tokens": LIMITS.max_completion_tokens, "priority": 0}
+    assert chat(ask({**BODY, **most})).params.max_tokens == LIMITS.max_completion_tokens
+
+
+def test_alternatives_come_with_log_probabilities() -> None:
+    assert chat(ask({**BODY, "logprobs": True, "top_logprobs": 3})).params.logprobs == 3
+    assert chat(ask({**BODY, "logprobs": True})).params.logprobs == 0
+    assert chat(ask({**BODY, "logprobs": False})).params.logprobs is None
 
 
 def test_a_foreign_content_type_is_415() -> None:
