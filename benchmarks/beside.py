@@ -28,13 +28,14 @@ from edgecascade.bench import circumstances
 from edgecascade.completion import Completion, Event, Piece
 
 PROMPT = [5] * 20
+BUSY = "import os; parent = os.getppid()\nwhile os.getppid() == parent: pass"
 
 
 class Programs:
     """Some that never rest, stopped until they are wanted."""
 
     def __init__(self, count: int) -> None:
-        command = [sys.executable, "-c", "while True: pass"]
+        command = [sys.executable, "-c", BUSY]
         self._all = [subprocess.Popen(command) for _ in range(count)]
         for program in self._all:
             program.send_signal(signal.SIGSTOP)

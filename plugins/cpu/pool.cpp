@@ -15,10 +15,10 @@ namespace {
 // Between two ops of a step a worker waits a few microseconds, between two tokens a few hundred;
 // beyond that the caller is idle and the core belongs to others.
 constexpr auto kSpin = std::chrono::microseconds(200);
-// Whoever waits gives way every few microseconds: to the thread that reads a new token, to the one
-// that is waited for, and to other programs, so that the system takes the core from this one while
-// it waits and not while it works (docs/speed.md).
-constexpr int kPausesPerYield = 64;
+// A worker that waits gives way every few microseconds, to the thread that reads a new token and to
+// other programs: the system then takes the core from it while it waits and not while it works
+// (docs/speed.md).
+constexpr int kPausesPerClockRead = 64;
 // A thread takes a run of neighbouring units, so that it reads memory in one stream: this share of
 // what is left for each thread, so that the last runs are single units and all end together.
 constexpr int kRunsLeft = 2;
@@ -130,9 +130,13 @@ void Pool::drain(uint32_t generation, int thread) {
 }
 
 void Pool::waitForOthers(int64_t units) {
+  const auto start = std::chrono::steady_clock::now();
   for (int i = 1; done_.load() != units; ++i) {
     pause();
-    if (i % kPausesPerYield == 0) std::this_thread::yield();
+    if (i % kPausesPerClockRead == 0 && std::chrono::steady_clock::now() - start > kSpin) {
+      // The worker that holds the last unit may be waiting for this very core.
+      std::this_thread::yield();
+    }
   }
 }
 
@@ -155,7 +159,7 @@ bool Pool::waitForWork(uint32_t seen) {
   const auto start = std::chrono::steady_clock::now();
   for (int i = 1; !changed(); ++i) {
     pause();
-    if (i % kPausesPerYield != 0) continue;
+    if (i % kPausesPerClockRead != 0) continue;
     std::this_thread::yield();
     if (std::chrono::steady_clock::now() - start < kSpin) continue;
     std::unique_lock<std::mutex> lock(sleep_->lock);
